@@ -1,0 +1,31 @@
+# The two commands: `make demo` and `make test`. Both install what they need into .venv first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# torchao's compiled extensions are for another torch; liger_fx needs none of them.
+export TORCHAO_FORCE_SKIP_LOADING_SO_FILES = 1
+
+.PHONY: demo test lint format clean
+
+demo: .venv/installed
+	$(BIN)/python examples/finetune_docstrings.py
+
+test: lint
+	$(BIN)/pytest -q
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.venv/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

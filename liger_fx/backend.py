@@ -1,0 +1,195 @@
+"""The backend: rewrite the graph, then hand it to the inner compiler."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import logging
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.utils import counters
+
+from liger_fx.canonical import fake
+from liger_fx.checkpoint import copy_graph
+from liger_fx.options import Options
+from liger_fx.report import Report
+from liger_fx.rewrite import Rewrite, rewrite_graph
+
+log = logging.getLogger("liger_fx")
+
+_reports: list[Report] = []
+
+
+class RequirementError(RuntimeError):
+    """A rewrite named in ``require`` was not made in the graph that should have it."""
+
+
+def liger_fx(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """``torch.compile(fn, backend="liger_fx", options={...}, mode=...)``.
+
+    options: see `liger_fx.options.Options`; keys it does not know go to Inductor. mode: Inductor's
+    modes. Raises ValueError for unknown options, RequirementError if ``require`` is not met.
+    """
+    rewrites = _rewrites()
+    parsed = Options.parse(options, {r.name: r.settings for r in rewrites})
+    gm, report = rewrite(gm, rewrites, parsed)
+    _publish(report)
+    _check_required(parsed, report)
+    return _compile_inner(gm, example_inputs, parsed, mode)
+
+
+def reports() -> list[Report]:
+    """One report for each graph that this process has compiled with liger_fx, oldest first."""
+    return list(_reports)
+
+
+def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """What liger_fx would do with ``fn(*args, **kwargs)``, without running a kernel.
+
+    ``fn`` is traced on fake tensors: real, fake and meta arguments will do, and no GPU is needed.
+    Code between two graphs runs on fake tensors too. The options come from the environment. Returns
+    one report over all graphs.
+    """
+    from torch._subclasses import FakeTensorMode
+
+    rewrites = _rewrites()
+    parsed = Options.parse(None, {r.name: r.settings for r in rewrites})
+    found: list[Report] = []
+
+    def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        found.append(rewrite(copy_graph(gm), rewrites, parsed)[1])
+        return gm.forward
+
+    torch._dynamo.reset()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            torch.compile(fn, backend=record)(*args, **kwargs)
+    finally:
+        torch._dynamo.reset()
+    return Report.merged(found)
+
+
+def rewrite(
+    gm: fx.GraphModule, rewrites: Sequence[Rewrite], options: Options
+) -> tuple[fx.GraphModule, Report]:
+    """The rewritten graph and its report. After an engine error: the untouched graph, and the
+    error in the report, unless ``strict``."""
+    device = _device_type(gm)
+    if device == "cpu":
+        _warn_without_cuda()
+    chosen, decisions = _apply_policy(rewrites, options, device)
+    start = time.perf_counter()
+    nodes = len(gm.graph.nodes)
+    untouched = None if options.strict else copy_graph(gm)
+    try:
+        report = rewrite_graph(gm, chosen, options.settings)
+    except Exception:
+        if untouched is None:
+            raise
+        report = Report(error=traceback.format_exc())
+        gm = untouched
+        log.exception("liger_fx failed on a graph and leaves it untouched; please report this")
+    report.nodes, report.decisions = nodes, decisions
+    report.seconds = time.perf_counter() - start
+    return gm, report
+
+
+@functools.cache
+def _warn_without_cuda() -> None:
+    log.warning(
+        "graphs on a CPU: Liger's Triton kernels need a GPU, so plain PyTorch ops stand in for them"
+    )
+
+
+def _rewrites() -> list[Rewrite]:
+    from liger_fx.passes import DEFAULT
+
+    return DEFAULT
+
+
+def _apply_policy(
+    rewrites: Sequence[Rewrite], options: Options, device: str
+) -> tuple[list[Rewrite], dict[str, str]]:
+    """The rewrites to try, and a word on each that is not."""
+    chosen, decisions = [], {}
+    for candidate in rewrites:
+        name = candidate.name
+        if name in options.disable:
+            decisions[name] = "disabled by option"
+        elif options.policy == "auto" and device not in candidate.evidence:
+            decisions[name] = f"not applied by policy=auto: no gain measured on {device}"
+        elif options.policy not in ("auto", "all") and name not in options.policy:
+            decisions[name] = "not in the policy's list"
+        else:
+            chosen.append(candidate)
+    return chosen, decisions
+
+
+def _device_type(gm: fx.GraphModule) -> str:
+    """The device the graph computes on. Meta tensors stand for a GPU's."""
+    types = {
+        value.device.type
+        for node in gm.graph.nodes
+        if isinstance(value := fake(node), torch.Tensor)
+    }
+    return "cuda" if types & {"cuda", "meta"} else "cpu"
+
+
+def _publish(report: Report) -> None:
+    _reports.append(report)
+    for name, count in report.counts.items():
+        counters["liger_fx"][name] += count
+    log.info("%s", report.summary())
+    log.debug("%s", report)
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "liger_fx_report", "encoding": "json"},
+        payload_fn=report.to_json,
+    )
+
+
+def _check_required(options: Options, report: Report) -> None:
+    made = {name for r in _reports for name in r.counts}
+    missing = [name for name in options.require if name not in made]
+    # A graph without anything like the rewrite (a layer of its own, say) is no failure yet.
+    near = {m.rewrite for m in report.near_misses if 2 * m.matched >= m.total}
+    concerned = near | {r.rewrite for r in report.rejections}
+    if missing and (concerned & set(missing) or report.error):
+        raise RequirementError(f"required but not made: {', '.join(missing)}\n{report}")
+
+
+def _compile_inner(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None
+) -> Callable[..., Any]:
+    if options.inner == "eager":
+        return gm.forward
+    if options.inner == "aot_eager":
+        return torch._dynamo.lookup_backend("aot_eager")(gm, list(example_inputs))
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode else {}), **options.inductor}
+    with torch.compiler.config.patch(cache_key_tag=_cache_key_tag()):  # type: ignore[attr-defined]
+        return compile_fx(  # type: ignore[return-value]
+            gm, list(example_inputs), config_patches=patches
+        )
+
+
+def _cache_key_tag() -> str:
+    """The compile caches see the rewritten graph, but not what an op's backward is: an update of
+    liger_fx or Liger must miss them (https://github.com/pytorch/pytorch/issues/144344)."""
+    versions = [
+        f"{name}={importlib.metadata.version(name)}" for name in ("liger_fx", "liger_kernel")
+    ]
+    return ";".join(filter(None, [torch.compiler.config.cache_key_tag, *versions]))

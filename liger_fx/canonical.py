@@ -1,0 +1,342 @@
+"""A read-only canonical view of a Dynamo graph.
+
+The same mathematics reaches a backend in many spellings: ``x.float()`` or
+``x.to(torch.float32)``, ``F.silu(g)`` or ``F.silu(g, inplace=False)``, ``linear(x, w)`` or
+``linear(x, w, None)``, ``view``, ``reshape`` or ``flatten``, casts and slices that do nothing.
+`View` gives every node one `Expr`, whatever its spelling; the graph itself is never changed.
+
+Rules, all decided from each node's ``example_value``:
+
+- a view, cast, slice or device move whose output equals its input is its input;
+- ``float``, ``half``, ``type_as``, ``to(dtype)`` ... are ``cast``;
+- ``view``, ``reshape``, ``flatten``, ``unsqueeze`` ... are ``reshape``;
+- arguments of known functions are positional, with their defaults filled in;
+- ``item()`` of a number that Dynamo has specialised (``dynamic=True``) is that number.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+from torch.fx.operator_schemas import normalize_function
+
+Target = Callable[..., Any] | str
+
+
+@dataclass(frozen=True)
+class Expr:
+    """What a node computes: an operation by its canonical name (or the callable itself, where
+    the alphabet has no name for it) and its arguments, nodes already resolved."""
+
+    op: Target
+    args: tuple[Any, ...]
+
+
+# Canonical names. Functions are looked up by identity, methods by their name.
+_CASTS = frozenset({"float", "half", "bfloat16", "double", "to", "type", "type_as"})
+_RESHAPES = frozenset(
+    [
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "contiguous",
+        "view_as",
+        "reshape_as",
+    ]
+)
+_NAMES: dict[Any, str] = {
+    F.linear: "linear",
+    F.cross_entropy: "cross_entropy",
+    F.silu: "silu",
+    F.gelu: "gelu",
+    F.layer_norm: "layer_norm",
+    F.softmax: "softmax",
+    F.log_softmax: "log_softmax",
+    operator.truediv: "div",
+    torch.true_divide: "div",
+}
+for _name in ["add", "sub", "mul", "matmul", "neg", "pow", "getitem"]:
+    _NAMES[getattr(operator, _name)] = _name
+for _name in [
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "matmul",
+    "neg",
+    "pow",
+    "tanh",
+    "sigmoid",
+    "rsqrt",
+    "mean",
+    "sum",
+    "cat",
+    "stack",
+    "chunk",
+    "split",
+    "transpose",
+    "permute",
+    "rms_norm",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+]:
+    _NAMES[getattr(torch, _name)] = _name
+_METHOD_ALIASES = {"true_divide": "div"}
+COMMUTATIVE = frozenset({"add", "mul"})
+
+
+def op_name(node: fx.Node) -> Target:
+    """The canonical operation of ``node``, without looking at its arguments."""
+    if node.op == "call_method":
+        name = str(node.target)
+        name = _METHOD_ALIASES.get(name, name)
+    elif node.op == "call_function":
+        name = _NAMES.get(node.target, node.target)  # type: ignore[assignment, arg-type]
+    else:
+        return node.op
+    if name in _CASTS:
+        return "cast"
+    if name in _RESHAPES:
+        return "reshape"
+    return name
+
+
+def fake(node: Any) -> Any:
+    """The ``example_value`` of a node; a literal stands for itself."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+class View:
+    """The canonical expressions of one graph. Nodes are looked at when they are asked for, once."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.position = {node: i for i, node in enumerate(graph.nodes)}
+        self._exprs: dict[fx.Node, Expr] = {}
+        self._resolved: dict[fx.Node, Any] = {}
+
+    def resolve(self, arg: Any) -> Any:
+        """The node that really produces the value ``arg``, or the literal that it is.
+
+        Steps over nodes that do nothing; goes into tuples, lists and slices.
+        """
+        if isinstance(arg, fx.Node):
+            if arg not in self._resolved:
+                self._resolved[arg] = self._resolve_node(arg)
+            return self._resolved[arg]
+        if isinstance(arg, tuple | list):
+            return tuple(self.resolve(a) for a in arg)
+        if isinstance(arg, slice):
+            return slice(self.resolve(arg.start), self.resolve(arg.stop), self.resolve(arg.step))
+        return arg
+
+    def _resolve_node(self, node: fx.Node) -> Any:
+        # A loop, not recursion: a chain of no-ops may be as long as the graph.
+        while _does_nothing(node):
+            node = node.args[0]  # type: ignore[assignment]
+        if node.op == "call_method" and node.target == "item":
+            number = _specialised_number(fake(node))
+            return node if number is None else number
+        return node
+
+    def expr(self, node: fx.Node) -> Expr:
+        """The canonical expression of a node that `resolve` returned."""
+        if node not in self._exprs:
+            self._exprs[node] = self._canonical(node)
+        return self._exprs[node]
+
+    def _canonical(self, node: fx.Node) -> Expr:
+        op = op_name(node)
+        if node.op not in ("call_function", "call_method"):
+            return Expr(op, (node,))
+        if op == "cast":
+            return Expr(op, (self.resolve(node.args[0]), fake(node).dtype))
+        if op == "reshape":
+            return Expr(op, (self.resolve(node.args[0]),))
+        return Expr(op, tuple(self.resolve(a) for a in positional(node)))
+
+    def same(self, a: Any, b: Any) -> bool:
+        """Do two resolved values always hold the same number? True for the same node, for equal
+        literals, and for the same pure expression written twice (``x.float()`` and again
+        ``x.float()``): Dynamo does no common-subexpression elimination."""
+        if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+            if a is b:
+                return True
+            ea, eb = self.expr(a), self.expr(b)
+            pure = ea.op in _REPEATABLE and ea.op == eb.op and len(ea.args) == len(eb.args)
+            if not pure or _shape(a) != _shape(b):
+                return False
+            return all(self.same(x, y) for x, y in zip(ea.args, eb.args, strict=True))
+        if isinstance(a, tuple) and isinstance(b, tuple):
+            return len(a) == len(b) and all(map(self.same, a, b))
+        return type(a) is type(b) and bool(a == b)
+
+
+# Expressions that give the same value each time they are written; no random ones, no unknown ones.
+_REPEATABLE = frozenset(
+    {"cast", "reshape", "getitem", "chunk", "split", "transpose", "permute", "neg", *COMMUTATIVE}
+)
+
+
+def _shape(node: fx.Node) -> Any:
+    value = fake(node)
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def _does_nothing(node: fx.Node) -> bool:
+    """Is the node's output its first argument, element for element?"""
+    op = op_name(node)
+    if op not in ("cast", "reshape", "getitem") or not node.args:
+        return False
+    source = node.args[0]
+    before, after = fake(source), fake(node)
+    if not isinstance(source, fx.Node) or not isinstance(before, torch.Tensor):
+        return False
+    if not isinstance(after, torch.Tensor):
+        return False
+    if before.dtype != after.dtype or before.device != after.device:
+        return False
+    if op == "getitem" and not _only_slices(node.args[1]):
+        return False
+    return _same_shape(before, after)
+
+
+def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
+    # Symbols are compared by name: asking whether s0 == s1 would add a guard to the user's graph.
+    return len(a.shape) == len(b.shape) and all(
+        x is y or str(x) == str(y) for x, y in zip(a.shape, b.shape, strict=True)
+    )
+
+
+def _only_slices(index: Any) -> bool:
+    """An index of full or partial slices only; an index tensor of the same shape is no no-op."""
+    items = index if isinstance(index, tuple | list) else (index,)
+    return all(item is Ellipsis or isinstance(item, slice) for item in items)
+
+
+def _specialised_number(value: Any) -> float | int | bool | None:
+    """The constant behind a Sym value that has no free symbol left."""
+    if isinstance(value, int | float | bool):
+        return value
+    node = getattr(value, "node", None)
+    expr = getattr(node, "expr", None)
+    if node is not None and expr is not None and not expr.free_symbols:
+        return node.maybe_as_float() if isinstance(value, torch.SymFloat) else node.maybe_as_int()
+    # Under dynamic=True a module's float attribute is an input tensor; Dynamo has guarded on its
+    # value (``specialize_float`` semantics) when the hint is the only value the graph is good for.
+    if isinstance(value, torch.SymFloat) and node is not None and node.is_constant():
+        return node.maybe_as_float()
+    return None
+
+
+@functools.cache
+def _parameters(target: Any) -> tuple[inspect.Parameter, ...] | None:
+    try:
+        return tuple(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
+def positional(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments of a call in the order of its signature, defaults filled in.
+
+    Falls back to the arguments as written, keywords last and sorted by name, where a builtin
+    publishes no signature.
+    """
+    args, kwargs = tuple(node.args), dict(node.kwargs)
+    if node.op == "call_method":
+        # transpose, chunk, mean ... have their twin in torch.*, with the same parameters.
+        twin = getattr(torch, str(node.target), None)
+        if twin is None or not kwargs:
+            return args + tuple(kwargs[k] for k in sorted(kwargs))
+        return _normalize(twin, args, kwargs)
+    return _normalize(node.target, args, kwargs)
+
+
+def _normalize(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    parameters = _parameters(target)
+    if target is F.linear:
+        bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        values = {"input": args[0] if args else None, **kwargs}
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        return (values["input"], weight, bias)
+    if parameters is not None and not any(
+        p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters
+    ):
+        named = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs
+        return tuple(
+            named.get(p.name, None if p.default is p.empty else p.default) for p in parameters
+        )
+    if kwargs:
+        normal = normalize_function(target, args, kwargs, normalize_to_only_use_kwargs=True)
+        if normal is not None:
+            return tuple(normal.kwargs.values())
+    return args + tuple(kwargs[k] for k in sorted(kwargs))
+
+
+# -- mutation -------------------------------------------------------------------------------------
+
+_INPLACE_OPERATORS = {
+    getattr(operator, name)
+    for name in (
+        "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior",
+        "ixor", "ilshift", "irshift", "setitem", "delitem",
+    )
+}  # fmt: skip
+
+
+def mutated_arguments(node: fx.Node) -> Iterator[fx.Node]:
+    """The tensor arguments that ``node`` writes to."""
+    if node.op not in ("call_function", "call_method"):
+        return
+    target = node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    schema = getattr(target, "_schema", None)
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    written: list[Any] = []
+    if target in _INPLACE_OPERATORS:
+        written.append(first)
+    elif isinstance(target, torch._ops.OpOverload) and schema is not None and schema.is_mutable:
+        names = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+        given = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
+        written += [(given | node.kwargs).get(n) for n in names]
+    elif (name.endswith("_") and not name.endswith("__")) or _inplace_flag(node):
+        written.append(first)
+    written.append(node.kwargs.get("out"))
+    for value in written:
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(item, fx.Node) and isinstance(fake(item), torch.Tensor):
+                yield item
+
+
+def _inplace_flag(node: fx.Node) -> bool:
+    if node.kwargs.get("inplace") is True:
+        return True
+    parameters = _parameters(node.target) if node.op == "call_function" else None
+    names = [p.name for p in parameters] if parameters else []
+    return "inplace" in names and node.args[names.index("inplace") :][:1] == (True,)
+
+
+def storage_key(node: fx.Node) -> int | None:
+    """Nodes with the same key are views of the same memory."""
+    value = fake(node)
+    if not isinstance(value, torch.Tensor):
+        return None
+    try:
+        return value.untyped_storage()._cdata
+    except NotImplementedError:  # a wrapper subclass (DTensor, NF4Tensor) has no storage of its own
+        return id(value)

@@ -1,0 +1,292 @@
+"""Matching patterns against the canonical view, and the rules that make a match legal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from liger_fx.canonical import View, _does_nothing, fake, mutated_arguments, op_name, storage_key
+from liger_fx.pattern import Binding, Cast, Chain, Op, Pattern, Term
+
+
+class Reject(Exception):
+    """Raised by a rewrite's ``check``: the match is not legal, and this is why."""
+
+
+@dataclass
+class Match:
+    """One place where a pattern fits.
+
+    ``bindings`` maps each parameter of the pattern to a node or a literal, ``chains`` each wildcard
+    to its nodes (outermost first), ``nodes`` holds what a replacement makes superfluous, the root
+    among it.
+    """
+
+    pattern: Pattern
+    root: fx.Node
+    bindings: dict[str, Any]
+    chains: dict[str, list[fx.Node]]
+    nodes: set[fx.Node]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """The bindings as fake tensors and literals."""
+        return {name: fake(value) for name, value in self.bindings.items()}
+
+    @property
+    def output(self) -> torch.Tensor:
+        """The fake tensor that the matched subgraph computes."""
+        return fake(self.root)
+
+
+@dataclass(frozen=True)
+class Miss:
+    """How far a pattern got: ``matched`` of ``total`` operations, then ``found`` for ``wanted``."""
+
+    pattern: Pattern
+    matched: int
+    total: int
+    wanted: str
+    found: fx.Node | Any
+
+
+def size(term: Term) -> int:
+    """How many operations a term has."""
+    if isinstance(term, Op):
+        return 1 + sum(map(size, term.args))
+    if isinstance(term, Cast | Chain):
+        return size(term.source)
+    if isinstance(term, tuple | list):
+        return sum(map(size, term))
+    return 0
+
+
+@dataclass
+class _State:
+    bindings: dict[str, Any] = field(default_factory=dict)
+    chains: dict[str, list[fx.Node]] = field(default_factory=dict)
+    dtypes: list[tuple[str, torch.dtype]] = field(default_factory=list)  # binding has this dtype
+    matched: int = 0
+
+    def copy(self) -> _State:
+        return _State(dict(self.bindings), dict(self.chains), list(self.dtypes), self.matched)
+
+
+class Matcher:
+    """Tries one pattern at one root. After a failure, ``miss`` says where it was nearest."""
+
+    def __init__(self, view: View, pattern: Pattern) -> None:
+        self.view = view
+        self.pattern = pattern
+        self.miss: Miss | None = None
+
+    def at(self, root: fx.Node) -> Match | None:
+        state = self._match(self.pattern.term, root, _State())
+        if state is None or not self._dtypes_agree(state):
+            return None
+        # An optional parameter that the pattern never uses binds nothing; the rest are all bound.
+        nodes = interior(self.view, root, state.bindings)
+        return Match(self.pattern, root, state.bindings, state.chains, nodes)
+
+    def _match(self, term: Term, value: Any, state: _State) -> _State | None:
+        if isinstance(term, Binding):
+            return self._bind(term, value, state)
+        if isinstance(term, Cast):
+            return self._match_cast(term, value, state)
+        if isinstance(term, Chain):
+            return self._match_chain(term, value, state)
+        if isinstance(term, Op):
+            return self._match_op(term, value, state)
+        if isinstance(term, tuple | list):
+            return self._match_all(tuple(term), value, state)
+        if not isinstance(value, fx.Node) and type(value) in _LITERALS and value == term:
+            return state
+        return self._missed(repr(term), value, state)
+
+    def _bind(self, term: Binding, value: Any, state: _State) -> _State | None:
+        if term.name not in state.bindings:
+            state.bindings[term.name] = value
+        elif not self.view.same(state.bindings[term.name], value):
+            return self._missed(f"the same {term.name} as before", value, state)
+        return state
+
+    def _match_op(self, term: Op, value: Any, state: _State) -> _State | None:
+        expr = self.view.expr(value) if isinstance(value, fx.Node) else None
+        if expr is None or expr.op != term.op or len(expr.args) != len(term.args):
+            if term.op == "reshape":  # a reshape that does nothing may be missing from the graph
+                return self._match(term.args[0], value, state)
+            return self._missed(name_of(term.op), value, state)
+        state.matched += 1
+        if term.commutative:
+            swapped = self._match_all(term.args, expr.args, state.copy())
+            return swapped or self._match_all(term.args, expr.args[::-1], state)
+        return self._match_all(term.args, expr.args, state)
+
+    def _match_all(self, terms: tuple[Term, ...], values: Any, state: _State) -> _State | None:
+        if not isinstance(values, tuple) or len(values) != len(terms):
+            return self._missed(f"{len(terms)} values", values, state)
+        current: _State | None = state
+        for term, value in zip(terms, values, strict=True):
+            if current is None:
+                return None
+            current = self._match(term, value, current)
+        return current
+
+    def _match_cast(self, term: Cast, value: Any, state: _State) -> _State | None:
+        if not isinstance(value, fx.Node) or not isinstance(fake(value), torch.Tensor):
+            return self._missed("a tensor", value, state)
+        dtype = fake(value).dtype
+        if isinstance(term.dtype, Binding):
+            state.dtypes.append((term.dtype.name, dtype))
+        elif term.dtype != dtype:
+            return self._missed(f"a cast to {term.dtype}", value, state)
+        expr = self.view.expr(value)
+        if expr.op == "cast":
+            through = self._match(term.source, expr.args[0], state.copy())
+            if through is not None:
+                return through
+        return self._match(term.source, value, state)
+
+    def _match_chain(self, term: Chain, value: Any, state: _State) -> _State | None:
+        passed = []
+        while isinstance(value, fx.Node) and term.step(value):
+            passed.append(value)
+            value = self.view.resolve(value.args[0])
+        state.chains[term.name] = [*state.chains.get(term.name, []), *passed]
+        return self._match(term.source, value, state)
+
+    def _dtypes_agree(self, state: _State) -> bool:
+        return all(
+            isinstance(fake(state.bindings[name]), torch.Tensor)
+            and fake(state.bindings[name]).dtype == dtype
+            for name, dtype in state.dtypes
+        )
+
+    def _missed(self, wanted: str, found: Any, state: _State) -> _State | None:
+        if self.miss is None or state.matched > self.miss.matched:
+            total = size(self.pattern.term)
+            self.miss = Miss(self.pattern, state.matched, total, wanted, found)
+        return None
+
+
+_LITERALS = (int, float, bool, str, type(None), torch.dtype, type(Ellipsis), slice)
+
+
+def root_ops(term: Term) -> set[Any]:
+    """The canonical operations at which a match of ``term`` can end."""
+    if isinstance(term, Op):
+        return {term.op}
+    if isinstance(term, Cast):
+        return {"cast"} | root_ops(term.source)
+    raise TypeError(f"a pattern must end in an operation, not in {term!r}")
+
+
+def candidates(view: View, pattern: Pattern) -> Iterator[fx.Node]:
+    wanted = root_ops(pattern.term)
+    for node in view.position:
+        if node.op.startswith("call_") and op_name(node) in wanted and not _does_nothing(node):
+            yield node
+
+
+def interior(view: View, root: fx.Node, bindings: dict[str, Any]) -> set[fx.Node]:
+    """The nodes between the bindings and the root: what the match computes."""
+    bound = {value for value in bindings.values() if isinstance(value, fx.Node)}
+    found: set[fx.Node] = set()
+    todo = [root]
+    while todo:
+        node = todo.pop()
+        resolved = view.resolve(node)
+        is_input = not isinstance(resolved, fx.Node) or resolved in bound
+        is_input |= any(view.same(resolved, b) for b in bound)
+        if node in found or (is_input and node is not root):
+            continue
+        found.add(node)
+        todo += data_inputs(node)
+    return found
+
+
+def data_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs whose numbers, not only their shape or dtype, reach the output."""
+    inputs = node.all_input_nodes
+    if op_name(node) in ("cast", "reshape", "getitem"):
+        inputs = inputs[:1]
+    return [n for n in inputs if isinstance(fake(n), torch.Tensor | tuple | list)]
+
+
+def name_of(op: Any) -> str:
+    return op if isinstance(op, str) else getattr(op, "__name__", str(op))
+
+
+# -- legality -------------------------------------------------------------------------------------
+
+_GRAD_MODE = {torch._C._set_grad_enabled}
+
+
+class Legality:
+    """The facts about one graph that decide whether a match may be replaced at all."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.writes: dict[int, list[fx.Node]] = {}
+        self.grad_mode: list[fx.Node] = []
+        for node in view.position:
+            for target in mutated_arguments(node):
+                key = storage_key(target)
+                if key is not None:
+                    self.writes.setdefault(key, []).append(node)
+            if node.target in _GRAD_MODE:
+                self.grad_mode.append(node)
+
+    def check(self, match: Match) -> None:
+        """Raise `Reject` if somebody could notice that the interior values are gone."""
+        self._no_escape(match)
+        self._no_mutation(match)
+        self._one_grad_mode(match)
+        for name, value in match.values.items():
+            if isinstance(value, torch.Tensor) and _is_wrapper(value):
+                raise Reject(
+                    f"{name} is a {type(value).__name__}; the kernels take plain tensors only"
+                )
+
+    def _no_escape(self, match: Match) -> None:
+        for node in match.nodes - {match.root}:
+            for user in node.users:
+                if user in match.nodes:
+                    continue
+                what = name_of(op_name(node))
+                if user.op == "output":
+                    raise Reject(f"the value of `{what}` ({node.name}) is also returned")
+                raise Reject(
+                    f"the value of `{what}` ({node.name}) is also used by "
+                    f"`{name_of(op_name(user))}` ({user.name})"
+                )
+
+    def _no_mutation(self, match: Match) -> None:
+        inputs = {v for v in match.bindings.values() if isinstance(v, fx.Node)}
+        window = self._window(match)
+        for node in match.nodes | inputs:
+            for write in self.writes.get(storage_key(node) or 0, ()):
+                if write not in match.nodes and self.view.position[write] in window:
+                    raise Reject(
+                        f"{node.name} is written in place by `{name_of(op_name(write))}` "
+                        f"({write.name}) before `{name_of(op_name(match.root))}`"
+                    )
+
+    def _one_grad_mode(self, match: Match) -> None:
+        window = self._window(match)
+        if any(self.view.position[node] in window for node in self.grad_mode):
+            raise Reject("grad mode is switched in the middle of it")
+
+    def _window(self, match: Match) -> range:
+        first = min(self.view.position[node] for node in match.nodes)
+        return range(first, self.view.position[match.root])
+
+
+def _is_wrapper(value: torch.Tensor) -> bool:
+    """A DTensor, an NF4Tensor ...: a tensor that stands for other tensors."""
+    return hasattr(type(value), "__tensor_flatten__") or hasattr(value, "__tensor_flatten__")

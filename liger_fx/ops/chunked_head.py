@@ -1,0 +1,370 @@
+"""Projection and cross-entropy over chunks of tokens: the loop that both head ops share.
+
+For tokens ``x[n]``, labels ``y[n]``, a head ``W [V, H]`` and an optional bias ``b [V]``::
+
+    z[n]    = softcap * tanh((x[n] W^T + b) / softcap)        without softcap: x[n] W^T + b
+    loss[n] = (1 - e) (lse(z[n]) - z[n, y[n]]) + e (lse(z[n]) - mean(z[n]))     e: label smoothing
+
+as `torch.nn.functional.cross_entropy` defines it, 0 where ``y[n] == ignore_index``. The gradient of
+the logits overwrites them, goes into the gradients of ``x``, ``W`` and ``b``, and the next chunk
+takes their place: no tensor of ``tokens x V`` is larger than one chunk (the idea of Liger's
+FusedLinearCrossEntropy and of torch's linear_cross_entropy).
+
+Differences to Liger's own loop: ignored tokens are dropped before the projection; nothing waits for
+the host in a way that idles the GPU; chunks are sized by a memory budget; the weight gradient is
+accumulated in fp32 inside the GEMM.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("liger_fx")
+
+# Bytes of logits a chunk may take. 1 GiB is 4096 tokens of Llama-3's vocabulary in bf16: beyond it
+# the GEMMs gain nothing; below it each chunk's pass over the fp32 weight gradient begins to show.
+LOGITS_BUDGET = {"cuda": 1 << 30, "cpu": 64 << 20}
+_MIN_CHUNK = 128
+
+
+@dataclass(frozen=True)
+class Head:
+    """A projection and its loss. ``weight`` is [V, H], ``bias`` [V] or None, of the input's dtype;
+    ``softcap`` 0 means none."""
+
+    weight: Tensor
+    bias: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    softcap: float
+
+    @property
+    def vocab(self) -> int:
+        return self.weight.shape[0]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients to compute, and the dtype in which those of the parameters are summed."""
+
+    input: bool = False
+    weight: bool = False
+    bias: bool = False
+    accum_dtype: torch.dtype = torch.float32
+
+    def __bool__(self) -> bool:
+        return self.input or self.weight or self.bias
+
+
+@dataclass
+class Outcome:
+    """losses: fp32 [N]. Gradients: None where not wanted; those of the parameters have the
+    accumulation dtype."""
+
+    losses: Tensor
+    grad_input: Tensor | None
+    grad_weight: Tensor | None
+    grad_bias: Tensor | None
+
+
+def chunk_tokens_for(vocab: int, itemsize: int, device_type: str) -> int:
+    """The number of tokens whose logits fit the budget, a multiple of 128."""
+    budget = LOGITS_BUDGET.get(device_type, LOGITS_BUDGET["cpu"])
+    return max(_MIN_CHUNK, budget // (vocab * itemsize) // _MIN_CHUNK * _MIN_CHUNK)
+
+
+def run(
+    x: Tensor,
+    target: Tensor,
+    head: Head,
+    wanted: Wanted,
+    *,
+    upstream: Tensor | None = None,
+    chunk_tokens: int = 0,
+    skip_ignored: bool = True,
+) -> Outcome:
+    """Losses and gradients of all tokens.
+
+    x: [N, H]. target: int64 [N]. upstream: fp32 [N], the gradient of each token's loss, 1 without.
+    chunk_tokens: 0 means by budget. Raises IndexError for a label out of range on a CPU; on CUDA it
+    is a device-side assertion, both as in eager.
+    """
+    _check_labels(target, head)
+    tokens, size = target.numel(), chunk_tokens
+    if size <= 0:
+        size = chunk_tokens_for(head.vocab, x.element_size(), x.device.type)
+    size = max(1, min(size, tokens))
+    # One chunk holds all there is to sum up: no accumulator is needed.
+    accum = wanted.accum_dtype if size < tokens else x.dtype
+    outcome = _allocate(x, head, wanted, accum, tokens)
+    logits = _logits_buffer(size, head.vocab, x, upstream)
+    first = True
+    # Autocast is still on inside an op that runs eagerly; here every dtype has been decided.
+    with torch.autocast(x.device.type, enabled=False):
+        for rows in token_chunks(target, head.ignore_index, size, skip_ignored):
+            _one_chunk(x, target, rows, head, upstream, logits, outcome, first)
+            first = False
+    return outcome
+
+
+def _allocate(x: Tensor, head: Head, wanted: Wanted, accum: torch.dtype, tokens: int) -> Outcome:
+    # Parameter gradients are written by the first chunk and need zeros only if there is none.
+    def accumulator(like: Tensor) -> Tensor:
+        make = torch.empty_like if tokens else torch.zeros_like
+        return make(like, dtype=accum, memory_format=torch.contiguous_format)
+
+    return Outcome(
+        losses=torch.zeros(tokens, dtype=_loss_dtype(x.dtype), device=x.device),
+        # Rows that no chunk visits are ignored tokens: their gradient is zero.
+        grad_input=x.new_zeros(x.shape) if wanted.input else None,
+        grad_weight=accumulator(head.weight) if wanted.weight else None,
+        grad_bias=accumulator(head.bias) if wanted.bias and head.bias is not None else None,
+    )
+
+
+def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _logits_buffer(rows: int, vocab: int, x: Tensor, upstream: Tensor | None) -> Tensor:
+    # With an upstream factor per token, 16-bit gradients of logits would be rounded twice.
+    dtype = torch.float32 if upstream is not None and x.is_cuda else x.dtype
+    # Rows padded to 128 bytes: a GEMM over 32001 unpadded columns is several times slower.
+    unit = 128 // dtype.itemsize
+    padded = -(-vocab // unit) * unit
+    return x.new_empty(rows, padded, dtype=dtype)[:, :vocab]
+
+
+def _one_chunk(
+    x: Tensor,
+    target: Tensor,
+    rows: slice | Tensor,
+    head: Head,
+    upstream: Tensor | None,
+    buffer: Tensor,
+    outcome: Outcome,
+    first: bool,
+) -> None:
+    x_c, y_c = x[rows], target[rows]
+    factor = None if upstream is None else upstream[rows].unsqueeze(1)
+    logits = buffer[: y_c.numel()]
+    _project(x_c, head, logits)
+
+    differentiate = any(
+        g is not None for g in (outcome.grad_input, outcome.grad_weight, outcome.grad_bias)
+    )
+    losses = torch.zeros(y_c.numel(), dtype=outcome.losses.dtype, device=x.device)
+    kernel = _cross_entropy_liger if x.is_cuda and _liger_kernel() else _cross_entropy_torch
+    kernel(logits, y_c, losses, head, differentiate, factor)
+    outcome.losses[rows] = losses
+    if not differentiate:
+        return
+    logits = logits.to(x.dtype)
+    if outcome.grad_input is not None:
+        if isinstance(rows, slice):
+            torch.mm(logits, head.weight, out=outcome.grad_input[rows])
+        else:
+            outcome.grad_input.index_copy_(0, rows, logits @ head.weight)
+    if outcome.grad_weight is not None:
+        _accumulate_mm(outcome.grad_weight, logits.t(), x_c, first)
+    if outcome.grad_bias is not None:
+        total = logits.sum(0, dtype=outcome.grad_bias.dtype)
+        outcome.grad_bias.copy_(total) if first else outcome.grad_bias.add_(total)
+
+
+def _project(x: Tensor, head: Head, out: Tensor) -> None:
+    if out.dtype != x.dtype:
+        torch.mm(x, head.weight.t(), out_dtype=out.dtype, out=out)
+        if head.bias is not None:
+            out.add_(head.bias)
+    elif head.bias is None:
+        torch.mm(x, head.weight.t(), out=out)
+    else:
+        torch.addmm(head.bias, x, head.weight.t(), out=out)
+
+
+def _accumulate_mm(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total (+)= a @ b, summed in total's dtype."""
+    if total.dtype == a.dtype:
+        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
+    elif total.is_cuda:
+        # The GEMM's own fp32 accumulator, without rounding to bf16 in between.
+        if first:
+            torch.mm(a, b, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        a, b = a.to(total.dtype), b.to(total.dtype)
+        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
+
+
+# -- which tokens ----------------------------------------------------------------------
+
+
+def token_chunks(
+    target: Tensor, ignore_index: int, size: int, skip_ignored: bool
+) -> Iterator[slice | Tensor]:
+    """Chunks of at most ``size`` tokens, as slices or index tensors; without ignored tokens if
+    ``skip_ignored``. Always at least one chunk, unless there is no token at all.
+
+    On CUDA the number of valid tokens is needed on the host. Its copy is started first and waited
+    for only after the first chunk's work has been queued, so the GPU is busy while the host learns
+    it. While a CUDA graph is captured nothing may depend on the host: no token is skipped then.
+    """
+    tokens = target.numel()
+    if skip_ignored and target.is_cuda and not torch.cuda.is_current_stream_capturing():
+        yield from _valid_chunks_cuda(target, ignore_index, size)
+    elif skip_ignored and not target.is_cuda:
+        yield from _valid_chunks_cpu(target, ignore_index, size)
+    else:
+        yield from _slices(0, tokens, size)
+
+
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    for begin in range(start, stop, size):
+        yield slice(begin, min(begin + size, stop))
+
+
+def _valid_chunks_cpu(target: Tensor, ignore_index: int, size: int) -> Iterator[slice | Tensor]:
+    valid = (target != ignore_index).nonzero().squeeze(1)
+    if valid.numel() in (0, target.numel()):
+        # Of an all-ignored batch one chunk is run, so that the gradients are written (as zeros).
+        yield from _slices(0, target.numel() if valid.numel() else min(size, target.numel()), size)
+        return
+    for part in _slices(0, valid.numel(), size):
+        yield valid[part]
+
+
+def _valid_chunks_cuda(target: Tensor, ignore_index: int, size: int) -> Iterator[slice | Tensor]:
+    tokens = target.numel()
+    if tokens == 0:
+        return
+    ignored = target == ignore_index
+    count = torch.empty((), dtype=torch.int64, pin_memory=True)
+    count.copy_(tokens - ignored.sum(), non_blocking=True)
+    counted = torch.cuda.Event()
+    counted.record()
+    order = torch.sort(ignored, stable=True).indices  # valid tokens first, in their order
+    # Whatever the count, the first chunk is needed; a small one where few tokens may be valid.
+    first = size if tokens >= 4 * size else min(size, max(_MIN_CHUNK, tokens // 8))
+    yield order[:first]
+    counted.synchronize()
+    valid = int(count)
+    for part in _slices(first, valid, size):
+        yield part if valid == tokens else order[part]
+
+
+def _check_labels(target: Tensor, head: Head) -> None:
+    """Liger's kernel reads the logit at the label without a look at the bounds."""
+    legal = ((target >= 0) & (target < head.vocab)) | (target == head.ignore_index)
+    if target.is_cuda:
+        torch._assert_async(
+            legal.all(), f"a label is neither in [0, {head.vocab}) nor {head.ignore_index}"
+        )
+    elif not legal.all():
+        raise IndexError(f"Target {int(target[~legal][0])} is out of bounds.")
+
+
+# -- the loss of a chunk, in place ------------------------------------------------------------
+
+
+def _cross_entropy_torch(
+    logits: Tensor,
+    target: Tensor,
+    losses: Tensor,
+    head: Head,
+    differentiate: bool,
+    factor: Tensor | None,
+) -> None:
+    """Write the losses, and over the logits the gradient of their sum, or of the sum weighted by
+    ``factor`` [rows, 1]."""
+    valid = (target != head.ignore_index).unsqueeze(1)
+    label = target.unsqueeze(1).where(valid, 0)
+    e, vocab = head.label_smoothing, head.vocab
+    z = logits.to(losses.dtype)
+    capped = torch.tanh(z / head.softcap) if head.softcap else None
+    if capped is not None:
+        z = capped * head.softcap
+    z = z.sub_(z.amax(1, keepdim=True))
+    at_label, mean = z.gather(1, label), z.mean(1, keepdim=True) if e else 0.0
+    z.exp_()
+    total = z.sum(1, keepdim=True)
+    loss = total.log() - (1 - e) * at_label - e * mean
+    losses.copy_(loss.where(valid, 0.0).squeeze(1))
+    if not differentiate:
+        return
+    z.div_(total)
+    if e:
+        z.sub_(e / vocab)
+    z.scatter_add_(1, label, torch.full_like(at_label, e - 1.0))
+    if capped is not None:
+        z.mul_(capped.square_().neg_().add_(1.0))
+    z.mul_(valid if factor is None else valid * factor)
+    if z.data_ptr() != logits.data_ptr():
+        logits.copy_(z)
+
+
+@functools.cache
+def _liger_kernel() -> tuple[Any, int, int] | None:
+    """Liger's kernel, its largest block and its warps (as Liger's own cross_entropy_forward
+    chooses them), imported when first needed. None, with a warning, where Triton does not work."""
+    try:
+        from liger_kernel.ops import cross_entropy as liger
+    except Exception as error:  # a broken Triton raises whatever its driver raises
+        log.warning("Liger's kernels cannot be imported (%s); plain PyTorch stands in", error)
+        return None
+    return liger.liger_cross_entropy_kernel, liger.MAX_FUSED_SIZE, 16 if liger.is_hip() else 32
+
+
+def _cross_entropy_liger(
+    logits: Tensor,
+    target: Tensor,
+    losses: Tensor,
+    head: Head,
+    differentiate: bool,
+    factor: Tensor | None,
+) -> None:
+    """The same by Liger's Triton kernel. ``reduction="sum"`` keeps the token count out of it."""
+    kernel, max_block, num_warps = _liger_kernel()  # type: ignore[misc]
+    rows, vocab = logits.shape
+    block = min(max_block, 1 << (vocab - 1).bit_length())
+    kernel[(rows,)](
+        X_ptr=logits,
+        X_stride=logits.stride(0),
+        Y_ptr=target,
+        Y_stride=target.stride(0),
+        weight_ptr=None,
+        loss_ptr=losses,
+        z_loss_ptr=None,
+        loss_stride=1,
+        token_accuracy_ptr=None,
+        token_accuracy_stride=0,
+        predicted_tokens_ptr=None,
+        predicted_tokens_stride=0,
+        n_cols=vocab,
+        n_non_ignore=1,
+        sum_non_ignore_weight=1,
+        weight_sum=0.0,
+        ignore_index=head.ignore_index,
+        lse_square_scale=0.0,
+        label_smoothing=head.label_smoothing,
+        reduction="sum",
+        softcap=head.softcap or None,
+        RETURN_Z_LOSS=False,
+        RETURN_TOKEN_ACCURACY=False,
+        RETURN_PREDICTED_TOKENS=False,
+        HAS_WEIGHT=False,
+        HAS_SOFTCAPPING=bool(head.softcap),
+        HAS_GRADIENTS=differentiate,
+        BLOCK_SIZE=block,
+        num_warps=num_warps,
+    )
+    if factor is not None and differentiate:
+        logits.mul_(factor)

@@ -1,0 +1,141 @@
+"""A Python function, in the words of a model, becomes a pattern over canonical expressions.
+
+The function is traced once with `torch.fx.symbolic_trace`. Its parameters are the bindings: each
+matches any value, or any literal, and the same one wherever it is used.
+
+>>> def swiglu(gate, up):
+...     return F.silu(gate) * up
+>>> Pattern(swiglu)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import fx
+
+from liger_fx.canonical import COMMUTATIVE, Target, op_name, positional
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A parameter of the pattern function: matches anything, consistently."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Cast:
+    """``x.float()``, ``x.to(other.dtype)``: also matches a value that has that dtype already,
+    since a cast that does nothing may be missing from the graph."""
+
+    source: Term
+    dtype: torch.dtype | Binding  # a Binding means: the dtype of that value
+
+
+@dataclass(frozen=True)
+class Op:
+    """A canonical operation on terms."""
+
+    op: Target
+    args: tuple[Term, ...]
+
+    @property
+    def commutative(self) -> bool:
+        return self.op in COMMUTATIVE and len(self.args) == 2
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Any number of nodes, none as well, that ``step`` lets pass (see `chain`)."""
+
+    name: str
+    step: Callable[[fx.Node], bool]
+    source: Term
+
+
+Term = Binding | Cast | Op | Chain | Any  # anything else is a literal, matched by equality
+
+
+def chain(name: str, step: Callable[[fx.Node], bool]) -> Callable[[Any], Any]:
+    """A wildcard for patterns: ``rows = chain("rows", keeps_rows)``, then ``rows(x)``.
+
+    It matches ``x`` below any number of one-input nodes for which ``step(node)`` is true; the
+    nodes are the match's ``chains[name]``, outermost first.
+    """
+
+    def wildcard(x: fx.Proxy) -> fx.Proxy:
+        return x.tracer.create_proxy("call_function", wildcard, (x,), {})
+
+    wildcard.chain = (name, step)  # type: ignore[attr-defined]
+    return wildcard
+
+
+class Pattern:
+    """One spelling: ``term`` is its root, ``parameters`` the names that it binds."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.name = function.__name__
+        self.parameters = tuple(inspect.signature(function).parameters)
+        traced = fx.symbolic_trace(function).graph
+        terms: dict[fx.Node, Term] = {}
+        for node in traced.nodes:
+            if node.op == "output":
+                self.term: Term = terms[node.args[0]]
+            else:
+                terms[node] = _term(node, terms)
+
+    def __repr__(self) -> str:
+        return f"Pattern({self.name}({', '.join(self.parameters)}))"
+
+
+def _term(node: fx.Node, terms: dict[fx.Node, Term]) -> Term:
+    def sub(arg: Any) -> Any:
+        return fx.node.map_aggregate(
+            arg, lambda a: cast(Any, terms[a] if isinstance(a, fx.Node) else a)
+        )
+
+    if node.op == "placeholder":
+        return Binding(str(node.target))
+    wildcard = getattr(node.target, "chain", None)
+    if wildcard is not None:
+        name, step = wildcard
+        return Chain(name, step, sub(node.args[0]))
+    if node.target is getattr and node.args[1] == "dtype":
+        return _DtypeOf(sub(node.args[0]))
+    op = op_name(node)
+    if op == "cast":
+        return Cast(sub(node.args[0]), _cast_dtype(node, sub))
+    if op == "reshape":
+        return Op(op, (sub(node.args[0]),))
+    return Op(op, tuple(sub(a) for a in positional(node)))
+
+
+@dataclass(frozen=True)
+class _DtypeOf:
+    source: Binding
+
+
+_CAST_METHODS = {
+    "float": torch.float32,
+    "half": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "double": torch.float64,
+}
+
+
+def _cast_dtype(node: fx.Node, sub: Callable[[Any], Term]) -> torch.dtype | Binding:
+    if node.target in _CAST_METHODS:
+        return _CAST_METHODS[str(node.target)]
+    wanted = sub(node.args[1] if len(node.args) > 1 else node.kwargs["dtype"])
+    if isinstance(wanted, _DtypeOf):  # x.to(other.dtype)
+        wanted = wanted.source
+    if not isinstance(wanted, torch.dtype | Binding):  # x.type_as(other), other a parameter
+        raise TypeError(
+            f"a pattern casts to a dtype or to the dtype of a parameter, not to {wanted!r}"
+        )
+    return wanted

@@ -1,0 +1,187 @@
+"""What was replaced, what was refused and why, and what nearly matched."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from liger_fx.canonical import op_name
+from liger_fx.matcher import Miss, name_of
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the model: the module's name and the source line, empty when Dynamo has none."""
+
+    module: str = ""
+    source: str = ""
+
+    @staticmethod
+    def of(node: fx.Node) -> Place:
+        return Place(_module(node), _source(node))
+
+    def __str__(self) -> str:
+        return " at ".join(part for part in (self.module, self.source) if part)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A subgraph that was replaced; ``pattern`` is the spelling that matched."""
+
+    rewrite: str
+    pattern: str
+    place: Place
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A subgraph that matched, and was left alone for ``reason``."""
+
+    rewrite: str
+    reason: str
+    module: str
+    source: str
+
+    @staticmethod
+    def at(rewrite: str, reason: str, place: Place) -> Rejection:
+        return Rejection(rewrite, reason, place.module, place.source)
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """How near a rewrite came that matched nowhere in the graph."""
+
+    rewrite: str
+    pattern: str
+    matched: int
+    total: int
+    reason: str
+    module: str
+    source: str
+
+    @staticmethod
+    def of(rewrite: str, miss: Miss, place: Place) -> NearMiss:
+        reason = f"wanted {miss.wanted}, found {_describe(miss.found)}"
+        return NearMiss(
+            rewrite, miss.pattern.name, miss.matched, miss.total, reason, place.module, place.source
+        )
+
+
+@dataclass
+class Report:
+    """The outcome for one compiled graph.
+
+    seconds: time spent on matching and rewriting. nodes: size of the graph as Dynamo made it.
+    decisions: what the policy left out before matching, and on what evidence.
+    error: the traceback of an engine failure after which the graph was compiled untouched.
+    """
+
+    replacements: list[Replacement] = field(default_factory=list)
+    rejections: list[Rejection] = field(default_factory=list)
+    near_misses: list[NearMiss] = field(default_factory=list)
+    decisions: dict[str, str] = field(default_factory=dict)
+    nodes: int = 0
+    seconds: float = 0.0
+    error: str | None = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Replacements by rewrite."""
+        return dict(Counter(r.rewrite for r in self.replacements))
+
+    @staticmethod
+    def merged(reports: Sequence[Report]) -> Report:
+        """One report over several graphs."""
+        whole = Report()
+        for report in reports:
+            whole.replacements += report.replacements
+            whole.rejections += report.rejections
+            whole.near_misses += report.near_misses
+            whole.decisions |= report.decisions
+            whole.nodes += report.nodes
+            whole.seconds += report.seconds
+            whole.error = whole.error or report.error
+        return whole
+
+    def to_json(self) -> str:
+        return json.dumps({"counts": self.counts} | dataclasses.asdict(self), indent=1)
+
+    def summary(self) -> str:
+        """One line: ``linear_cross_entropy 1; refused rope 2``."""
+        if self.error:
+            return "failed, graph compiled untouched"
+        made = ", ".join(f"{name} {n}" for name, n in self.counts.items()) or "nothing replaced"
+        refused = Counter(r.rewrite for r in self.rejections)
+        return "; ".join([made, *(f"refused {name} {n}" for name, n in refused.items())])
+
+    def __str__(self) -> str:
+        rows = [
+            (r.rewrite, "replaced", f"spelling {r.pattern}", r.place) for r in self.replacements
+        ]
+        rows += [
+            (r.rewrite, "refused", r.reason, Place(r.module, r.source)) for r in self.rejections
+        ]
+        rows += [
+            (m.rewrite, "no match", _near(m), Place(m.module, m.source)) for m in self.near_misses
+        ]
+        rows += [(name, "policy", why, Place()) for name, why in self.decisions.items()]
+        head = f"liger_fx: graph of {self.nodes} nodes, matched in {self.seconds * 1e3:.1f} ms"
+        if self.error:
+            return f"{head}\n{self.error}"
+        if not rows:
+            return f"{head}\n  nothing to replace: no rewrite has its last operation in this graph"
+        width = max(len(row[0]) for row in rows)
+        lines = [f"  {name:{width}}  {word:8}  {what}" + _in(p) for name, word, what, p in rows]
+        return "\n".join([head, *lines])
+
+
+def _near(miss: NearMiss) -> str:
+    return f"{miss.matched} of {miss.total} operations of `{miss.pattern}`: {miss.reason}"
+
+
+def _in(place: Place) -> str:
+    return f"  [{place}]" if str(place) else ""
+
+
+def _describe(found: Any) -> str:
+    if not isinstance(found, fx.Node):
+        return repr(found)
+    if found.op == "placeholder":
+        return (
+            f"`{found.name}`, an input of this graph: what computes it was traced elsewhere, "
+            "or runs eagerly"
+        )
+    return f"`{name_of(op_name(found))}` ({found.name})"
+
+
+_WRAPPERS = re.compile(r"\.__dict__\['_modules'\]|\['_checkpoint_wrapped_module'\]")
+_INDEX = re.compile(r"(?:\._modules)?\['([^']*)'\]")
+
+
+def _module(node: fx.Node) -> str:
+    """``L['model'].layers.0.sa_norm`` -> ``model.layers.0.sa_norm``"""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    name = _WRAPPERS.sub("", list(stack.values())[-1][0])
+    name = name.removeprefix("L").removeprefix("G")
+    return _INDEX.sub(r".\1", name).strip(".").removeprefix("self.")
+
+
+_FRAME = re.compile(r'File "([^"]*)", line (\d+), in (\S+)')
+
+
+def _source(node: fx.Node) -> str:
+    """``transformer.py:660 in unembed``, of the innermost frame."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    path, line, function = frames[-1]
+    return f"{path.replace(chr(92), '/').rsplit('/', 1)[-1]}:{line} in {function}"

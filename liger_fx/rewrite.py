@@ -1,0 +1,237 @@
+"""Rewrites: what they are made of, and how a list of them is applied to a graph."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.proxy import GraphAppendingTracer
+
+from liger_fx.canonical import View, fake
+from liger_fx.checkpoint import checkpoint_bodies, save_in_checkpoint
+from liger_fx.matcher import Legality, Match, Matcher, Miss, Reject, candidates
+from liger_fx.pattern import Pattern
+from liger_fx.report import NearMiss, Place, Rejection, Replacement, Report
+
+__all__ = ["Reject", "Rewrite", "rewrite_graph"]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """One rewrite, as data.
+
+    name: a noun of the field, ``rms_norm``.
+    patterns: functions in the words of the model, one for each spelling; parameter names are the
+        bindings. The first that fits wins.
+    replace: ``replace(match, **proxies)`` gets an `fx.Proxy` for each binding it names, and returns
+        the proxy of the new value; all that it calls is recorded into the graph.
+    check: ``check(match, **values)`` gets fake tensors and literals, and raises `Reject`.
+    refuses: near twins, each a pattern and the reason for which it is left alone.
+    combine: joins several matches into one where the model cut one computation into pieces.
+    settings: the options ``<name>.<setting>`` and their defaults.
+    evidence: device type -> why ``policy="auto"`` applies the rewrite there; where a device type
+        is missing, ``auto`` leaves it.
+    save_ops: names of ops that activation checkpointing must keep rather than run again.
+    """
+
+    name: str
+    patterns: Sequence[Callable[..., Any]]
+    replace: Callable[..., fx.Proxy]
+    check: Callable[..., None] | None = None
+    refuses: Sequence[tuple[Callable[..., Any], str]] = ()
+    combine: Callable[[View, list[Match]], list[Match]] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    evidence: dict[str, str] = field(default_factory=dict)
+    save_ops: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spellings", tuple(map(Pattern, self.patterns)))
+        twins = tuple((Pattern(function), reason) for function, reason in self.refuses)
+        object.__setattr__(self, "twins", twins)
+
+    spellings: tuple[Pattern, ...] = field(init=False, repr=False)
+    twins: tuple[tuple[Pattern, str], ...] = field(init=False, repr=False)
+
+
+def rewrite_graph(
+    gm: fx.GraphModule,
+    rewrites: Sequence[Rewrite],
+    settings: dict[str, dict[str, Any]] | None = None,
+) -> Report:
+    """Apply ``rewrites`` in order to ``gm``, in place, and to its activation-checkpoint bodies.
+
+    gm: a graph as Dynamo gives it to a backend: every node carries ``meta["example_value"]``.
+    settings: per rewrite name, settings that differ from its defaults.
+
+    Bodies of custom autograd functions and of flex attention are left alone. Raises ValueError for
+    a graph without example values.
+    """
+    report = Report()
+    for rewrite in rewrites:
+        chosen = rewrite.settings | (settings or {}).get(rewrite.name, {})
+        _Application(rewrite, chosen, report).run(gm)
+    return report
+
+
+class _Application:
+    """One rewrite over one graph and its checkpoint bodies."""
+
+    def __init__(self, rewrite: Rewrite, settings: dict[str, Any], report: Report) -> None:
+        self.rewrite = rewrite
+        self.settings = settings
+        self.report = report
+        self.best: tuple[Miss, Place] | None = None
+        self.seen = False  # a match was found, made or refused
+
+    def run(self, gm: fx.GraphModule) -> None:
+        self._graph(gm)
+        if not self.seen and self.best is not None:
+            miss, place = self.best
+            self.report.near_misses.append(NearMiss.of(self.rewrite.name, miss, place))
+
+    def _graph(self, gm: fx.GraphModule) -> None:
+        for body in checkpoint_bodies(gm):
+            fired = len(self.report.replacements)
+            self._graph(body)
+            if self.rewrite.save_ops and len(self.report.replacements) > fired:
+                save_in_checkpoint(body, self.rewrite.save_ops)
+        _require_example_values(gm)
+        view = View(gm.graph)
+        legality = Legality(view)
+        matches = [match for match in self._find(view) if self._is_legal(match, legality)]
+        if self.rewrite.combine is not None:
+            matches = [
+                match
+                for match in self.rewrite.combine(view, matches)
+                if match in matches or self._is_legal(match, legality, checked=True)
+            ]
+        renamed: dict[fx.Node, fx.Node] = {}
+        for match in matches:
+            self._apply(gm.graph, match, renamed)
+        if renamed:
+            gm.graph.lint()
+            gm.recompile()
+
+    def _find(self, view: View) -> list[Match]:
+        found: dict[fx.Node, Match] = {}
+        for pattern in self.rewrite.spellings:
+            for node in candidates(view, pattern):
+                if node in found:
+                    continue
+                matcher = Matcher(view, pattern)
+                match = matcher.at(node)
+                if match is not None:
+                    match.settings = self.settings
+                    found[node] = match
+                else:
+                    self._note_miss(matcher.miss, node)
+        for twin, reason in self.rewrite.twins:
+            for node in candidates(view, twin):
+                if node not in found and Matcher(view, twin).at(node) is not None:
+                    self._reject(node, reason)
+        return sorted(found.values(), key=lambda m: view.position[m.root])
+
+    def _note_miss(self, miss: Miss | None, node: fx.Node) -> None:
+        if miss is None:
+            return
+        if self.best is None or miss.matched > self.best[0].matched:
+            self.best = (miss, Place.of(node))
+
+    def _is_legal(self, match: Match, legality: Legality, checked: bool = False) -> bool:
+        try:
+            legality.check(match)
+            if self.rewrite.check is not None and not checked:
+                self.rewrite.check(match, **_wanted(self.rewrite.check, match.values))
+        except Reject as reject:
+            self._reject(match.root, str(reject))
+            return False
+        return True
+
+    def _apply(self, graph: fx.Graph, match: Match, renamed: dict[fx.Node, fx.Node]) -> None:
+        if match.nodes & renamed.keys():
+            return  # part of a match that has been replaced already
+        self.seen = True
+        place, pattern = Place.of(match.root), match.pattern.name
+        renamed[match.root] = _substitute(graph, match, self.rewrite.replace, renamed)
+        self.report.replacements.append(Replacement(self.rewrite.name, pattern, place))
+
+    def _reject(self, node: fx.Node, reason: str) -> None:
+        self.seen = True
+        self.report.rejections.append(Rejection.at(self.rewrite.name, reason, Place.of(node)))
+
+
+def _require_example_values(gm: fx.GraphModule) -> None:
+    for node in gm.graph.nodes:
+        if node.op.startswith("call_") and "example_value" not in node.meta:
+            continue  # a node without a value, such as _set_grad_enabled
+        if node.op.startswith("call_"):
+            return
+    if any(node.op == "call_function" for node in gm.graph.nodes):
+        raise ValueError(
+            "the graph has no meta['example_value'] on its nodes; rewrite_graph takes graphs as "
+            "torch.compile gives them to a backend"
+        )
+
+
+def _wanted(function: Callable[..., Any], values: dict[str, Any]) -> dict[str, Any]:
+    """The bindings that ``function`` names among its parameters, after the match itself."""
+    names = list(inspect.signature(function).parameters)[1:]
+    return {name: values[name] for name in names if name in values}
+
+
+_COPIED_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "recompute", "ac_graph_id")
+
+
+def _substitute(
+    graph: fx.Graph,
+    match: Match,
+    replace: Callable[..., fx.Proxy],
+    renamed: dict[fx.Node, fx.Node],
+) -> fx.Node:
+    """Record the replacement before the root, give it metadata, erase what it made dead."""
+    root = match.root
+    tracer = GraphAppendingTracer(graph)
+    proxies = {
+        name: fx.Proxy(renamed.get(value, value), tracer) if isinstance(value, fx.Node) else value
+        for name, value in match.bindings.items()
+    }
+    before = root.prev
+    with graph.inserting_before(root):
+        new = replace(match, **_wanted(replace, proxies)).node
+    meta = {key: root.meta[key] for key in _COPIED_META if key in root.meta}
+    node = before.next
+    while node is not root:
+        node.meta.update(meta)
+        node.meta["example_value"] = _evaluate(node, root)
+        node = node.next
+    root.replace_all_uses_with(new)
+    _erase(graph, match.nodes)
+    return new
+
+
+def _evaluate(node: fx.Node, like: fx.Node) -> Any:
+    """The fake value of a new node, in the fake mode and grad mode of the node it stands in for."""
+    value = fake(like)
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), fake)
+    with value.fake_mode, torch.set_grad_enabled(value.requires_grad):
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _erase(graph: fx.Graph, nodes: set[fx.Node]) -> None:
+    """Erase the matched nodes, and the no-ops above the inputs that only they used."""
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node.users or node.op not in ("call_function", "call_method") or node.is_impure():
+            continue
+        if node._erased:
+            continue
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        todo += inputs

@@ -1,0 +1,105 @@
+"""A loss that the model computes in chunks of its hidden state is one loss.
+
+torchtune's CEWithChunkedOutputLoss projects ``hidden.chunk(8, dim=1)`` one by one, takes the summed
+cross-entropy of each against ``labels.chunk(8, dim=1)``, and adds the eight numbers up. Eight ops
+would keep eight weight gradients; the matches are merged into one, over the whole hidden state.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx
+
+from liger_fx.canonical import View, op_name
+from liger_fx.matcher import Match, interior
+
+_SHARED = ("weight", "bias", "softcap", "class_weight", "ignore_index", "label_smoothing")
+
+
+def merge_chunked_losses(view: View, matches: list[Match]) -> list[Match]:
+    """Replace each group of matches that are the terms of one sum by a single match."""
+    by_root = {match.root: match for match in matches}
+    merged: list[Match] = []
+    for node in reversed(view.position):  # a sum comes after its terms: the whole sum first
+        if node.op != "call_function" or node.target not in (operator.add, operator.iadd):
+            continue
+        terms = _terms(node)
+        if len(terms) > 1 and all(term in by_root for term in terms):
+            whole = _merge(view, node, [by_root[term] for term in terms])
+            if whole is not None:
+                merged.append(whole)
+                for term in terms:
+                    del by_root[term]
+    return sorted([*merged, *by_root.values()], key=lambda m: view.position[m.root])
+
+
+def _terms(node: fx.Node) -> list[fx.Node]:
+    """``((0.0 + a) + b) + c`` -> [a, b, c]; [] if anything else uses a partial sum."""
+    terms: list[fx.Node] = []
+    while isinstance(node, fx.Node) and node.target in (operator.add, operator.iadd):
+        left, right = node.args
+        if not isinstance(right, fx.Node):
+            return []
+        terms.append(right)
+        if isinstance(left, fx.Node) and len(left.users) != 1:
+            return []
+        node = left  # type: ignore[assignment]
+    if isinstance(node, fx.Node):
+        terms.append(node)
+    elif node != 0:
+        return []
+    return terms[::-1]
+
+
+def _merge(view: View, root: fx.Node, parts: list[Match]) -> Match | None:
+    first = parts[0]
+    if any(part.bindings["reduction"] != "sum" for part in parts):
+        return None
+    for part in parts[1:]:
+        if part.pattern is not first.pattern:
+            return None
+        for name in _SHARED:
+            if not view.same(first.bindings.get(name), part.bindings.get(name)):
+                return None
+    hidden = _whole(view, [part.bindings["hidden"] for part in parts])
+    target = _whole(view, [part.bindings["target"] for part in parts])
+    if hidden is None or target is None or hidden[1:] != target[1:]:
+        return None
+    bindings = first.bindings | {"hidden": hidden[0], "target": target[0]}
+    # Slices of the rows of one chunk are not slices of the whole.
+    if any(op_name(node) == "getitem" for part in parts for node in part.chains["rows"]):
+        return None
+    return Match(
+        first.pattern, root, bindings, first.chains, interior(view, root, bindings), first.settings
+    )
+
+
+def _whole(view: View, parts: list[Any]) -> tuple[fx.Node, int, Any] | None:
+    """(the tensor, number of chunks, dimension) if the parts are all its chunks, in order."""
+    sources = set()
+    for i, part in enumerate(parts):
+        while isinstance(part, fx.Node) and op_name(part) == "reshape":
+            part = view.resolve(part.args[0])
+        if not isinstance(part, fx.Node) or op_name(part) != "getitem" or part.args[1] != i:
+            return None
+        sources.add(part.args[0])
+    chunk = sources.pop() if len(sources) == 1 else None
+    if not isinstance(chunk, fx.Node) or op_name(chunk) not in ("chunk", "tensor_split", "split"):
+        return None
+    if len([u for u in chunk.users if u.target is operator.getitem]) != len(parts):
+        return None
+    arguments = view.expr(chunk).args
+    return arguments[0], *_chunking(chunk)
+
+
+def _chunking(node: fx.Node) -> tuple[Any, Any]:
+    names = ("chunks", "indices_or_sections", "split_size", "split_size_or_sections")
+    sections = (
+        node.args[1]
+        if len(node.args) > 1
+        else next(node.kwargs[n] for n in names if n in node.kwargs)
+    )
+    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+    return sections, dim

@@ -1,0 +1,168 @@
+"""Final projection + cross-entropy -> ``liger_fx::linear_cross_entropy``: no logits.
+
+Matches      ``F.cross_entropy`` over rows of ``F.linear``, with reshapes, row slices and upcasts in
+             between in any order (torchtune, torchtitan, Hugging Face, F.linear_cross_entropy);
+             ``c * tanh(logits / c)`` between the two (Hugging Face Gemma2); logits transposed to
+             [b, V, s]; the sum of such losses over chunks of one hidden state (torchtune's
+             CEWithChunkedOutputLoss), which becomes one op; ``reduction="none"``.
+Leaves alone logits that anybody else sees; class weights; probability targets; LoRA on the head. A
+             softcap on the hidden state (torchtune's Gemma2) belongs to the hidden state.
+Numerics     Logits in the projection's dtype, softmax in fp32, parameter gradients summed in fp32.
+             ``mean`` stays a division in the graph: 0 valid tokens give nan, as in eager.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from liger_fx.passes._chunked_loss import merge_chunked_losses
+from liger_fx.passes._rows import rows, slice_rows
+from torch import fx
+
+from liger_fx import ops
+from liger_fx.canonical import fake, op_name
+from liger_fx.matcher import Match, Reject
+from liger_fx.ops.chunked_head import chunk_tokens_for
+from liger_fx.rewrite import Rewrite
+
+
+def plain(
+    hidden, weight, bias, target, class_weight, ignore_index, reduction, label_smoothing
+):  # fmt: skip
+    logits = rows(F.linear(hidden, weight, bias))
+    return F.cross_entropy(
+        logits, target, class_weight, None, ignore_index, None, reduction, label_smoothing
+    )
+
+
+def softcapped(
+    hidden, weight, bias, softcap, target, class_weight, ignore_index, reduction, label_smoothing
+):  # fmt: skip
+    logits = rows(torch.tanh(rows(F.linear(hidden, weight, bias)) / softcap) * softcap)
+    return F.cross_entropy(
+        logits, target, class_weight, None, ignore_index, None, reduction, label_smoothing
+    )
+
+
+def classes_second(
+    hidden, weight, bias, target, class_weight, ignore_index, reduction, label_smoothing
+):  # fmt: skip
+    logits = rows(F.linear(hidden, weight, bias)).transpose(1, 2)
+    return F.cross_entropy(
+        logits, target, class_weight, None, ignore_index, None, reduction, label_smoothing
+    )
+
+
+def lora_head(
+    hidden, weight, bias, update, target, class_weight, ignore_index, reduction, label_smoothing
+):  # fmt: skip
+    logits = rows(F.linear(hidden, weight, bias) + update)
+    return F.cross_entropy(
+        logits, target, class_weight, None, ignore_index, None, reduction, label_smoothing
+    )
+
+
+def check(
+    match: Match, hidden, weight, target, class_weight, ignore_index, reduction, softcap=1.0
+):  # fmt: skip
+    logits = _logits(match)
+    if class_weight is not None:
+        raise Reject("class weights are given; Liger's fused kernel weighs all classes alike")
+    if target.is_floating_point():
+        raise Reject("the target is class probabilities, not class indices")
+    if weight.dim() != 2:
+        raise Reject(f"the projection's weight is {weight.dim()}-D, expected 2-D [classes, hidden]")
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise Reject(f"the logits are {logits.dtype}; the kernel computes in float32")
+    if match.output.dtype == torch.float64:
+        raise Reject("the loss is computed in torch.float64; the kernel computes in float32")
+    if not (hidden.is_floating_point() and weight.is_floating_point()):
+        raise Reject(f"hidden {hidden.dtype}, weight {weight.dtype}, logits {logits.dtype}")
+    if not _classes_are_where_expected(match, target):
+        raise Reject("the class dimension of the loss is not the projection's output dimension")
+    if not isinstance(ignore_index, int) or reduction not in ("mean", "sum", "none"):
+        raise Reject(f"ignore_index={ignore_index!r} and reduction={reduction!r} must be constants")
+    if not isinstance(softcap, int | float) or softcap <= 0:
+        raise Reject(f"softcap={softcap!r} is no positive constant")
+    if not logits.requires_grad and _fits_one_chunk(match, logits):
+        raise Reject("no gradient is needed and the logits fit one chunk: nothing would be saved")
+
+
+def replace(
+    match: Match,
+    hidden,
+    weight,
+    bias,
+    target,
+    ignore_index,
+    reduction,
+    label_smoothing,
+    softcap=0.0,
+):
+    hidden = slice_rows(match, hidden)
+    # Under autocast the projection ran in another dtype than its operands: cast as autocast did.
+    hidden, weight, bias = (
+        _as(proxy, match.values[name], _logits(match).dtype)
+        for name, proxy in (("hidden", hidden), ("weight", weight), ("bias", bias))
+    )
+    head = (hidden, weight, bias, target, ignore_index, float(label_smoothing), float(softcap))
+    chunking = (
+        match.settings["chunk_tokens"],
+        getattr(torch, match.settings["accum_dtype"]),
+        match.settings["skip_ignored"],
+    )
+    if reduction == "none":
+        loss = ops.linear_cross_entropy_per_token(*head, *chunking)
+    else:
+        needed = (_needs_gradient(match, name) for name in ("hidden", "weight", "bias"))
+        loss = ops.linear_cross_entropy(*head, *needed, *chunking)[0]
+    if reduction == "mean":
+        loss = loss / (target != ignore_index).sum()
+    return loss if match.output.dtype == torch.float32 else loss.to(match.output.dtype)
+
+
+def _logits(match: Match) -> torch.Tensor:
+    """The fake logits, as the projection makes them."""
+    return next(fake(n) for n in match.nodes if op_name(n) == "linear")
+
+
+def _as(proxy: Any, value: Any, dtype: torch.dtype) -> Any:
+    return proxy if value is None or value.dtype == dtype else proxy.to(dtype)
+
+
+def _needs_gradient(match: Match, name: str) -> bool:
+    # The logits' own flag is false where grad mode is off.
+    value = match.values[name]
+    return value is not None and value.requires_grad and _logits(match).requires_grad
+
+
+def _classes_are_where_expected(match: Match, target: torch.Tensor) -> bool:
+    """[N, V] against [N], or [V] against []; transposed, [b, V, s] against [b, s]."""
+    root: fx.Node = match.root
+    logits = fake(root.args[0] if root.args else root.kwargs["input"])
+    dims = {3} if match.pattern.name == "classes_second" else {1, 2}
+    return logits.dim() in dims and target.dim() == logits.dim() - 1
+
+
+def _fits_one_chunk(match: Match, logits: torch.Tensor) -> bool:
+    tokens = match.values["target"].numel()
+    limit = match.settings["chunk_tokens"] or chunk_tokens_for(
+        logits.shape[-1], logits.element_size(), logits.device.type
+    )
+    return isinstance(tokens, int) and tokens <= limit
+
+
+linear_cross_entropy = Rewrite(
+    name="linear_cross_entropy",
+    patterns=[plain, softcapped, classes_second],
+    refuses=[(lora_head, "the logits are a sum (LoRA on the head?), not one projection")],
+    check=check,
+    replace=replace,
+    combine=merge_chunked_losses,
+    settings={"chunk_tokens": 0, "accum_dtype": "float32", "skip_ignored": True},
+    evidence={
+        "cuda": "the logits never exist, and the step is faster (README, Measured)",
+        "cpu": "the logits never exist",
+    },
+    save_ops=["liger_fx::linear_cross_entropy"],
+)
