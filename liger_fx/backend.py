@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
+import hashlib
 import logging
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dynamo.utils import counters
 
+from liger_fx import ops
 from liger_fx.canonical import fake
 from liger_fx.checkpoint import copy_graph
 from liger_fx.options import Options
@@ -186,10 +189,16 @@ def _compile_inner(
         )
 
 
+@functools.cache
+def _fingerprint() -> str:
+    """A hash over the source of our ops, and Liger's version."""
+    source = hashlib.sha256()
+    for path in sorted(Path(ops.__file__).parent.glob("*.py")):
+        source.update(path.read_bytes())
+    return f"liger_fx={source.hexdigest()[:16]};liger_kernel={version('liger_kernel')}"
+
+
 def _cache_key_tag() -> str:
-    """The compile caches see the rewritten graph, but not what an op's backward is: an update of
-    liger_fx or Liger must miss them (https://github.com/pytorch/pytorch/issues/144344)."""
-    versions = [
-        f"{name}={importlib.metadata.version(name)}" for name in ("liger_fx", "liger_kernel")
-    ]
-    return ";".join(filter(None, [torch.compiler.config.cache_key_tag, *versions]))
+    """The compile caches see the rewritten graph, but not what an op's backward is: after a change
+    of liger_fx or Liger they must miss (https://github.com/pytorch/pytorch/issues/144344)."""
+    return ";".join(filter(None, [torch.compiler.config.cache_key_tag, _fingerprint()]))

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx
 
-from liger_fx.canonical import View, op_name
+from liger_fx.canonical import View, fake, op_name
 from liger_fx.matcher import Match, interior
 
 _SHARED = ("weight", "bias", "softcap", "class_weight", "ignore_index", "label_smoothing")
@@ -88,7 +88,7 @@ def _whole(view: View, parts: list[Any]) -> tuple[fx.Node, int, Any] | None:
     chunk = sources.pop() if len(sources) == 1 else None
     if not isinstance(chunk, fx.Node) or op_name(chunk) not in ("chunk", "tensor_split", "split"):
         return None
-    if len([u for u in chunk.users if u.target is operator.getitem]) != len(parts):
+    if len(fake(chunk)) != len(parts):
         return None
     arguments = view.expr(chunk).args
     return arguments[0], *_chunking(chunk)

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from liger_fx.canonical import fake, op_name
-from liger_fx.matcher import Match
+from liger_fx.matcher import Match, Reject
 from liger_fx.pattern import chain
 
 
@@ -42,27 +42,28 @@ def _is_row_slice(index: Any, dims: int) -> bool:
 rows = chain("rows", _keeps_rows)
 
 
+def check_rows(match: Match) -> None:
+    """Raise `Reject` for rows that cannot be dropped from the hidden state in the same way."""
+    for node in _until_last_slice(match):
+        if op_name(node) == "reshape" and fake(node).dim() != 2:
+            raise Reject("logits are reshaped to more than two dimensions and sliced afterwards")
+
+
 def slice_rows(match: Match, hidden: fx.Proxy) -> fx.Proxy:
-    """Drop from the hidden state the rows that the model drops from the logits.
-
-    Reshapes matter only where a slice follows: the op takes any leading dimensions.
-    """
-    steps = match.chains["rows"][::-1]
-    if not any(op_name(node) == "getitem" for node in steps):
-        return hidden
-    tracer, width = hidden.tracer, match.values["hidden"].shape[-1]
-
-    def as_proxy(node: fx.Node) -> Any:
-        return fx.Proxy(node, tracer)
-
-    for node in steps:
+    """Drop from the hidden state the rows that the model drops from the logits."""
+    tracer = hidden.tracer
+    for node in _until_last_slice(match):
         if op_name(node) == "reshape":
-            hidden = hidden.reshape(*_leading_sizes(node), width)
+            hidden = hidden.flatten(0, -2)
         elif op_name(node) == "getitem":
-            hidden = hidden[fx.node.map_arg(node.args[1], as_proxy)]  # type: ignore[index]
+            index = fx.node.map_arg(node.args[1], lambda n: fx.Proxy(n, tracer))  # type: ignore[arg-type, return-value]
+            hidden = hidden[index]  # type: ignore[index]
     return hidden
 
 
-def _leading_sizes(node: fx.Node) -> list[int]:
-    """The node's leading sizes, at most one of them unknown while tracing."""
-    return [size if isinstance(size, int) else -1 for size in fake(node).shape[:-1]]
+def _until_last_slice(match: Match) -> list[fx.Node]:
+    """The steps on the rows, innermost first, as far as they matter: the op takes any leading
+    dimensions, so reshapes after the last slice do not."""
+    outermost_first = match.chains["rows"]
+    names = [op_name(node) for node in outermost_first]
+    return outermost_first[names.index("getitem") :][::-1] if "getitem" in names else []

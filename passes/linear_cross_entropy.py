@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from liger_fx.passes._chunked_loss import merge_chunked_losses
-from liger_fx.passes._rows import rows, slice_rows
+from liger_fx.passes._rows import check_rows, rows, slice_rows
 from torch import fx
 
 from liger_fx import ops
@@ -80,6 +80,7 @@ def check(
         raise Reject(f"hidden {hidden.dtype}, weight {weight.dtype}, logits {logits.dtype}")
     if not _classes_are_where_expected(match, target):
         raise Reject("the class dimension of the loss is not the projection's output dimension")
+    check_rows(match)
     if not isinstance(ignore_index, int) or reduction not in ("mean", "sum", "none"):
         raise Reject(f"ignore_index={ignore_index!r} and reduction={reduction!r} must be constants")
     if not isinstance(softcap, int | float) or softcap <= 0:

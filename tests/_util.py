@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from liger_fx.passes import DEFAULT
 from torch import Tensor, fx
 
 from liger_fx import Report, rewrite_graph
-from liger_fx.passes import DEFAULT
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -43,8 +43,10 @@ def capture(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None) -> 
 
 def show(gm: fx.GraphModule) -> str:
     """The graph as readable code, without addresses, comments and trailing clean-up."""
-    text = gm.print_readable(print_output=False, include_stride=False, include_device=False)
-    lines = [re.sub(r";\s+\w+ = None.*$|\s+#.*$", "", line).rstrip() for line in text.splitlines()]
+    text = gm.print_readable(print_output=False)
+    lines = [
+        re.sub(r";  [\w ,=]+ = None$|\s+#.*$", "", line).rstrip() for line in text.splitlines()
+    ]
     kept = [line for line in lines if line.strip() and not line.startswith("class ")]
     return "\n".join(line.removeprefix("    ") for line in kept)
 

@@ -102,11 +102,16 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     if grad_loss is not None:
         for i, (gradient, wanted) in enumerate(zip(ctx.saved_tensors, ctx.wanted, strict=True)):
             if wanted:
-                # In fp32: a bf16 product would round the upstream gradient, say 1/n, first.
-                scale = grad_loss.to(torch.promote_types(gradient.dtype, torch.float32))
-                gradients[i] = (gradient.to(scale.dtype) * scale).to(ctx.dtype)
+                gradients[i] = _scaled(gradient, grad_loss).to(ctx.dtype)
     grad_input, grad_weight, grad_bias = gradients
     return grad_input, grad_weight, grad_bias, *(None,) * 10
+
+
+def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+    # In fp32: a bf16 product would round the upstream gradient, say 1/n, first.
+    scale = upstream.to(torch.promote_types(gradient.dtype, torch.float32))
+    # 0 stays 0 whatever the upstream: with no valid token that is 1/0, and eager's gradients are 0.
+    return torch.where(gradient == 0, 0.0, gradient.to(scale.dtype) * scale)
 
 
 linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)
