@@ -42,8 +42,9 @@ def capture(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None) -> 
 
 
 def show(gm: fx.GraphModule) -> str:
-    """The graph as readable code, without addresses, comments and trailing clean-up."""
+    """The graph as readable code, without devices, comments and trailing clean-up."""
     text = gm.print_readable(print_output=False)
+    text = re.sub(r", device = device\([^)]*\)", "", text)
     lines = [
         re.sub(r";  [\w ,=]+ = None$|\s+#.*$", "", line).rstrip() for line in text.splitlines()
     ]

@@ -190,7 +190,7 @@ def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_y_: "i64[2, 6]"):
     l_w_ = L_w_
     l_y_ = L_y_
     getitem: "i64[2, 5]" = l_y_[(Ellipsis, slice(1, None, None))]
-    full: "i64[2, 1]" = torch.full((2, 1), -100, device = device(type='cpu'))
+    full: "i64[2, 1]" = torch.full((2, 1), -100)
     y: "i64[2, 6]" = torch.hstack((getitem, full))
     y_1: "i64[12]" = y.reshape(-1)
     linear_cross_entropy_default = torch.ops.liger_fx.linear_cross_entropy.default(l_h_, l_w_, None, y_1, -100, 0.0, 0.0, True, True, False, 0, torch.float32, True)
@@ -272,7 +272,7 @@ def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_y_: "i64[2, 6]"):
     l_y_ = L_y_
     view_1: "i64[12]" = l_y_.view(-1)
     linear_cross_entropy_per_token_default: "f32[12]" = torch.ops.liger_fx.linear_cross_entropy_per_token.default(l_h_, l_w_, None, view_1, -100, 0.0, 0.0, 0, torch.float32, True)
-    linspace: "f32[12]" = torch.linspace(0, 1, 12, device = device(type='cpu'))
+    linspace: "f32[12]" = torch.linspace(0, 1, 12)
     mul: "f32[12]" = linear_cross_entropy_per_token_default * linspace
     sum_1: "f32[]" = mul.sum()
     return (sum_1,)""",
