@@ -7,7 +7,7 @@ import hashlib
 import logging
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,16 @@ def liger_fx(
     options: see `liger_fx.options.Options`; keys it does not know go to Inductor. mode: Inductor's
     modes. Raises ValueError for unknown options, RequirementError if ``require`` is not met.
     """
-    rewrites = _rewrites()
-    parsed = Options.parse(options, {r.name: r.settings for r in rewrites})
-    gm, report = rewrite(gm, rewrites, parsed)
+    parsed = parse_options(options)
+    gm, report = rewrite(gm, _rewrites(), parsed)
     _publish(report)
     _check_required(parsed, report)
     return _compile_inner(gm, example_inputs, parsed, mode)
+
+
+def parse_options(options: Mapping[str, Any] | None) -> Options:
+    """``options`` over the environment. Raises ValueError for what is unknown."""
+    return Options.parse(options, {r.name: r.settings for r in _rewrites()})
 
 
 def reports() -> list[Report]:
@@ -66,8 +70,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """
     from torch._subclasses import FakeTensorMode
 
-    rewrites = _rewrites()
-    parsed = Options.parse(None, {r.name: r.settings for r in rewrites})
+    rewrites, parsed = _rewrites(), parse_options(None)
     found: list[Report] = []
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

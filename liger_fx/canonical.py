@@ -229,18 +229,14 @@ def _only_slices(index: Any) -> bool:
 
 
 def _specialised_number(value: Any) -> float | int | bool | None:
-    """The constant behind a Sym value that has no free symbol left."""
+    """The number itself, or the constant behind a Sym value that Dynamo has specialised: its
+    expression has no free symbol left. None for a number that may vary."""
     if isinstance(value, int | float | bool):
         return value
-    node = getattr(value, "node", None)
-    expr = getattr(node, "expr", None)
-    if node is not None and expr is not None and not expr.free_symbols:
-        return node.maybe_as_float() if isinstance(value, torch.SymFloat) else node.maybe_as_int()
-    # Under dynamic=True a module's float attribute is an input tensor; Dynamo has guarded on its
-    # value (``specialize_float`` semantics) when the hint is the only value the graph is good for.
-    if isinstance(value, torch.SymFloat) and node is not None and node.is_constant():
-        return node.maybe_as_float()
-    return None
+    if not isinstance(value, torch.SymInt | torch.SymFloat) or value.node.expr.free_symbols:
+        return None
+    node = value.node
+    return node.maybe_as_float() if isinstance(value, torch.SymFloat) else node.maybe_as_int()
 
 
 @functools.cache
@@ -268,12 +264,10 @@ def positional(node: fx.Node) -> tuple[Any, ...]:
 
 
 def _normalize(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    if target is F.linear:  # a builtin, without a signature to read
+        named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+        return (named["input"], named["weight"], named.get("bias"))
     parameters = _parameters(target)
-    if target is F.linear:
-        bias = args[2] if len(args) > 2 else kwargs.get("bias")
-        values = {"input": args[0] if args else None, **kwargs}
-        weight = args[1] if len(args) > 1 else kwargs["weight"]
-        return (values["input"], weight, bias)
     if parameters is not None and not any(
         p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters
     ):

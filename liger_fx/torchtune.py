@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 import liger_fx
+from liger_fx.backend import parse_options
 from liger_fx.report import Report
 
 log = logging.getLogger("liger_fx")
@@ -133,6 +134,7 @@ class FusedRecipe:
 
     def setup(self, cfg: Any) -> None:
         self._settings = flatten(cfg.get("liger_fx", {}) or {})
+        parse_options(self._settings)  # a mistake should show now, not in the first step
         super().setup(cfg=cfg)  # type: ignore[misc]
         if not self._compile:
             log.warning("compile=False: nothing is rewritten, this is torchtune's recipe as it is")

@@ -63,8 +63,16 @@ def lora_head(
 
 
 def check(
-    match: Match, hidden, weight, target, class_weight, ignore_index, reduction, softcap=1.0
-):  # fmt: skip
+    match: Match,
+    hidden,
+    weight,
+    target,
+    class_weight,
+    ignore_index,
+    reduction,
+    label_smoothing,
+    softcap=1.0,
+):
     logits = _logits(match)
     if class_weight is not None:
         raise Reject("class weights are given; Liger's fused kernel weighs all classes alike")
@@ -83,8 +91,8 @@ def check(
     check_rows(match)
     if not isinstance(ignore_index, int) or reduction not in ("mean", "sum", "none"):
         raise Reject(f"ignore_index={ignore_index!r} and reduction={reduction!r} must be constants")
-    if not isinstance(softcap, int | float) or softcap <= 0:
-        raise Reject(f"softcap={softcap!r} is no positive constant")
+    if not (isinstance(softcap, int | float) and isinstance(label_smoothing, int | float)):
+        raise Reject("softcap or label_smoothing is computed in the graph, expected a constant")
     if not logits.requires_grad and _fits_one_chunk(match, logits):
         raise Reject("no gradient is needed and the logits fit one chunk: nothing would be saved")
 

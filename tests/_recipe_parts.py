@@ -1,0 +1,58 @@
+"""What the recipe tests name in a torchtune config: a tokenizer and a data set, both synthetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+VOCAB = 97
+
+
+class Tokenizer:
+    pad_id = 0
+    max_seq_len = 32
+
+
+class Examples(torch.utils.data.Dataset):
+    """16 sequences of 24 tokens, a different share of each masked."""
+
+    def __init__(self, tokenizer: Tokenizer, packed: bool = False) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.tokens = torch.randint(1, VOCAB, (16, 24), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, i: int) -> dict[str, list[int]]:
+        tokens = self.tokens[i].tolist()
+        masked = i % 12
+        return {"tokens": tokens, "labels": [-100] * masked + tokens[masked:]}
+
+
+def model(**overrides: Any) -> torch.nn.Module:
+    from torchtune.models.llama3_2 import llama3_2
+
+    sizes: dict[str, Any] = dict(
+        vocab_size=VOCAB, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32,
+        max_seq_len=64, intermediate_dim=48,
+    )  # fmt: skip
+    return llama3_2(**sizes | overrides)
+
+
+class Losses:
+    """A metric logger that keeps the losses of the run."""
+
+    runs: list[list[float]] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self.runs.append([])
+
+    def log_config(self, config: Any) -> None:
+        pass
+
+    def log_dict(self, payload: dict[str, Any], step: int) -> None:
+        self.runs[-1].append(float(payload["loss"]))
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,316 @@
+"""torchtune's models in one graph, the head region, and the recipe."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from typing import Any
+
+import pytest
+import torch
+from _recipe_parts import Losses, model
+from _util import DEVICE, TOLERANCES, capture, relative_error
+
+pytest.importorskip("torchtune")
+
+from omegaconf import OmegaConf
+from torchtune import modules, training
+from torchtune.models import gemma, gemma2, llama2, llama3, llama3_2, mistral, phi3, qwen2
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+
+import liger_fx
+from liger_fx.torchtune import compile_layers, flatten, fuse_head, load_recipe
+
+V, B, S = 131, 2, 16
+SIZES: dict[str, Any] = dict(
+    vocab_size=V, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32, max_seq_len=32,
+    intermediate_dim=48,
+)  # fmt: skip
+GEMMA = SIZES | dict(head_dim=8)
+FAMILIES = {
+    "llama2": lambda: llama2.llama2(**SIZES),
+    "llama3": lambda: llama3.llama3(**SIZES),
+    "llama3_2": lambda: llama3_2.llama3_2(**SIZES),
+    "mistral": lambda: mistral.mistral(**SIZES),
+    "gemma": lambda: gemma.gemma(**GEMMA),
+    "gemma2": lambda: gemma2.gemma2(
+        **GEMMA, hidden_capping_value=50.0, final_capping_value=30.0, sliding_window_size=8
+    ),
+    "phi3": lambda: phi3.phi3(**SIZES),
+    "qwen2": lambda: qwen2.qwen2(**SIZES),
+    "qwen2_tied": lambda: qwen2.qwen2(**SIZES, tie_word_embeddings=True),
+}
+
+
+@pytest.fixture
+def batch():
+    tokens = torch.randint(0, V, (B, S), device=DEVICE)
+    labels = tokens.clone()
+    labels[:, :5] = -100
+    return tokens, labels
+
+
+def build(family: str, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    with training.set_default_dtype(dtype), torch.device(DEVICE):
+        built = FAMILIES[family]()
+    for parameter in built.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return built
+
+
+def checkpointed(net: torch.nn.Module) -> torch.nn.Module:
+    policy = {modules.TransformerSelfAttentionLayer}
+    training.set_activation_checkpointing(net, auto_wrap_policy=policy)
+    return net
+
+
+def recipe_step(net, loss_fn):
+    """``_loss_step`` of torchtune's recipes."""
+    ignore = torch.full((B, 1), -100, device=DEVICE)
+
+    def step(tokens, labels):
+        logits = net(tokens)
+        labels = torch.hstack((labels[..., 1:], ignore[: labels.shape[0]]))
+        if not isinstance(logits, list):
+            labels = labels.reshape(-1)
+            logits = logits.reshape(-1, logits.size(-1))
+        return loss_fn(logits, labels)
+
+    return step
+
+
+def loss_and_gradients(step, net, *args):
+    net.zero_grad()
+    loss = step(*args)
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in net.parameters())]
+
+
+def assert_close(actual, expected, dtype=torch.float32):
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < 10 * TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_step_of_every_family(family, batch):
+    net = build(family)
+    step = recipe_step(net, torch.nn.CrossEntropyLoss())
+    expected = loss_and_gradients(step, net, *batch)
+    compiled = torch.compile(step, backend="liger_fx", options={"inner": "eager"}, fullgraph=True)
+    assert_close(loss_and_gradients(compiled, net, *batch), expected)
+    (report,) = liger_fx.reports()
+    assert report.counts == {"linear_cross_entropy": 1}
+    assert report.rejections == []
+
+
+@pytest.mark.parametrize("family", ["llama3_2", "gemma2", "phi3", "qwen2"])
+@pytest.mark.parametrize("variant", ["checkpointed", "dynamic", "bf16"])
+def test_whole_step_variants(family, variant, batch):
+    dtype = torch.bfloat16 if variant == "bf16" else torch.float32
+    net = build(family, dtype)
+    step = recipe_step(net, torch.nn.CrossEntropyLoss())
+    expected = loss_and_gradients(step, net, *batch)
+    if variant == "checkpointed":
+        checkpointed(net)
+    options, dynamic = {"inner": "aot_eager"}, True if variant == "dynamic" else None
+    compiled = torch.compile(step, backend="liger_fx", options=options, dynamic=dynamic)
+    assert_close(loss_and_gradients(compiled, net, *batch), expected, dtype)
+    # With dynamic=True, Dynamo may hand the same frame over a second time (with any backend).
+    for report in liger_fx.reports():
+        assert report.counts == {"linear_cross_entropy": 1}
+
+
+def test_lora_on_the_head_is_refused_and_trained(batch):  # A21
+    net = llama3.lora_llama3(
+        lora_attn_modules=["q_proj"], apply_lora_to_output=True, lora_rank=4, lora_alpha=8,
+        **SIZES,
+    ).to(DEVICE)  # fmt: skip
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    step = recipe_step(net, torch.nn.CrossEntropyLoss())
+    expected = loss_and_gradients(step, net, *batch)
+    compiled = torch.compile(step, backend="liger_fx", options={"inner": "eager"})
+    assert_close(loss_and_gradients(compiled, net, *batch), expected)
+    (rejection,) = liger_fx.reports()[0].rejections
+    assert "LoRA on the head" in rejection.reason
+
+
+def test_report_names_torchtunes_modules(batch):
+    net = build("llama3")
+    found = capture(recipe_step(net, torch.nn.CrossEntropyLoss()), *batch)
+    (made,) = found.reports[0].replacements
+    assert made.place.module == "loss_fn"
+    assert made.place.source.startswith("test_torchtune.py:")
+
+
+# -- the head region -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama3", "llama3_2", "gemma2", "qwen2"])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_head_region_follows_the_stock_step(family, chunked, batch):
+    net = build(family)
+    loss_fn = CEWithChunkedOutputLoss() if chunked else torch.nn.CrossEntropyLoss()
+    if chunked:
+        net.set_num_output_chunks(loss_fn.num_output_chunks)
+    expected = loss_and_gradients(recipe_step(net, loss_fn), net, *batch)
+    keys = list(net.state_dict())
+    head = fuse_head(net, loss_fn, {"inner": "eager"})
+    assert_close(loss_and_gradients(recipe_step(net, head), net, *batch), expected)
+    assert head.ignore_index == -100
+    assert list(net.state_dict()) == keys
+    assert len(list(net.parameters())) == len(expected) - 1
+    (report,) = liger_fx.reports()
+    assert report.counts == {"linear_cross_entropy": 1}
+
+
+def test_head_region_of_one_model_leaves_another_alone(batch):
+    net, other = build("llama3"), build("llama3")
+    fuse_head(net, torch.nn.CrossEntropyLoss(), {"inner": "eager"})
+    assert other(batch[0]).shape == (B, S, V)
+    assert net(batch[0]).shape == (B, S, SIZES["embed_dim"])
+
+
+def test_head_region_needs_a_torchtune_model():
+    with pytest.raises(TypeError, match=r"Linear has no unembed\(\): expected a torchtune"):
+        fuse_head(torch.nn.Linear(2, 2), torch.nn.CrossEntropyLoss())
+
+
+def test_layers_compile_with_their_checkpoint_inside(batch):
+    net = checkpointed(build("llama3"))
+    training.compile_model(net, verbose=False)  # as a recipe has done it before
+    reference = copy.deepcopy(build("llama3"))
+    reference.load_state_dict(net.state_dict())
+    compile_layers(net, {"inner": "aot_eager"})
+    for layer in net.layers:
+        assert layer._compiled_call_impl is not None
+        assert layer._checkpoint_wrapped_module._compiled_call_impl is None
+
+    def loss(model):
+        return lambda tokens: model(tokens).square().mean()
+
+    expected = loss_and_gradients(loss(reference), reference, batch[0])
+    assert_close(loss_and_gradients(loss(net), net, batch[0]), expected)
+    assert len(liger_fx.reports()) == 1, "one graph for all layers"
+
+
+def test_nested_settings_are_dotted_options():
+    nested = OmegaConf.create(
+        {"policy": ["linear_cross_entropy"], "linear_cross_entropy": {"chunk_tokens": 64}}
+    )
+    assert flatten(nested) == {
+        "policy": ["linear_cross_entropy"],
+        "linear_cross_entropy.chunk_tokens": 64,
+    }
+
+
+# -- the recipe ------------------------------------------------------------------------------------
+
+
+def test_stock_recipe_is_loaded_by_its_place():
+    assert load_recipe("full_finetune_single_device").FullFinetuneRecipeSingleDevice
+    with pytest.raises(ImportError, match=r"liger_fx needs torchtune 0\.6\.1"):
+        load_recipe("no_such_recipe")
+
+
+def recipe_config(folder, **overrides):
+    source = folder / "initial"
+    if not source.exists():
+        source.mkdir()
+        torch.manual_seed(0)
+        torch.save(model().state_dict(), source / "model.pt")
+    config = {
+        "output_dir": str(folder / "out"),
+        "tokenizer": {"_component_": "_recipe_parts.Tokenizer"},
+        "dataset": {"_component_": "_recipe_parts.Examples", "packed": False},
+        "model": {"_component_": "_recipe_parts.model"},
+        "checkpointer": {
+            "_component_": "torchtune.training.FullModelTorchTuneCheckpointer",
+            "checkpoint_dir": str(source),
+            "checkpoint_files": ["model.pt"],
+            "recipe_checkpoint": None,
+            "output_dir": "${output_dir}",
+            "model_type": "LLAMA3_2",
+        },
+        "resume_from_checkpoint": False,
+        "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
+        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-2},
+        "optimizer_in_bwd": False,
+        "metric_logger": {"_component_": "_recipe_parts.Losses"},
+        "seed": 7, "shuffle": True, "batch_size": 4, "epochs": 1, "max_steps_per_epoch": None,
+        "gradient_accumulation_steps": 2, "clip_grad_norm": None, "compile": True,
+        "enable_activation_checkpointing": True, "enable_activation_offloading": False,
+        "device": DEVICE, "dtype": "fp32", "log_every_n_steps": 1,
+        "log_peak_memory_stats": False, "liger_fx": {"inner": "aot_eager"},
+    }  # fmt: skip
+    return OmegaConf.merge(config, overrides)
+
+
+def run_recipe(recipe_class, config):
+    recipe = recipe_class(cfg=config)
+    recipe.setup(cfg=config)
+    recipe.train()
+    recipe.cleanup()
+    return Losses.runs[-1]
+
+
+@pytest.fixture
+def recipes():
+    ours = importlib.import_module("liger_fx.recipes.full_finetune_single_device")
+    return ours.FullFinetuneRecipeSingleDevice, ours.stock.FullFinetuneRecipeSingleDevice
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"loss": {"_component_": "torch.nn.CrossEntropyLoss"}},
+        {"optimizer_in_bwd": True, "gradient_accumulation_steps": 1},
+        {"enable_activation_checkpointing": False, "clip_grad_norm": 1.0},
+    ],
+    ids=["chunked_loss", "plain_loss", "optimizer_in_bwd", "no_checkpointing"],
+)
+def test_recipe_follows_the_stock_recipe(overrides, recipes, tmp_path):
+    fused, stock = recipes
+    ours = run_recipe(fused, recipe_config(tmp_path, **overrides))
+    saved = load_saved(tmp_path)
+    theirs = run_recipe(stock, recipe_config(tmp_path, **overrides, compile=False))
+    assert len(ours) == len(theirs) >= 2
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+    expected = load_saved(tmp_path)
+    assert saved.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert saved[name].dtype == tensor.dtype and saved[name].shape == tensor.shape
+        torch.testing.assert_close(saved[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def load_saved(folder):
+    (path,) = (folder / "out").glob("epoch_0/*model*.bin")
+    return torch.load(path, weights_only=True)
+
+
+def test_recipe_writes_its_report(recipes, tmp_path):
+    run_recipe(recipes[0], recipe_config(tmp_path))
+    reports = json.loads((tmp_path / "out" / "liger_fx_report.json").read_text())
+    assert [r["counts"] for r in reports if r["counts"]] == [{"linear_cross_entropy": 1}]
+
+
+def test_recipe_without_compile_is_the_stock_recipe(recipes, tmp_path, caplog):
+    run_recipe(recipes[0], recipe_config(tmp_path, compile=False))
+    assert "compile=False: nothing is rewritten" in caplog.text
+    assert liger_fx.reports() == []
+
+
+def test_recipe_takes_its_settings_from_the_config(recipes, tmp_path):
+    settings = {"inner": "eager", "disable": ["linear_cross_entropy"]}
+    run_recipe(recipes[0], recipe_config(tmp_path, liger_fx=settings))
+    assert all(
+        r.decisions == {"linear_cross_entropy": "disabled by option"} for r in liger_fx.reports()
+    )
+    with pytest.raises(ValueError, match="unknown option 'linear_cross_entropy"):
+        run_recipe(
+            recipes[0], recipe_config(tmp_path, liger_fx={"linear_cross_entropy": {"tokens": 1}})
+        )
