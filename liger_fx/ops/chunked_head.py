@@ -101,14 +101,16 @@ def run(
     if size <= 0:
         size = chunk_tokens_for(head.vocab, x.element_size(), x.device.type)
     size = max(1, min(size, tokens))
-    # One chunk holds all there is to sum up: no accumulator is needed.
-    accum = wanted.accum_dtype if size < tokens else x.dtype
+    skip_ignored = skip_ignored and not _capturing(x)
+    first_size = _first_chunk(tokens, size) if skip_ignored and x.is_cuda else size
+    # If one chunk holds all there is to sum up, no accumulator is needed.
+    accum = wanted.accum_dtype if first_size < tokens else x.dtype
     outcome = _allocate(x, head, wanted, accum, tokens)
     logits = _logits_buffer(size, head.vocab, x, upstream)
     first = True
     # Autocast is still on inside an op that runs eagerly; here every dtype has been decided.
     with torch.autocast(x.device.type, enabled=False):
-        for rows in token_chunks(target, head.ignore_index, size, skip_ignored):
+        for rows in token_chunks(target, head.ignore_index, size, first_size, skip_ignored):
             _one_chunk(x, target, rows, head, upstream, logits, outcome, first)
             first = False
     return outcome
@@ -209,22 +211,32 @@ def _accumulate_mm(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def token_chunks(
-    target: Tensor, ignore_index: int, size: int, skip_ignored: bool
+    target: Tensor, ignore_index: int, size: int, first_size: int, skip_ignored: bool
 ) -> Iterator[slice | Tensor]:
     """Chunks of at most ``size`` tokens, as slices or index tensors; without ignored tokens if
     ``skip_ignored``. Always at least one chunk, unless there is no token at all.
 
     On CUDA the number of valid tokens is needed on the host. Its copy is started first and waited
     for only after the first chunk's work has been queued, so the GPU is busy while the host learns
-    it. While a CUDA graph is captured nothing may depend on the host: no token is skipped then.
+    it.
     """
     tokens = target.numel()
-    if skip_ignored and target.is_cuda and not torch.cuda.is_current_stream_capturing():
-        yield from _valid_chunks_cuda(target, ignore_index, size)
-    elif skip_ignored and not target.is_cuda:
-        yield from _valid_chunks_cpu(target, ignore_index, size)
-    else:
+    if not skip_ignored:
         yield from _slices(0, tokens, size)
+    elif target.is_cuda:
+        yield from _valid_chunks_cuda(target, ignore_index, size, first_size)
+    else:
+        yield from _valid_chunks_cpu(target, ignore_index, size)
+
+
+def _capturing(x: Tensor) -> bool:
+    """While a CUDA graph is captured nothing may depend on the host: no token is skipped then."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _first_chunk(tokens: int, size: int) -> int:
+    """The first chunk's work is done whatever the count: a small one where few may be valid."""
+    return size if tokens >= 4 * size else min(size, max(_MIN_CHUNK, tokens // 8))
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
@@ -242,7 +254,9 @@ def _valid_chunks_cpu(target: Tensor, ignore_index: int, size: int) -> Iterator[
         yield valid[part]
 
 
-def _valid_chunks_cuda(target: Tensor, ignore_index: int, size: int) -> Iterator[slice | Tensor]:
+def _valid_chunks_cuda(
+    target: Tensor, ignore_index: int, size: int, first_size: int
+) -> Iterator[slice | Tensor]:
     tokens = target.numel()
     if tokens == 0:
         return
@@ -252,12 +266,12 @@ def _valid_chunks_cuda(target: Tensor, ignore_index: int, size: int) -> Iterator
     counted = torch.cuda.Event()
     counted.record()
     order = torch.sort(ignored, stable=True).indices  # valid tokens first, in their order
-    # Whatever the count, the first chunk is needed; a small one where few tokens may be valid.
-    first = size if tokens >= 4 * size else min(size, max(_MIN_CHUNK, tokens // 8))
-    yield order[:first]
+    yield order[:first_size]
+    if first_size >= tokens:
+        return
     counted.synchronize()
     valid = int(count)
-    for part in _slices(first, valid, size):
+    for part in _slices(first_size, valid, size):
         yield part if valid == tokens else order[part]
 
 

@@ -1,0 +1,251 @@
+"""The backend as a user meets it: by name, its options, its reports, its failures."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _util import DEVICE
+from torch._dynamo.utils import counters
+
+import liger_fx
+import liger_fx.backend
+
+H, V, N = 8, 13, 12
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.output = torch.nn.Linear(H, V, bias=False)
+
+    def forward(self, h, y):
+        return F.cross_entropy(self.output(torch.tanh(h)), y)
+
+
+@pytest.fixture
+def model():
+    return Model().to(DEVICE)
+
+
+@pytest.fixture
+def args():
+    return torch.randn(N, H, device=DEVICE), torch.randint(0, V, (N,), device=DEVICE)
+
+
+def run_python(code, **environ):
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environ, capture_output=True, text=True
+    )
+
+
+def test_the_name_alone_works_and_listing_imports_nothing():
+    done = run_python(
+        "import sys, torch._dynamo\n"
+        "before = set(sys.modules)\n"
+        "assert 'liger_fx' in torch._dynamo.list_backends()\n"
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}\n"
+        "assert not new & {'liger_fx', 'liger_kernel'}, new\n"  # torch itself looks for triton
+        "f = torch.compile(lambda x: x.sin() + 1, backend='liger_fx', options={'inner': 'eager'})\n"
+        "print(f(torch.zeros(2)))\n"
+        "assert 'liger_kernel' not in sys.modules\n"
+    )
+    assert done.stdout.strip() == "tensor([1., 1.])", done.stderr
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the warning is about a missing GPU")
+def test_without_a_gpu_one_warning():
+    done = run_python(
+        "import torch\n"
+        "for k in range(3):\n"
+        "    f = torch.compile(lambda x: x + k, backend='liger_fx', options={'inner': 'eager'})\n"
+        "    f(torch.zeros(2))\n"
+    )
+    assert done.stderr.count("Liger's Triton kernels need a GPU") == 1, done.stderr
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_modes_of_inductor(mode, model, args):
+    expected = model(*args)
+    compiled = torch.compile(model, backend="liger_fx", mode=mode, fullgraph=True)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(*args), expected)
+        compiled(*args).backward()
+
+
+def test_options_reach_the_op(model, args):
+    options = {"linear_cross_entropy.chunk_tokens": 5, "inner": "eager"}
+    with mock.patch.object(sys.modules["liger_fx.ops.linear_cross_entropy"], "run") as run:
+        run.side_effect = RuntimeError("seen")
+        with pytest.raises(RuntimeError, match="seen"):
+            torch.compile(model, backend="liger_fx", options=options)(*args)
+    assert run.call_args.kwargs["chunk_tokens"] == 5
+
+
+def test_environment_variables_reach_the_backend(model, args, monkeypatch):
+    monkeypatch.setenv("LIGER_FX_DISABLE", "linear_cross_entropy")
+    monkeypatch.setenv("LIGER_FX_INNER", "eager")
+    torch.compile(model, backend="liger_fx")(*args)
+    assert liger_fx.reports()[-1].decisions == {"linear_cross_entropy": "disabled by option"}
+
+
+def test_unknown_options_are_errors(model, args):
+    with pytest.raises(Exception, match="unknown option 'chunk_tokens'; liger_fx knows policy"):
+        torch.compile(model, backend="liger_fx", options={"chunk_tokens": 5})(*args)
+
+
+@pytest.mark.parametrize(
+    ("policy", "count"), [("auto", 1), ("all", 1), (["linear_cross_entropy"], 1), ([], 0)]
+)
+def test_policy(policy, count, model, args):
+    torch.compile(model, backend="liger_fx", options={"policy": policy, "inner": "eager"})(*args)
+    report = liger_fx.reports()[-1]
+    assert report.counts.get("linear_cross_entropy", 0) == count
+    assert bool(report.decisions) == (count == 0)
+
+
+def test_report_as_text_and_json(model, args, caplog):
+    with caplog.at_level(logging.INFO, "liger_fx"):
+        torch.compile(model, backend="liger_fx", options={"inner": "eager"})(*args)
+    report = liger_fx.reports()[-1]
+    assert "linear_cross_entropy  replaced  spelling plain" in str(report)
+    assert json.loads(report.to_json())["counts"] == {"linear_cross_entropy": 1}
+    assert caplog.messages.count("linear_cross_entropy 1") == 1
+    assert report.nodes > 5 and 0 < report.seconds < 5
+
+
+def test_counters_of_torch(model, args):
+    counters.clear()
+    torch.compile(model, backend="liger_fx", options={"inner": "eager"})(*args)
+    assert counters["liger_fx"]["linear_cross_entropy"] == 1
+
+
+def test_explain_runs_no_kernel(model, args):
+    calls = mock.Mock(side_effect=AssertionError("a kernel ran"))
+    with mock.patch.object(sys.modules["liger_fx.ops.linear_cross_entropy"], "run", calls):
+        report = liger_fx.explain(model, *args)
+    assert report.counts == {"linear_cross_entropy": 1}
+    assert liger_fx.reports() == [], "nothing was compiled"
+
+
+def test_explain_on_meta_tensors_and_over_graph_breaks(args):
+    def step(model, h, y):
+        logits = model.output(h)
+        torch._dynamo.graph_break()
+        return F.cross_entropy(logits, y)
+
+    report = liger_fx.explain(step, Model().to("meta"), *(a.to("meta") for a in args))
+    assert report.counts == {}
+    (miss,) = report.near_misses
+    assert "an input of this graph: what computes it was traced elsewhere" in miss.reason
+
+
+def test_require(model, args):
+    required = {"require": ["linear_cross_entropy"], "inner": "eager"}
+    torch.compile(model, backend="liger_fx", options=required)(*args)
+    liger_fx.backend._reports.clear()
+
+    def returns_logits(h, y):
+        logits = model.output(h)
+        return F.cross_entropy(logits, y), logits
+
+    with pytest.raises(Exception, match="required but not made: linear_cross_entropy"):
+        torch.compile(returns_logits, backend="liger_fx", options=required)(*args)
+    # A graph that holds nothing like it, one layer say, is no failure.
+    torch.compile(torch.sin, backend="liger_fx", options=required)(args[0])
+
+
+def failing_rewrites():
+    def explode(match):
+        raise ZeroDivisionError("a bug in a rewrite")
+
+    rewrite = liger_fx.passes.DEFAULT[0]
+    return [liger_fx.Rewrite(rewrite.name, rewrite.patterns, explode, evidence=rewrite.evidence)]
+
+
+def test_an_engine_error_leaves_the_graph_untouched(model, args, caplog, monkeypatch):
+    monkeypatch.setattr(liger_fx.backend, "_rewrites", failing_rewrites)
+    expected = model(*args)
+    compiled = torch.compile(model, backend="liger_fx", options={"inner": "eager"})
+    torch.testing.assert_close(compiled(*args), expected)
+    assert "a bug in a rewrite" in caplog.text
+    assert "ZeroDivisionError" in liger_fx.reports()[-1].error
+    assert "failed" in liger_fx.reports()[-1].summary()
+
+
+def test_strict_raises_the_engine_error(model, args, monkeypatch):
+    monkeypatch.setattr(liger_fx.backend, "_rewrites", failing_rewrites)
+    with pytest.raises(Exception, match="a bug in a rewrite"):
+        torch.compile(model, backend="liger_fx", options={"strict": True})(*args)
+
+
+def test_graphs_breaks_and_recompiles_are_those_of_any_backend():
+    def step(h, w, y):
+        h = h.sin()
+        torch._dynamo.graph_break()
+        return F.cross_entropy(F.linear(h, w), y)
+
+    counts = {}
+    for backend in ("eager", "liger_fx"):
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = torch.compile(step, backend=backend)
+        for n in (5, 7, 9, 11):
+            compiled(torch.randn(n, H), torch.randn(V, H), torch.randint(0, V, (n,)))
+        counts[backend] = (
+            counters["stats"]["unique_graphs"],
+            sum(counters["graph_break"].values()),
+        )
+    assert counts["eager"] == counts["liger_fx"]
+
+
+def test_one_compile_serves_all_layers():  # A39
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(H, H)
+
+        def forward(self, h):
+            return h + self.linear(h).sin()
+
+    layers = torch.nn.ModuleList(Block() for _ in range(32))
+    for layer in layers:
+        layer.compile(backend="liger_fx", options={"inner": "eager"})
+    h = torch.randn(N, H, requires_grad=True)
+    for layer in layers:
+        h = layer(h)
+    assert len(liger_fx.reports()) == 1
+
+
+CACHE_SCRIPT = """
+import torch, torch.nn.functional as F, liger_fx.backend
+from torch._dynamo.utils import counters
+tag = {tag!r}
+if tag:
+    liger_fx.backend._fingerprint = lambda: tag
+w = torch.ones(13, 8, requires_grad=True)
+f = torch.compile(lambda h, y: F.cross_entropy(F.linear(h, w), y), backend="liger_fx", options={options})
+f(torch.ones(12, 8), torch.zeros(12, dtype=torch.long)).backward()
+print(counters["aot_autograd"]["autograd_cache_hit"], counters["inductor"]["fxgraph_cache_hit"] > 0)
+"""
+
+
+def test_compile_caches_hit_and_miss(tmp_path):  # A33, A34
+    def hits(tag="", options="None"):
+        done = run_python(
+            CACHE_SCRIPT.format(tag=tag, options=options), TORCHINDUCTOR_CACHE_DIR=str(tmp_path)
+        )
+        return done.stdout.split()[0] if done.stdout else done.stderr
+
+    assert hits() == "0", "the first run compiles"
+    assert hits() == "1", "the second finds it"
+    assert hits(tag="another version") == "0"
+    assert hits(options={"linear_cross_entropy.chunk_tokens": 4}) == "0"

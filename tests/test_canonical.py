@@ -1,0 +1,152 @@
+"""The canonical view: which spellings are one expression, and which stay two."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _util import capture
+
+from liger_fx.canonical import View, mutated_arguments, op_name, storage_key
+
+
+def traced(fn, *args, dynamic=None):
+    """The view of ``fn``'s graph and the nodes that it returns."""
+    (gm,) = capture(fn, *args, dynamic=dynamic).graphs
+    (output,) = (n for n in gm.graph.nodes if n.op == "output")
+    return View(gm.graph), output.args[0]
+
+
+X = torch.randn(2, 3, 4)
+W = torch.randn(5, 4)
+
+SAME = {
+    "casts": lambda x, w: (x.bfloat16(), x.to(torch.bfloat16), x.to(dtype=torch.bfloat16)),
+    "reshapes": lambda x, w: (
+        x.view(6, 4),
+        x.reshape(-1, 4),
+        x.flatten(0, 1),
+        torch.flatten(x, 0, 1),
+    ),
+    "linear": lambda x, w: (F.linear(x, w), F.linear(x, w, None), F.linear(input=x, weight=w)),
+    "silu": lambda x, w: (F.silu(x), F.silu(x, inplace=False), F.silu(input=x)),
+    "add": lambda x, w: (x + 1.0, torch.add(x, 1.0), x.add(1.0)),
+    "transpose": lambda x, w: (x.transpose(1, 2), torch.transpose(x, 1, 2)),
+}
+
+
+@pytest.mark.parametrize("case", SAME)
+def test_spellings_of_one_expression(case):
+    view, nodes = traced(SAME[case], X, W)
+    first, *rest = (view.expr(view.resolve(n)) for n in nodes)
+    for other in rest:
+        assert other == first
+
+
+NO_OPS = {
+    "cast to its own dtype": lambda x: x.float(),
+    "type_as itself": lambda x: x.type_as(x),
+    "move to its own device": lambda x: x.to("cpu"),
+    "reshape to its own shape": lambda x: x.reshape(2, 3, 4),
+    "contiguous": lambda x: x.contiguous(),
+    "full slices": lambda x: x[:, slice(0, None), :],
+    "all of them": lambda x: x[...].float().view(2, 3, 4).contiguous(),
+}
+
+
+@pytest.mark.parametrize("case", NO_OPS)
+def test_what_does_nothing_is_its_input(case):
+    view, (y,) = traced(lambda x: NO_OPS[case](x) + 1, X)
+    assert view.resolve(y.args[0]).op == "placeholder"
+
+
+EFFECTIVE = {
+    "real cast": lambda x: x.double(),
+    "transposed shape": lambda x: x.reshape(3, 2, 4),
+    "real slice": lambda x: x[:, 1:],
+    "index tensor of the same shape": lambda x: x[torch.tensor([1, 0])],
+}
+
+
+@pytest.mark.parametrize("case", EFFECTIVE)
+def test_what_does_something_is_kept(case):
+    view, (y,) = traced(lambda x: EFFECTIVE[case](x) + 1, X)
+    assert view.resolve(y.args[0]).op != "placeholder"
+
+
+def test_specialised_numbers_are_literals():
+    norm = torch.nn.RMSNorm(4, eps=1e-5)
+    view, (y,) = traced(lambda x: norm(x), X, dynamic=True)
+    assert any(node.target == "item" for node in view.position)
+    assert view.expr(y).args[-1] == 1e-5
+
+
+def test_symbolic_shapes_are_compared_without_a_guard():
+    def fn(x):
+        return x.reshape(x.shape[0], -1) + 1
+
+    x = torch.randn(6, 4)
+    torch._dynamo.mark_dynamic(x, 0)
+    view, (y,) = traced(fn, x)
+    assert view.resolve(y.args[0]).op == "placeholder"
+
+
+def test_reissued_expressions_hold_the_same_value():
+    def fn(x, w):
+        return (
+            x.double() + 0,
+            x.double() + 0,
+            x[0] + 0,
+            x[0] + 0,
+            x[1] + 0,
+            torch.rand_like(x),
+            torch.rand_like(x),
+        )
+
+    view, (a, b, c, d, e, r, s) = traced(fn, X, W)
+    assert view.same(a, b) and view.same(c, d)
+    assert not view.same(c, e) and not view.same(a, c)
+    assert not view.same(r, s), "two random tensors"
+
+
+@pytest.mark.parametrize(
+    ("write", "written"),
+    [
+        (lambda x, y: x.mul_(2), "x"),
+        (lambda x, y: operator.iadd(x, y), "x"),
+        (lambda x, y: x.__setitem__(0, 1.0), "x"),
+        (lambda x, y: F.relu(x, inplace=True), "x"),
+        (lambda x, y: F.dropout(x, 0.5, True, True), "x"),
+        (lambda x, y: torch.add(x, y, out=y), "y"),
+        (lambda x, y: torch.ops.aten.mul_.Tensor(x, y), "x"),
+        (lambda x, y: x * y, None),
+        (lambda x, y: F.relu(x, inplace=False), None),
+        (lambda x, y: x.__add__(y), None),
+    ],
+)
+def test_writes_are_recognised(write, written):
+    def fn(x, y):
+        x, y = x * 1, y * 1
+        write(x, y)
+        return x, y
+
+    (gm,) = capture(fn, X, X).graphs
+    targets = [n.name for node in gm.graph.nodes for n in mutated_arguments(node)]
+    assert targets == ([written] if written else [])
+
+
+def test_views_share_a_storage_key():
+    def fn(x):
+        y = x * 1
+        return y, y.view(-1), y[0], y.transpose(0, 1), y + 0
+
+    _, (y, flat, row, turned, copy) = traced(fn, X)
+    assert storage_key(y) == storage_key(flat) == storage_key(row) == storage_key(turned)
+    assert storage_key(copy) != storage_key(y)
+
+
+def test_names():
+    _, (a, b) = traced(lambda x: (x / 2, torch.div(x, 2)), X)
+    assert op_name(a) == op_name(b) == "div"

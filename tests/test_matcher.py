@@ -1,0 +1,263 @@
+"""Patterns from Python functions, and when a match is one; with a toy rewrite of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _util import show
+from expecttest import assert_expected_inline
+
+from liger_fx import Reject, Rewrite, rewrite_graph
+from liger_fx.pattern import Binding, Cast, Op, Pattern
+
+
+def swiglu_pattern(gate, up):
+    return F.silu(gate) * up
+
+
+def norm_pattern(x, weight, eps):
+    f = x.float()
+    normed = f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + eps)
+    return normed.to(x.dtype) * weight
+
+
+def double(match, **inputs):
+    (first, *_) = inputs.values()
+    return first * 2
+
+
+swiglu = Rewrite("swiglu", [swiglu_pattern], lambda match, gate, up: torch.sub(gate, up))
+norm = Rewrite("norm", [norm_pattern], lambda match, x, weight: torch.sub(x, weight))
+
+
+class Rewriter:
+    def __init__(self, *rewrites):
+        self.rewrites = rewrites
+
+    def __call__(self, gm, example_inputs):
+        self.report = rewrite_graph(gm, self.rewrites)
+        self.gm = gm
+        return gm.forward
+
+
+def rewritten(fn, *args, rewrites=(swiglu,), dynamic=None):
+    torch._dynamo.reset()
+    rewriter = Rewriter(*rewrites)
+    torch.compile(fn, backend=rewriter, fullgraph=True, dynamic=dynamic)(*args)
+    return rewriter
+
+
+A, B = torch.randn(3, 4), torch.randn(3, 4)
+
+
+def test_a_function_becomes_a_pattern():
+    pattern = Pattern(swiglu_pattern)
+    assert pattern.term == Op("mul", (Op("silu", (Binding("gate"), False)), Binding("up")))
+    assert Pattern(lambda x, y: x.type_as(y) + 1).term.args[0] == Cast(Binding("x"), Binding("y"))
+    with pytest.raises(TypeError, match="casts to a dtype or to the dtype of a parameter"):
+        Pattern(lambda x: x.to("cuda") + 1)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda g, u: F.silu(g) * u,
+        lambda g, u: u * F.silu(g),
+        lambda g, u: torch.mul(F.silu(g, inplace=False), u),
+        lambda g, u: F.silu(g.float()).view(3, 4) * u.contiguous(),
+        lambda g, u: F.silu(input=g).mul(u),
+    ],
+)
+def test_fires_whatever_the_spelling(fn):
+    rewriter = rewritten(fn, A, B)
+    assert rewriter.report.counts == {"swiglu": 1}
+    assert_expected_inline_graph(rewriter.gm)
+
+
+def assert_expected_inline_graph(gm):
+    assert [n.target for n in gm.graph.nodes if n.op == "call_function"] == [torch.sub]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_casts_may_be_missing_where_they_do_nothing(dtype):
+    def fn(x, w):
+        f = x.to(torch.float32)
+        f = torch.rsqrt(torch.mean(f.pow(2), -1, keepdim=True) + 1e-6) * f
+        return w * f.type_as(x)
+
+    x, w = A.to(dtype), torch.ones(4, dtype=dtype)
+    assert rewritten(fn, x, w, rewrites=(norm,)).report.counts == {"norm": 1}
+
+
+def test_a_cast_to_another_dtype_does_not_match():
+    def fn(x, w):
+        f = x.float()
+        return (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + 1e-6)).half() * w
+
+    assert rewritten(fn, A.bfloat16(), torch.ones(4), rewrites=(norm,)).report.counts == {}
+
+
+def test_reissued_values_match_one_binding():
+    def fn(x, w):
+        normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6)
+        return normed.to(x.dtype) * w
+
+    args = (A.bfloat16(), torch.ones(4).bfloat16())
+    assert rewritten(fn, *args, rewrites=(norm,)).report.counts == {"norm": 1}
+
+
+def test_matches_that_share_inputs_and_feed_each_other():
+    def fn(g, u, v):
+        first = F.silu(g) * u
+        return F.silu(g) * v, F.silu(first) * u
+
+    rewriter = rewritten(fn, A, B, A)
+    assert rewriter.report.counts == {"swiglu": 3}
+    assert_expected_inline(
+        show(rewriter.gm),
+        """\
+def forward(self, L_g_: "f32[3, 4]", L_u_: "f32[3, 4]"):
+    l_g_ = L_g_
+    l_u_ = L_u_
+    sub: "f32[3, 4]" = torch.sub(l_g_, l_u_)
+    sub_1: "f32[3, 4]" = torch.sub(l_g_, l_g_)
+    sub_2: "f32[3, 4]" = torch.sub(sub, l_u_)
+    return (sub_1, sub_2)""",
+    )
+
+
+def test_symbolic_shapes():
+    def fn(g, u):
+        return F.silu(g.view(-1, g.shape[-1])) * u
+
+    assert rewritten(fn, A, B, dynamic=True).report.counts == {"swiglu": 1}
+
+
+@pytest.mark.parametrize(
+    ("fn", "reason"),
+    [
+        (
+            lambda g, u: (F.silu(h := g), F.silu(h) * u)[1] + (s := F.silu(g)) * u + s,
+            "the value of `silu` (s) is also used by `add` (add_1)",
+        ),
+        (lambda g, u: ((s := F.silu(g)) * u, s), "the value of `silu` (s) is also returned"),
+    ],
+)
+def test_refuses_values_that_escape(fn, reason):
+    assert reason in [r.reason for r in rewritten(fn, A, B).report.rejections]
+
+
+def test_refuses_inputs_written_between_reading_and_replacing():
+    def fn(g, u):
+        g = g + 0
+        s = F.silu(g)
+        g.view(-1).add_(1)  # through a view of it
+        return s * u + g
+
+    (rejection,) = rewritten(fn, A, B).report.rejections
+    assert rejection.reason == "g is written in place by `add_` (add_) before `mul`"
+
+
+def test_writes_before_and_after_do_not_matter():
+    def fn(g, u):
+        g = g + 0
+        g.add_(1)
+        y = F.silu(g) * u
+        g.add_(1)
+        return y, g
+
+    assert rewritten(fn, A, B).report.counts == {"swiglu": 1}
+
+
+def test_refuses_an_inplace_twin():
+    def fn(g, u):
+        return F.silu(g + 0, inplace=True) * u
+
+    report = rewritten(fn, A, B).report
+    assert report.counts == {}
+    assert report.near_misses[0].reason == "wanted False, found True"
+
+
+def test_check_refuses_with_its_reason_and_place():
+    def check(match, up):
+        if up.shape[-1] % 8:
+            raise Reject(f"{up.shape[-1]} columns are no multiple of 8")
+
+    picky = Rewrite("picky", [swiglu_pattern], double, check=check)
+    (rejection,) = rewritten(lambda g, u: F.silu(g) * u, A, B, rewrites=(picky,)).report.rejections
+    assert rejection.reason == "4 columns are no multiple of 8"
+    assert rejection.source.startswith("test_matcher.py:")
+
+
+def test_near_twins_are_refused_by_name():
+    def sigmoid_glu(gate, up):
+        return torch.sigmoid(gate) * up
+
+    with_twin = Rewrite("swiglu", [swiglu_pattern], double, refuses=[(sigmoid_glu, "a GLU")])
+    report = rewritten(lambda g, u: torch.sigmoid(g) * u, A, B, rewrites=(with_twin,)).report
+    assert [r.reason for r in report.rejections] == ["a GLU"]
+
+
+def test_the_nearest_miss_is_reported():
+    def fn(x, w):  # eps outside of the square root
+        f = x.float()
+        return w * (f / (f.pow(2).mean(-1, keepdim=True).sqrt() + 1e-6) * 1.0).to(x.dtype)
+
+    (miss,) = rewritten(fn, A, torch.ones(4), rewrites=(norm,)).report.near_misses
+    assert (miss.matched, miss.total) == (2, 6)
+    assert miss.reason == "wanted rsqrt, found 1.0"
+
+
+def test_new_nodes_carry_metadata():
+    gm = rewritten(lambda g, u: (F.silu(g) * u) + 1, A.requires_grad_(), B).gm
+    (new,) = (n for n in gm.graph.nodes if n.target is torch.sub)
+    assert new.meta["example_value"].shape == (3, 4)
+    assert new.meta["example_value"].requires_grad
+    assert "stack_trace" in new.meta and "source_fn_stack" in new.meta
+    A.requires_grad_(False)
+
+
+def test_the_same_program_gives_the_same_graph():
+    def fn(g, u, v):
+        return F.silu(g) * u + F.silu(v) * g
+
+    texts = {show(rewritten(fn, A, B, A + 1).gm) for _ in range(3)}
+    assert len(texts) == 1
+
+
+def test_without_a_match_the_graph_is_as_dynamo_made_it():
+    def fn(g, u):
+        return torch.sigmoid(g) * u
+
+    plain = []
+    torch.compile(fn, backend=lambda gm, _: plain.append(str(gm.graph)) or gm.forward)(A, B)
+    assert str(rewritten(fn, A, B).gm.graph) == plain[0]
+
+
+def test_a_graph_without_example_values_is_an_error():
+    gm = torch.fx.symbolic_trace(lambda g, u: torch.mul(F.silu(g), u))
+    with pytest.raises(ValueError, match="no meta\\['example_value'\\]"):
+        rewrite_graph(gm, [swiglu])
+
+
+def test_bodies_of_checkpoints_are_rewritten_and_those_of_autograd_functions_are_not():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, g, u):
+            return F.silu(g) * u
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 42, grad
+
+    def fn(g, u):
+        kept = torch.utils.checkpoint.checkpoint(
+            lambda g, u: F.silu(g) * u, g, u, use_reentrant=False
+        )
+        return kept + Double.apply(g, u)
+
+    g = A.clone().requires_grad_()
+    rewriter = rewritten(fn, g, B)
+    assert rewriter.report.counts == {"swiglu": 1}
+    assert "torch.sub" in str(rewriter.gm.wrap_body_0.code)

@@ -1,0 +1,76 @@
+"""Options from ``options=`` and from the environment."""
+
+from __future__ import annotations
+
+import pytest
+from expecttest import assert_expected_inline
+
+from liger_fx.options import Options
+
+KNOWN = {"linear_cross_entropy": {"chunk_tokens": 0, "skip_ignored": True}, "rope": {}}
+
+
+def parse(given=None, **environ):
+    return Options.parse(given, KNOWN, environ)
+
+
+def error(given=None, **environ):
+    with pytest.raises(ValueError) as raised:
+        parse(given, **environ)
+    return str(raised.value)
+
+
+def test_defaults():
+    assert parse() == Options()
+
+
+def test_options_win_over_the_environment():
+    environ = {"LIGER_FX_POLICY": "all", "LIGER_FX_DISABLE": "rope", "LIGER_FX_STRICT": "1"}
+    options = parse({"policy": ["rope"]}, **environ)
+    assert (options.policy, options.disable, options.strict) == (("rope",), ("rope",), True)
+
+
+def test_settings_of_a_rewrite():
+    environ = {"LIGER_FX_LINEAR_CROSS_ENTROPY_CHUNK_TOKENS": "512"}
+    options = parse({"linear_cross_entropy.skip_ignored": False}, **environ)
+    assert options.settings == {
+        "linear_cross_entropy": {"chunk_tokens": 512, "skip_ignored": False}
+    }
+
+
+def test_other_keys_go_to_inductor():
+    assert parse({"triton.cudagraphs": True, "max_autotune": True}).inductor == {
+        "triton.cudagraphs": True,
+        "max_autotune": True,
+    }
+
+
+def test_errors_list_what_is_known():
+    assert_expected_inline(
+        error({"polcy": "all"}),
+        """unknown option 'polcy'; liger_fx knows policy, disable, require, strict, inner, linear_cross_entropy.chunk_tokens, linear_cross_entropy.skip_ignored, and every key of torch._inductor.config""",
+    )
+    assert_expected_inline(
+        error({"linear_cross_entropy.chunks": 8}),
+        """unknown option 'linear_cross_entropy.chunks'; liger_fx knows policy, disable, require, strict, inner, linear_cross_entropy.chunk_tokens, linear_cross_entropy.skip_ignored, and every key of torch._inductor.config""",
+    )
+    assert_expected_inline(
+        error(LIGER_FX_POLCY="all"),
+        """unknown environment variable LIGER_FX_POLCY; known are LIGER_FX_DISABLE, LIGER_FX_INNER, LIGER_FX_LINEAR_CROSS_ENTROPY_CHUNK_TOKENS, LIGER_FX_LINEAR_CROSS_ENTROPY_SKIP_IGNORED, LIGER_FX_POLICY, LIGER_FX_REQUIRE, LIGER_FX_STRICT""",
+    )
+    assert_expected_inline(
+        error({"disable": "rms_norm"}),
+        """disable: no rewrite 'rms_norm'; known are linear_cross_entropy, rope""",
+    )
+    assert_expected_inline(
+        error({"inner": "nvfuser"}), """inner is one of inductor, aot_eager, eager, not 'nvfuser'"""
+    )
+    assert_expected_inline(error({"strict": "maybe"}), """strict is true or false, not 'maybe'""")
+    assert_expected_inline(
+        error({"linear_cross_entropy.chunk_tokens": 1.5}),
+        """linear_cross_entropy.chunk_tokens takes int, not 1.5""",
+    )
+    assert_expected_inline(
+        error({"inner": "eager", "max_autotune": True}),
+        """max_autotune are Inductor options, but inner='eager'""",
+    )
