@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -18,7 +17,6 @@ from torch._dynamo.utils import counters
 
 from liger_fx import ops
 from liger_fx.canonical import fake
-from liger_fx.checkpoint import copy_graph
 from liger_fx.options import Options
 from liger_fx.report import Report
 from liger_fx.rewrite import Rewrite, rewrite_graph
@@ -45,7 +43,7 @@ def liger_fx(
     modes. Raises ValueError for unknown options, RequirementError if ``require`` is not met.
     """
     parsed = parse_options(options)
-    gm, report = rewrite(gm, _rewrites(), parsed)
+    report = rewrite(gm, _rewrites(), parsed)
     _publish(report)
     _check_required(parsed, report)
     return _compile_inner(gm, example_inputs, parsed, mode)
@@ -74,7 +72,7 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     found: list[Report] = []
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.append(rewrite(copy_graph(gm), rewrites, parsed)[1])
+        found.append(rewrite(gm, rewrites, parsed))
         return gm.forward
 
     torch._dynamo.reset()
@@ -86,29 +84,22 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     return Report.merged(found)
 
 
-def rewrite(
-    gm: fx.GraphModule, rewrites: Sequence[Rewrite], options: Options
-) -> tuple[fx.GraphModule, Report]:
-    """The rewritten graph and its report. After an engine error: the untouched graph, and the
-    error in the report, unless ``strict``."""
+def rewrite(gm: fx.GraphModule, rewrites: Sequence[Rewrite], options: Options) -> Report:
+    """Rewrite ``gm`` in place. After an engine error it is as it was and the error is in the
+    report, unless ``strict``."""
     device = _device_type(gm)
     if device == "cpu":
         _warn_without_cuda()
     chosen, decisions = _apply_policy(rewrites, options, device)
-    start = time.perf_counter()
-    nodes = len(gm.graph.nodes)
-    untouched = None if options.strict else copy_graph(gm)
     try:
         report = rewrite_graph(gm, chosen, options.settings)
     except Exception:
-        if untouched is None:
+        if options.strict:
             raise
         report = Report(error=traceback.format_exc())
-        gm = untouched
         log.exception("liger_fx failed on a graph and leaves it untouched; please report this")
-    report.nodes, report.decisions = nodes, decisions
-    report.seconds = time.perf_counter() - start
-    return gm, report
+    report.decisions = decisions
+    return report
 
 
 @functools.cache

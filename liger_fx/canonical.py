@@ -40,79 +40,49 @@ class Expr:
     args: tuple[Any, ...]
 
 
-# Canonical names. Functions are looked up by identity, methods by their name.
-_CASTS = frozenset({"float", "half", "bfloat16", "double", "to", "type", "type_as"})
+_CASTS = frozenset(["float", "half", "bfloat16", "double", "to", "type", "type_as"])
 _RESHAPES = frozenset(
-    [
-        "view",
-        "reshape",
-        "flatten",
-        "unflatten",
-        "squeeze",
-        "unsqueeze",
-        "contiguous",
-        "view_as",
-        "reshape_as",
-    ]
+    ["view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous"]
+    + ["view_as", "reshape_as"]
 )
-_NAMES: dict[Any, str] = {
-    F.linear: "linear",
-    F.cross_entropy: "cross_entropy",
-    F.silu: "silu",
-    F.gelu: "gelu",
-    F.layer_norm: "layer_norm",
-    F.softmax: "softmax",
-    F.log_softmax: "log_softmax",
-    operator.truediv: "div",
-    torch.true_divide: "div",
+_NAMESPACES = (torch, F, operator)  # a function of these is known by its name
+_ALIASES = {
+    "truediv": "div",
+    "true_divide": "div",
+    "iadd": "add_",
+    "isub": "sub_",
+    "imul": "mul_",
+    "itruediv": "div_",
 }
-for _name in ["add", "sub", "mul", "matmul", "neg", "pow", "getitem"]:
-    _NAMES[getattr(operator, _name)] = _name
-for _name in [
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "matmul",
-    "neg",
-    "pow",
-    "tanh",
-    "sigmoid",
-    "rsqrt",
-    "mean",
-    "sum",
-    "cat",
-    "stack",
-    "chunk",
-    "split",
-    "transpose",
-    "permute",
-    "rms_norm",
-    "reshape",
-    "flatten",
-    "unflatten",
-    "squeeze",
-    "unsqueeze",
-]:
-    _NAMES[getattr(torch, _name)] = _name
-_METHOD_ALIASES = {"true_divide": "div"}
 COMMUTATIVE = frozenset({"add", "mul"})
 
 
 def op_name(node: fx.Node) -> Target:
-    """The canonical operation of ``node``, without looking at its arguments."""
+    """The canonical operation of ``node``, without looking at its arguments.
+
+    A method and the functions of the same name are one operation; one that works in place ends in
+    ``_``, however it is told to. Other callables stand for themselves.
+    """
     if node.op == "call_method":
-        name = str(node.target)
-        name = _METHOD_ALIASES.get(name, name)
+        name: Target = str(node.target)
     elif node.op == "call_function":
-        name = _NAMES.get(node.target, node.target)  # type: ignore[assignment, arg-type]
+        name = _function_name(node.target)
     else:
         return node.op
+    if not isinstance(name, str):
+        return name
     if name in _CASTS:
         return "cast"
     if name in _RESHAPES:
         return "reshape"
-    return name
+    return f"{name}_" if _inplace_flag(node) else _ALIASES.get(name, name)
+
+
+@functools.cache
+def _function_name(target: Callable[..., Any]) -> Target:
+    name = getattr(target, "__name__", "")
+    known = any(getattr(namespace, name, None) is target for namespace in _NAMESPACES)
+    return name if known else target
 
 
 def fake(node: Any) -> Any:
@@ -239,90 +209,98 @@ def _specialised_number(value: Any) -> float | int | bool | None:
     return node.maybe_as_float() if isinstance(value, torch.SymFloat) else node.maybe_as_int()
 
 
-@functools.cache
-def _parameters(target: Any) -> tuple[inspect.Parameter, ...] | None:
-    try:
-        return tuple(inspect.signature(target).parameters.values())
-    except (TypeError, ValueError):
-        return None
-
-
 def positional(node: fx.Node) -> tuple[Any, ...]:
-    """The arguments of a call in the order of its signature, defaults filled in.
+    """The arguments of a call in the order of its signature, defaults filled in, without the
+    ``inplace`` flag (see `op_name`).
 
     Falls back to the arguments as written, keywords last and sorted by name, where a builtin
     publishes no signature.
     """
     args, kwargs = tuple(node.args), dict(node.kwargs)
+    # transpose, chunk, mean ... have their twin in torch.*, with the same parameters.
+    target: Any = node.target
     if node.op == "call_method":
-        # transpose, chunk, mean ... have their twin in torch.*, with the same parameters.
-        twin = getattr(torch, str(node.target), None)
-        if twin is None or not kwargs:
-            return args + tuple(kwargs[k] for k in sorted(kwargs))
-        return _normalize(twin, args, kwargs)
-    return _normalize(node.target, args, kwargs)
-
-
-def _normalize(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        target = getattr(torch, str(node.target), None)
     if target is F.linear:  # a builtin, without a signature to read
         named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
         return (named["input"], named["weight"], named.get("bias"))
     parameters = _parameters(target)
-    if parameters is not None and not any(
-        p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters
-    ):
+    if parameters is not None:
         named = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs
         return tuple(
-            named.get(p.name, None if p.default is p.empty else p.default) for p in parameters
+            named.get(p.name, None if p.default is p.empty else p.default)
+            for p in parameters
+            if p.name != "inplace"
         )
-    if kwargs:
+    if kwargs and target is not None:
         normal = normalize_function(target, args, kwargs, normalize_to_only_use_kwargs=True)
         if normal is not None:
             return tuple(normal.kwargs.values())
     return args + tuple(kwargs[k] for k in sorted(kwargs))
 
 
-# -- mutation -------------------------------------------------------------------------------------
+@functools.cache
+def _parameters(target: Any) -> tuple[inspect.Parameter, ...] | None:
+    """The parameters of a callable with a fixed number of them; None for most builtins."""
+    try:
+        parameters = tuple(inspect.signature(target).parameters.values())
+    except (TypeError, ValueError):
+        return None
+    variadic = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    return None if variadic else parameters
 
-_INPLACE_OPERATORS = {
-    getattr(operator, name)
-    for name in (
-        "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior",
-        "ixor", "ilshift", "irshift", "setitem", "delitem",
-    )
-}  # fmt: skip
+
+def _inplace_flag(node: fx.Node) -> bool:
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"] is True
+    parameters = _parameters(node.target) if node.op == "call_function" else None
+    names = [p.name for p in parameters or ()]
+    return "inplace" in names and node.args[names.index("inplace") :][:1] == (True,)
+
+
+# -- mutation -------------------------------------------------------------------------------------
 
 
 def mutated_arguments(node: fx.Node) -> Iterator[fx.Node]:
     """The tensor arguments that ``node`` writes to."""
     if node.op not in ("call_function", "call_method"):
         return
-    target = node.target
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    schema = getattr(target, "_schema", None)
-    first = node.args[0] if node.args else node.kwargs.get("input")
-    written: list[Any] = []
-    if target in _INPLACE_OPERATORS:
-        written.append(first)
-    elif isinstance(target, torch._ops.OpOverload) and schema is not None and schema.is_mutable:
-        names = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-        given = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
-        written += [(given | node.kwargs).get(n) for n in names]
-    elif (name.endswith("_") and not name.endswith("__")) or _inplace_flag(node):
-        written.append(first)
-    written.append(node.kwargs.get("out"))
-    for value in written:
+    for value in [*_written(node), node.kwargs.get("out")]:
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, fx.Node) and isinstance(fake(item), torch.Tensor):
                 yield item
 
 
-def _inplace_flag(node: fx.Node) -> bool:
-    if node.kwargs.get("inplace") is True:
-        return True
-    parameters = _parameters(node.target) if node.op == "call_function" else None
-    names = [p.name for p in parameters] if parameters else []
-    return "inplace" in names and node.args[names.index("inplace") :][:1] == (True,)
+def _written(node: fx.Node) -> list[Any]:
+    schema = getattr(node.target, "_schema", None)
+    if isinstance(node.target, torch._ops.OpOverload) and schema is not None:
+        named = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
+        written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+        return [named.get(name) for name in written]
+    name = op_name(node)
+    if not isinstance(name, str):
+        name = getattr(name, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    # Of operators, `ior` and its like have no alias: they are not in any pattern.
+    in_place |= name in ("setitem", "delitem", "__setitem__") or node.target in _OTHER_INPLACE
+    return [node.args[0] if node.args else node.kwargs.get("input")] if in_place else []
+
+
+_OTHER_INPLACE = {
+    getattr(operator, f"i{name}")
+    for name in [
+        "floordiv",
+        "mod",
+        "pow",
+        "matmul",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+        "concat",
+    ]
+}
 
 
 def storage_key(node: fx.Node) -> int | None:

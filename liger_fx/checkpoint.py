@@ -8,7 +8,6 @@ mechanism of ``torch.utils.checkpoint.create_selective_checkpoint_contexts``.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Sequence
 from typing import Any, cast
@@ -24,24 +23,12 @@ _CONTEXT_FN = "_checkpoint_context_fn"
 
 def checkpoint_bodies(gm: fx.GraphModule) -> list[fx.GraphModule]:
     """The bodies of the activation checkpoints of one graph, each once."""
-    return [cast(fx.GraphModule, gm.get_submodule(name)) for name in _body_names(gm)]
-
-
-def _body_names(gm: fx.GraphModule) -> dict[str, None]:
-    return {
+    names = {
         node.args[0].target: None
         for node in gm.graph.nodes
         if node.op == "call_function" and node.target is tag_activation_checkpoint
     }
-
-
-def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy with a graph and checkpoint bodies of its own; tensors and the rest are shared."""
-    new = fx.GraphModule(gm, copy.deepcopy(gm.graph), gm.__class__.__name__)
-    new.meta = dict(gm.meta)
-    for name in _body_names(gm):
-        setattr(new, name, copy_graph(cast(fx.GraphModule, gm.get_submodule(name))))
-    return new
+    return [cast(fx.GraphModule, gm.get_submodule(name)) for name in names]
 
 
 def save_in_checkpoint(body: fx.GraphModule, op_names: Sequence[str]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,20 +70,44 @@ def rewrite_graph(
     settings: per rewrite name, settings that differ from its defaults.
 
     Bodies of custom autograd functions and of flex attention are left alone. Raises ValueError for
-    a graph without example values.
+    a graph without example values. If anything raises, ``gm`` is as it was.
     """
-    report = Report()
-    for rewrite in rewrites:
-        chosen = rewrite.settings | (settings or {}).get(rewrite.name, {})
-        _Application(rewrite, chosen, report).run(gm)
+    start = time.perf_counter()
+    report, undo = Report(nodes=len(gm.graph.nodes)), _Undo()
+    try:
+        for rewrite in rewrites:
+            chosen = rewrite.settings | (settings or {}).get(rewrite.name, {})
+            _Application(rewrite, chosen, report, undo).run(gm)
+    except BaseException:
+        undo.restore()
+        raise
+    report.seconds = time.perf_counter() - start
     return report
+
+
+class _Undo:
+    """Copies of the graphs that are changed, taken just before."""
+
+    def __init__(self) -> None:
+        self.graphs: dict[fx.GraphModule, fx.Graph] = {}
+
+    def remember(self, gm: fx.GraphModule) -> None:
+        if gm not in self.graphs:
+            self.graphs[gm] = copy.deepcopy(gm.graph)
+
+    def restore(self) -> None:
+        for gm, graph in self.graphs.items():
+            gm.graph = graph  # recompiles
 
 
 class _Application:
     """One rewrite over one graph and its checkpoint bodies."""
 
-    def __init__(self, rewrite: Rewrite, settings: dict[str, Any], report: Report) -> None:
+    def __init__(
+        self, rewrite: Rewrite, settings: dict[str, Any], report: Report, undo: _Undo
+    ) -> None:
         self.rewrite = rewrite
+        self.undo = undo
         self.settings = settings
         self.report = report
         self.best: tuple[Miss, Place] | None = None
@@ -101,18 +127,22 @@ class _Application:
                 save_in_checkpoint(body, self.rewrite.save_ops)
         _require_example_values(gm)
         view = View(gm.graph)
+        found = self._find(view)
+        if not found:
+            return
         legality = Legality(view)
-        matches = [match for match in self._find(view) if self._is_legal(match, legality)]
+        matches = [match for match in found if self._is_legal(match, legality)]
         if self.rewrite.combine is not None:
             matches = [
                 match
                 for match in self.rewrite.combine(view, matches)
                 if match in matches or self._is_legal(match, legality, checked=True)
             ]
-        renamed: dict[fx.Node, fx.Node] = {}
-        for match in matches:
-            self._apply(gm.graph, match, renamed)
-        if renamed:
+        if matches:
+            self.undo.remember(gm)
+            renamed: dict[fx.Node, fx.Node] = {}
+            for match in matches:
+                self._apply(gm.graph, match, renamed)
             gm.graph.lint()
             gm.recompile()
 

@@ -7,7 +7,6 @@ would keep eight weight gradients; the matches are merged into one, over the who
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 from torch import fx
@@ -23,7 +22,7 @@ def merge_chunked_losses(view: View, matches: list[Match]) -> list[Match]:
     by_root = {match.root: match for match in matches}
     merged: list[Match] = []
     for node in reversed(view.position):  # a sum comes after its terms: the whole sum first
-        if node.op != "call_function" or node.target not in (operator.add, operator.iadd):
+        if op_name(node) not in ("add", "add_"):
             continue
         terms = _terms(node)
         if len(terms) > 1 and all(term in by_root for term in terms):
@@ -38,7 +37,7 @@ def merge_chunked_losses(view: View, matches: list[Match]) -> list[Match]:
 def _terms(node: fx.Node) -> list[fx.Node]:
     """``((0.0 + a) + b) + c`` -> [a, b, c]; [] if anything else uses a partial sum."""
     terms: list[fx.Node] = []
-    while isinstance(node, fx.Node) and node.target in (operator.add, operator.iadd):
+    while isinstance(node, fx.Node) and op_name(node) in ("add", "add_") and not node.kwargs:
         left, right = node.args
         if not isinstance(right, fx.Node):
             return []

@@ -31,6 +31,7 @@ SAME = {
         torch.flatten(x, 0, 1),
     ),
     "linear": lambda x, w: (F.linear(x, w), F.linear(x, w, None), F.linear(input=x, weight=w)),
+    "relu": lambda x, w: (F.relu(x), torch.relu(x), x.relu(), F.relu(x, False)),
     "silu": lambda x, w: (F.silu(x), F.silu(x, inplace=False), F.silu(input=x)),
     "add": lambda x, w: (x + 1.0, torch.add(x, 1.0), x.add(1.0)),
     "transpose": lambda x, w: (x.transpose(1, 2), torch.transpose(x, 1, 2)),

@@ -53,7 +53,7 @@ A, B = torch.randn(3, 4), torch.randn(3, 4)
 
 def test_a_function_becomes_a_pattern():
     pattern = Pattern(swiglu_pattern)
-    assert pattern.term == Op("mul", (Op("silu", (Binding("gate"), False)), Binding("up")))
+    assert pattern.term == Op("mul", (Op("silu", (Binding("gate"),)), Binding("up")))
     assert Pattern(lambda x, y: x.type_as(y) + 1).term.args[0] == Cast(Binding("x"), Binding("y"))
     with pytest.raises(TypeError, match="casts to a dtype or to the dtype of a parameter"):
         Pattern(lambda x: x.to("cuda") + 1)
@@ -176,7 +176,7 @@ def test_refuses_an_inplace_twin():
 
     report = rewritten(fn, A, B).report
     assert report.counts == {}
-    assert report.near_misses[0].reason == "wanted False, found True"
+    assert report.near_misses[0].reason == "wanted silu, found `silu_` (silu)"
 
 
 def test_check_refuses_with_its_reason_and_place():
