@@ -185,8 +185,8 @@ def run(arm: Arm, cfg: DictConfig, overrides: list[str]) -> Result:
     output = Path(cfg.work) / arm.output
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir()
-    tune = Path(sys.executable).with_name("tune")
-    command = [tune, "run", arm.recipe, "--config", CONFIG, *overrides, f"output_dir={output}"]
+    tune = [sys.executable, "-m", "torchtune._cli.tune"]  # `tune`, wherever it was installed
+    command = [*tune, "run", arm.recipe, "--config", CONFIG, *overrides, f"output_dir={output}"]
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")]),
         "TORCHINDUCTOR_CACHE_DIR": str(output / "compiled"),

@@ -40,11 +40,9 @@ class Expr:
     args: tuple[Any, ...]
 
 
-_CASTS = frozenset(["float", "half", "bfloat16", "double", "to", "type", "type_as"])
-_RESHAPES = frozenset(
-    ["view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous"]
-    + ["view_as", "reshape_as"]
-)
+_CASTS = {"float", "half", "bfloat16", "double", "to", "type", "type_as"}
+_RESHAPES = {"view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "contiguous"}
+_RESHAPES |= {"squeeze", "unsqueeze"}
 _NAMESPACES = (torch, F, operator)  # a function of these is known by its name
 _ALIASES = {
     "truediv": "div",

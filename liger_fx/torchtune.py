@@ -142,8 +142,10 @@ class FusedRecipe:
         offloading = getattr(self, "_enable_activation_offloading", False)
         if offloading:
             _drop_hooks(self._model)
-        # Offloading packs what a checkpoint saves: there the checkpoint stays around the layer.
-        compile_layers(self._model, self._settings, checkpoint_inside=not offloading)
+        # Offloading packs what a checkpoint saves, and flex attention breaks the graph of a layer,
+        # which a checkpoint cannot hold: there it stays around the layer, as torchtune puts it.
+        inside = not offloading and not _uses_flex_attention(cfg)
+        compile_layers(self._model, self._settings, checkpoint_inside=inside)
         self._loss_fn = fuse_head(self._model, self._loss_fn, self._settings)
 
     def cleanup(self) -> None:
@@ -157,6 +159,14 @@ class FusedRecipe:
         log.info("%s", whole)
         if "linear_cross_entropy" not in whole.counts:
             log.warning("projection and loss were not fused:\n%s", whole)
+
+
+def _uses_flex_attention(cfg: Any) -> bool:
+    """torchtune attends over packed sequences with flex attention where the GPU supports it."""
+    from torchtune.utils._import_guard import _SUPPORTS_FLEX_ATTENTION
+
+    datasets = [cfg.dataset] if isinstance(cfg.dataset, Mapping) else cfg.dataset
+    return _SUPPORTS_FLEX_ATTENTION and any(d.get("packed", False) for d in datasets)
 
 
 def _drop_hooks(model: nn.Module) -> None:

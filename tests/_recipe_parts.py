@@ -30,6 +30,12 @@ class Examples(torch.utils.data.Dataset):
         return {"tokens": tokens, "labels": [-100] * masked + tokens[masked:]}
 
 
+def packed_examples(tokenizer: Tokenizer, packed: bool) -> torch.utils.data.Dataset:
+    from torchtune.datasets import PackedDataset
+
+    return PackedDataset(Examples(tokenizer), max_seq_len=32)
+
+
 def model(**overrides: Any) -> torch.nn.Module:
     from torchtune.models.llama3_2 import llama3_2
 

@@ -218,6 +218,20 @@ def test_new_nodes_carry_metadata():
     A.requires_grad_(False)
 
 
+def test_recompute_tags_are_kept():  # A37
+    def tagging(gm, example_inputs):
+        for node in gm.graph.nodes:
+            node.meta["recompute"] = "tag of the policy"
+        rewriter(gm, example_inputs)
+        return gm.forward
+
+    torch._dynamo.reset()
+    rewriter = Rewriter(swiglu)
+    torch.compile(lambda g, u: F.silu(g) * u, backend=tagging)(A, B)
+    (new,) = (n for n in rewriter.gm.graph.nodes if n.target is torch.sub)
+    assert new.meta["recompute"] == "tag of the policy"
+
+
 def test_the_same_program_gives_the_same_graph():
     def fn(g, u, v):
         return F.silu(g) * u + F.silu(v) * g

@@ -287,6 +287,42 @@ def test_recipe_follows_the_stock_recipe(overrides, recipes, tmp_path):
         torch.testing.assert_close(saved[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+PACKED = {"dataset": {"_component_": "_recipe_parts.packed_examples", "packed": True}}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        PACKED,
+        pytest.param({"enable_activation_offloading": True}, marks=pytest.mark.gpu),
+        pytest.param({"liger_fx": {"inner": "inductor"}}, marks=pytest.mark.gpu),
+        pytest.param(PACKED | {"liger_fx": {"inner": "inductor"}}, marks=pytest.mark.gpu),
+    ],
+    ids=["packed", "offloading", "inductor", "packed_inductor"],
+)
+def test_recipe_follows_the_stock_losses(overrides, recipes, tmp_path):
+    fused, stock = recipes
+    ours = run_recipe(fused, recipe_config(tmp_path, **overrides))
+    theirs = run_recipe(stock, recipe_config(tmp_path, **overrides, compile=False))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    counts = [r.counts for r in liger_fx.reports() if r.counts]
+    assert counts and all(c == {"linear_cross_entropy": 1} for c in counts)
+
+
+def test_stock_recipe_with_the_backend_by_name(recipes, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "liger_fx")
+    monkeypatch.setenv("LIGER_FX_INNER", "eager")
+    config = recipe_config(tmp_path)
+    del config["liger_fx"]
+    compiled = run_recipe(recipes[1], config)
+    assert compiled == pytest.approx(run_recipe(recipes[1], config | {"compile": False}), rel=1e-5)
+    misses = {m.reason for r in liger_fx.reports() for m in r.near_misses}
+    assert misses == {
+        "wanted linear, found `l_logits_`, an input of this graph: what computes it was traced "
+        "elsewhere, or runs eagerly"
+    }
+
+
 def load_saved(folder):
     (path,) = (folder / "out").glob("epoch_0/*model*.bin")
     return torch.load(path, weights_only=True)
