@@ -8,7 +8,7 @@ export TORCHAO_FORCE_SKIP_LOADING_SO_FILES = 1
 .PHONY: demo test lint format clean
 
 demo: .venv/installed
-	$(BIN)/python examples/finetune_docstrings.py
+	@$(BIN)/python examples/finetune_docstrings.py
 
 test: lint
 	$(BIN)/pytest -q
@@ -23,9 +23,10 @@ format: .venv/installed
 	$(BIN)/ruff format .
 
 .venv/installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
-	touch $@
+	@echo "Installing into .venv; on first use this takes a few minutes."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e ".[dev]"
+	@touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info
