@@ -15,11 +15,11 @@ class Tokenizer:
 
 
 class Examples(torch.utils.data.Dataset):
-    """16 sequences of 24 tokens, a different share of each masked."""
+    """Sequences of 24 tokens, a different share of each masked."""
 
-    def __init__(self, tokenizer: Tokenizer, packed: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, packed: bool = False, count: int = 16) -> None:
         generator = torch.Generator().manual_seed(1)
-        self.tokens = torch.randint(1, VOCAB, (16, 24), generator=generator)
+        self.tokens = torch.randint(1, VOCAB, (count, 24), generator=generator)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -33,15 +33,15 @@ class Examples(torch.utils.data.Dataset):
 def packed_examples(tokenizer: Tokenizer, packed: bool) -> torch.utils.data.Dataset:
     from torchtune.datasets import PackedDataset
 
-    return PackedDataset(Examples(tokenizer), max_seq_len=32)
+    return PackedDataset(Examples(tokenizer, count=96), max_seq_len=128)
 
 
 def model(**overrides: Any) -> torch.nn.Module:
     from torchtune.models.llama3_2 import llama3_2
 
     sizes: dict[str, Any] = dict(
-        vocab_size=VOCAB, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32,
-        max_seq_len=64, intermediate_dim=48,
+        vocab_size=VOCAB, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=64,
+        max_seq_len=128, intermediate_dim=48,
     )  # fmt: skip
     return llama3_2(**sizes | overrides)
 

@@ -75,10 +75,16 @@ def test_without_a_gpu_one_warning():
 @pytest.mark.parametrize("mode", [None, "reduce-overhead", "max-autotune-no-cudagraphs"])
 def test_modes_of_inductor(mode, model, args):
     expected = model(*args)
+    expected.backward()
+    gradient = model.output.weight.grad.clone()
     compiled = torch.compile(model, backend="liger_fx", mode=mode, fullgraph=True)
-    for _ in range(3):
-        torch.testing.assert_close(compiled(*args), expected)
-        compiled(*args).backward()
+    for _ in range(4):  # CUDA graphs: a warm-up, a recording, two replays
+        model.zero_grad()
+        torch.compiler.cudagraph_mark_step_begin()
+        loss = compiled(*args)
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(model.output.weight.grad, gradient)
 
 
 def test_options_reach_the_op(model, args):

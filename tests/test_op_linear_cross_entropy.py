@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -203,6 +205,21 @@ def test_labels_out_of_range_are_an_error():  # A29
 
 
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
+@pytest.mark.gpu
+def test_labels_out_of_range_are_a_device_assertion():  # A29; it takes the CUDA context with it
+    code = (
+        "import torch\n"
+        "from liger_fx import ops\n"
+        "x, w = torch.randn(4, 8, device='cuda'), torch.randn(5, 8, device='cuda')\n"
+        "y = torch.tensor([0, 1, 5, 2], device='cuda')\n"
+        "literals = (-100, 0.0, 0.0, True, True, False, 0, torch.float32, True)\n"
+        "print(ops.linear_cross_entropy(x, w, None, y, *literals)[0].item())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode != 0 and not done.stdout
+    assert "device-side assert" in done.stderr
+
+
 def test_weight_gradient_does_not_lose_where_everything_fits_one_chunk(ignored):
     case = Case(tokens=2048, hidden=32, vocab=64, dtype=torch.bfloat16, ignored=ignored)
     ours = errors(case, lambda *t: case.fused(*t, chunk_tokens=0))
