@@ -204,7 +204,6 @@ def test_labels_out_of_range_are_an_error():  # A29
             case.per_token(*case.tensors())
 
 
-@pytest.mark.parametrize("ignored", [0.0, 0.5])
 @pytest.mark.gpu
 def test_labels_out_of_range_are_a_device_assertion():  # A29; it takes the CUDA context with it
     code = (
@@ -220,6 +219,7 @@ def test_labels_out_of_range_are_a_device_assertion():  # A29; it takes the CUDA
     assert "device-side assert" in done.stderr
 
 
+@pytest.mark.parametrize("ignored", [0.0, 0.5])
 def test_weight_gradient_does_not_lose_where_everything_fits_one_chunk(ignored):
     case = Case(tokens=2048, hidden=32, vocab=64, dtype=torch.bfloat16, ignored=ignored)
     ours = errors(case, lambda *t: case.fused(*t, chunk_tokens=0))
