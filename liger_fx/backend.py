@@ -118,18 +118,20 @@ def _rewrites() -> list[Rewrite]:
 def _apply_policy(
     rewrites: Sequence[Rewrite], options: Options, device: str
 ) -> tuple[list[Rewrite], dict[str, str]]:
-    """The rewrites to try, and a word on each that is not."""
+    """The rewrites to try, and a word on each that the policy decided about."""
     chosen, decisions = [], {}
     for candidate in rewrites:
         name = candidate.name
         if name in options.disable:
             decisions[name] = "disabled by option"
         elif options.policy == "auto" and device not in candidate.evidence:
-            decisions[name] = f"not applied by policy=auto: no gain measured on {device}"
+            decisions[name] = f"auto leaves it on {device}: no gain measured"
         elif options.policy not in ("auto", "all") and name not in options.policy:
             decisions[name] = "not in the policy's list"
         else:
             chosen.append(candidate)
+            if options.policy == "auto":
+                decisions[name] = f"auto applies it on {device}: {candidate.evidence[device]}"
     return chosen, decisions
 
 

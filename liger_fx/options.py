@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+
 INNER = ("inductor", "aot_eager", "eager")
 
 
@@ -123,6 +125,11 @@ def _like(key: str, default: Any, value: Any) -> Any:
         if value.lower() not in ("0", "1", "false", "true"):
             raise ValueError(f"{key} is true or false, not {value!r}")
         return value.lower() in ("1", "true")
+    if isinstance(default, torch.dtype):
+        dtype = getattr(torch, value, None) if isinstance(value, str) else value
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{key} is a dtype such as 'float32' or 'bfloat16', not {value!r}")
+        return dtype
     try:
         converted = type(default)(value)
     except (TypeError, ValueError):

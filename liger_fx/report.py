@@ -79,7 +79,7 @@ class Report:
     """The outcome for one compiled graph.
 
     seconds: time spent on matching and rewriting. nodes: size of the graph as Dynamo made it.
-    decisions: what the policy left out before matching, and on what evidence.
+    decisions: what the policy decided before matching, and on what evidence.
     error: the traceback of an engine failure after which the graph was compiled untouched.
     """
 
@@ -131,12 +131,12 @@ class Report:
         rows += [
             (m.rewrite, "no match", _near(m), Place(m.module, m.source)) for m in self.near_misses
         ]
-        rows += [(name, "policy", why, Place()) for name, why in self.decisions.items()]
+        rows = [(name, "policy", why, Place()) for name, why in self.decisions.items()] + rows
         head = f"liger_fx: graph of {self.nodes} nodes, matched in {self.seconds * 1e3:.1f} ms"
         if self.error:
             return f"{head}\n{self.error}"
-        if not rows:
-            return f"{head}\n  nothing to replace: no rewrite has its last operation in this graph"
+        if not (self.replacements or self.rejections or self.near_misses):
+            head += "\n  nothing to replace: no rewrite has its last operation in this graph"
         width = max(len(row[0]) for row in rows)
         lines = [f"  {name:{width}}  {word:8}  {what}" + _in(p) for name, word, what, p in rows]
         return "\n".join([head, *lines])

@@ -117,7 +117,7 @@ def replace(
     head = (hidden, weight, bias, target, ignore_index, float(label_smoothing), float(softcap))
     chunking = (
         match.settings["chunk_tokens"],
-        getattr(torch, match.settings["accum_dtype"]),
+        match.settings["accum_dtype"],
         match.settings["skip_ignored"],
     )
     if reduction == "none":
@@ -168,7 +168,7 @@ linear_cross_entropy = Rewrite(
     check=check,
     replace=replace,
     combine=merge_chunked_losses,
-    settings={"chunk_tokens": 0, "accum_dtype": "float32", "skip_ignored": True},
+    settings={"chunk_tokens": 0, "accum_dtype": torch.float32, "skip_ignored": True},
     evidence={
         "cuda": "the logits never exist, and the step is faster (README, Measured)",
         "cpu": "the logits never exist",

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from expecttest import assert_expected_inline
 
 from liger_fx.options import Options
 
-KNOWN = {"linear_cross_entropy": {"chunk_tokens": 0, "skip_ignored": True}, "rope": {}}
+KNOWN = {
+    "linear_cross_entropy": {
+        "chunk_tokens": 0,
+        "accum_dtype": torch.float32,
+        "skip_ignored": True,
+    },
+    "rope": {},
+}
 
 
 def parse(given=None, **environ):
@@ -32,9 +40,16 @@ def test_options_win_over_the_environment():
 
 def test_settings_of_a_rewrite():
     environ = {"LIGER_FX_LINEAR_CROSS_ENTROPY_CHUNK_TOKENS": "512"}
-    options = parse({"linear_cross_entropy.skip_ignored": False}, **environ)
-    assert options.settings == {
-        "linear_cross_entropy": {"chunk_tokens": 512, "skip_ignored": False}
+    given = {
+        "linear_cross_entropy.skip_ignored": False,
+        "linear_cross_entropy.accum_dtype": "bfloat16",
+    }
+    assert parse(given, **environ).settings == {
+        "linear_cross_entropy": {
+            "chunk_tokens": 512,
+            "skip_ignored": False,
+            "accum_dtype": torch.bfloat16,
+        }
     }
 
 
@@ -48,15 +63,15 @@ def test_other_keys_go_to_inductor():
 def test_errors_list_what_is_known():
     assert_expected_inline(
         error({"polcy": "all"}),
-        """unknown option 'polcy'; liger_fx knows policy, disable, require, strict, inner, linear_cross_entropy.chunk_tokens, linear_cross_entropy.skip_ignored, and every key of torch._inductor.config""",
+        """unknown option 'polcy'; liger_fx knows policy, disable, require, strict, inner, linear_cross_entropy.chunk_tokens, linear_cross_entropy.accum_dtype, linear_cross_entropy.skip_ignored, and every key of torch._inductor.config""",
     )
     assert_expected_inline(
         error({"linear_cross_entropy.chunks": 8}),
-        """unknown option 'linear_cross_entropy.chunks'; liger_fx knows policy, disable, require, strict, inner, linear_cross_entropy.chunk_tokens, linear_cross_entropy.skip_ignored, and every key of torch._inductor.config""",
+        """unknown option 'linear_cross_entropy.chunks'; liger_fx knows policy, disable, require, strict, inner, linear_cross_entropy.chunk_tokens, linear_cross_entropy.accum_dtype, linear_cross_entropy.skip_ignored, and every key of torch._inductor.config""",
     )
     assert_expected_inline(
         error(LIGER_FX_POLCY="all"),
-        """unknown environment variable LIGER_FX_POLCY; known are LIGER_FX_DISABLE, LIGER_FX_INNER, LIGER_FX_LINEAR_CROSS_ENTROPY_CHUNK_TOKENS, LIGER_FX_LINEAR_CROSS_ENTROPY_SKIP_IGNORED, LIGER_FX_POLICY, LIGER_FX_REQUIRE, LIGER_FX_STRICT""",
+        """unknown environment variable LIGER_FX_POLCY; known are LIGER_FX_DISABLE, LIGER_FX_INNER, LIGER_FX_LINEAR_CROSS_ENTROPY_ACCUM_DTYPE, LIGER_FX_LINEAR_CROSS_ENTROPY_CHUNK_TOKENS, LIGER_FX_LINEAR_CROSS_ENTROPY_SKIP_IGNORED, LIGER_FX_POLICY, LIGER_FX_REQUIRE, LIGER_FX_STRICT""",
     )
     assert_expected_inline(
         error({"disable": "rms_norm"}),
@@ -70,6 +85,7 @@ def test_errors_list_what_is_known():
         error({"linear_cross_entropy.chunk_tokens": 1.5}),
         """linear_cross_entropy.chunk_tokens takes int, not 1.5""",
     )
+    assert_expected_inline(error({"linear_cross_entropy.accum_dtype": "fp8"}), """linear_cross_entropy.accum_dtype is a dtype such as 'float32' or 'bfloat16', not 'fp8'""")
     assert_expected_inline(
         error({"inner": "eager", "max_autotune": True}),
         """max_autotune are Inductor options, but inner='eager'""",
