@@ -14,20 +14,22 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType, ModuleType
 from typing import Any
 
+import torchtune
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torchtune import utils
+from torchtune.modules import TransformerCrossAttentionLayer, TransformerSelfAttentionLayer
 
 import liger_fx
 from liger_fx.backend import parse_options
 from liger_fx.report import Report
 
-log = logging.getLogger("liger_fx")
+log = utils.get_logger("INFO")  # torchtune's: what a recipe says, its user sees
 
 
 class HeadLoss(nn.Module):
@@ -90,8 +92,6 @@ def compile_layers(
     model: nn.Module, options: Mapping[str, Any] | None = None, *, checkpoint_inside: bool = True
 ) -> None:
     """Compile each transformer layer, with its activation checkpoint inside if it has one."""
-    from torchtune.modules import TransformerCrossAttentionLayer, TransformerSelfAttentionLayer
-
     decoder = getattr(model, "decoder", model)
     kinds = (TransformerSelfAttentionLayer, TransformerCrossAttentionLayer)
     layers = [module for module in decoder.modules() if isinstance(module, kinds)]
@@ -111,8 +111,6 @@ def load_recipe(name: str) -> ModuleType:
 
     By its file: ``recipes`` is a name that a user's project may well have too.
     """
-    import torchtune
-
     path = Path(torchtune.__file__).parent.parent / "recipes" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"liger_fx.recipes._stock_{name}", path)
     if spec is None or spec.loader is None or not path.exists():
@@ -131,6 +129,7 @@ class FusedRecipe:
     _model: nn.Module
     _loss_fn: Any
     _compile: bool
+    _reported = False
 
     def setup(self, cfg: Any) -> None:
         self._settings = flatten(cfg.get("liger_fx", {}) or {})
@@ -148,17 +147,24 @@ class FusedRecipe:
         compile_layers(self._model, self._settings, checkpoint_inside=inside)
         self._loss_fn = fuse_head(self._model, self._loss_fn, self._settings)
 
+    def _loss_step(self, batch: Any) -> Tensor:
+        loss = super()._loss_step(batch)  # type: ignore[misc]
+        if self._compile and not self._reported:  # the first step has compiled all there is
+            self._reported = True
+            whole = Report.merged(liger_fx.reports())
+            fused = "linear_cross_entropy" in whole.counts
+            if fused:
+                log.info("%s", whole)
+            else:
+                log.warning("projection and loss were not fused\n%s", whole)
+        return loss
+
     def cleanup(self) -> None:
         super().cleanup()  # type: ignore[misc]
-        if not self._compile:
-            return
-        path = Path(self._output_dir) / "liger_fx_report.json"  # type: ignore[attr-defined]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("[" + ",\n".join(r.to_json() for r in liger_fx.reports()) + "]\n")
-        whole = Report.merged(liger_fx.reports())
-        log.info("%s", whole)
-        if "linear_cross_entropy" not in whole.counts:
-            log.warning("projection and loss were not fused:\n%s", whole)
+        if self._compile:
+            path = Path(self._output_dir) / "liger_fx_report.json"  # type: ignore[attr-defined]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("[" + ",\n".join(r.to_json() for r in liger_fx.reports()) + "]\n")
 
 
 def _uses_flex_attention(cfg: Any) -> bool:

@@ -85,7 +85,10 @@ def test_errors_list_what_is_known():
         error({"linear_cross_entropy.chunk_tokens": 1.5}),
         """linear_cross_entropy.chunk_tokens takes int, not 1.5""",
     )
-    assert_expected_inline(error({"linear_cross_entropy.accum_dtype": "fp8"}), """linear_cross_entropy.accum_dtype is a dtype such as 'float32' or 'bfloat16', not 'fp8'""")
+    assert_expected_inline(
+        error({"linear_cross_entropy.accum_dtype": "fp8"}),
+        """linear_cross_entropy.accum_dtype is a dtype such as 'float32' or 'bfloat16', not 'fp8'""",
+    )
     assert_expected_inline(
         error({"inner": "eager", "max_autotune": True}),
         """max_autotune are Inductor options, but inner='eager'""",

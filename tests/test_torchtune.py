@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torchtune
 from _recipe_parts import Losses, model
 from _util import DEVICE, TOLERANCES, capture, relative_error
-
-pytest.importorskip("torchtune")
-
 from omegaconf import OmegaConf
 from torchtune import modules, training
+from torchtune.config import instantiate
 from torchtune.models import gemma, gemma2, llama2, llama3, llama3_2, mistral, phi3, qwen2
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
@@ -206,6 +211,30 @@ def test_nested_settings_are_dotted_options():
     }
 
 
+def built_in_configs():
+    folder = Path(torchtune.__file__).parent.parent / "recipes" / "configs"
+    return [pytest.param(p, id=p.stem) for p in sorted(folder.rglob("*full_single_device.yaml"))]
+
+
+class FirstLayer(torch.nn.ModuleList):
+    """Of a model's 30 layers, the one that a test of its head needs."""
+
+    def __init__(self, modules=None):
+        super().__init__(itertools.islice(modules, 1) if modules is not None else None)
+
+
+@pytest.mark.parametrize("path", built_in_configs())
+def test_every_built_in_config_has_a_head_to_move(path):
+    config = OmegaConf.load(path)
+    if "vision" in config.model._component_:
+        pytest.importorskip("torchvision")
+    with torch.device("meta"), mock.patch.object(torch.nn, "ModuleList", FirstLayer):
+        net = instantiate(config.model)
+    head = fuse_head(net, instantiate(config.loss))
+    assert head.ignore_index == -100
+    assert flatten(config.get("liger_fx", {})) == {}
+
+
 # -- the recipe ------------------------------------------------------------------------------------
 
 
@@ -328,8 +357,9 @@ def load_saved(folder):
     return torch.load(path, weights_only=True)
 
 
-def test_recipe_writes_its_report(recipes, tmp_path):
+def test_recipe_reports(recipes, tmp_path, caplog):
     run_recipe(recipes[0], recipe_config(tmp_path))
+    assert caplog.text.count("linear_cross_entropy  replaced") == 1
     reports = json.loads((tmp_path / "out" / "liger_fx_report.json").read_text())
     assert [r["counts"] for r in reports if r["counts"]] == [{"linear_cross_entropy": 1}]
 
@@ -340,9 +370,10 @@ def test_recipe_without_compile_is_the_stock_recipe(recipes, tmp_path, caplog):
     assert liger_fx.reports() == []
 
 
-def test_recipe_takes_its_settings_from_the_config(recipes, tmp_path):
+def test_recipe_takes_its_settings_from_the_config(recipes, tmp_path, caplog):
     settings = {"inner": "eager", "disable": ["linear_cross_entropy"]}
     run_recipe(recipes[0], recipe_config(tmp_path, liger_fx=settings))
+    assert "projection and loss were not fused" in caplog.text
     assert all(
         r.decisions == {"linear_cross_entropy": "disabled by option"} for r in liger_fx.reports()
     )
@@ -350,3 +381,18 @@ def test_recipe_takes_its_settings_from_the_config(recipes, tmp_path):
         run_recipe(
             recipes[0], recipe_config(tmp_path, liger_fx={"linear_cross_entropy": {"tokens": 1}})
         )
+
+
+def test_recipe_through_tune_run_from_any_folder(tmp_path):
+    OmegaConf.save(recipe_config(tmp_path), tmp_path / "config.yaml")
+    command = ["-m", "torchtune._cli.tune", "run", "liger_fx/recipes/full_finetune_single_device"]
+    settings = ["liger_fx.linear_cross_entropy.chunk_tokens=16", "compile=True"]
+    done = subprocess.run(
+        [sys.executable, *command, "--config", str(tmp_path / "config.yaml"), *settings],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "linear_cross_entropy  replaced" in done.stdout + done.stderr
