@@ -67,7 +67,8 @@ def fuse_head(
 
     model: a torchtune TransformerDecoder or DeepFusionModel; this instance then returns hidden
     states. loss_fn: the recipe's loss. Returns the loss to call as ``loss(hidden, labels)``.
-    Raises TypeError for a model without torchtune's ``unembed``.
+    Raises TypeError for a model without torchtune's ``unembed``, ValueError for one whose head was
+    moved before.
     """
     decoder = getattr(model, "decoder", model)
     if not hasattr(decoder, "unembed"):
@@ -75,6 +76,8 @@ def fuse_head(
             f"{type(model).__name__} has no unembed(): expected a torchtune TransformerDecoder or "
             "DeepFusionModel"
         )
+    if decoder.unembed is _identity:
+        raise ValueError("the head of this model has been moved into a loss already")
     # torchtune keeps the compiler out of its chunked projection; inside the region it is traced.
     chunked = inspect.unwrap(type(decoder).chunked_output)  # type: ignore[attr-defined, union-attr]
     decoder.chunked_output = MethodType(chunked, decoder)

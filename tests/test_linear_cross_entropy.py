@@ -426,6 +426,13 @@ def test_refuses_probability_targets(hidden, weight):
     )
 
 
+def test_refuses_targets_of_another_integer_type(hidden, weight, labels):
+    def fn(h, w, y):
+        return F.cross_entropy(F.linear(h, w).view(-1, V), y.view(-1))
+
+    assert_expected_inline(refusal(fn, hidden, weight, labels.clamp_min(0).byte()), """""")
+
+
 def test_refuses_double_precision(hidden, weight, labels):
     def fn(h, w, y):
         return F.cross_entropy(F.linear(h, w).view(-1, V), y.view(-1))
@@ -477,7 +484,32 @@ def test_refuses_classes_in_another_dimension(hidden, weight):
     )
 
 
-def test_refuses_tensor_subclasses(hidden, weight, labels):  # A23: DTensor
+@pytest.fixture
+def mesh():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh(DEVICE, (2,))
+    torch.distributed.destroy_process_group()
+
+
+def test_refuses_dtensors(mesh):  # A23
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    def fn(h, w, y):
+        return F.cross_entropy(F.linear(h, w), y)
+
+    h, w = torch.randn(4, H, device=DEVICE), torch.randn(12, H, device=DEVICE)
+    y = torch.randint(0, 12, (4,), device=DEVICE)
+    h, y = (distribute_tensor(t, mesh, [Replicate()]) for t in (h, y))
+    w = distribute_tensor(w, mesh, [Shard(0)]).requires_grad_()
+    assert_expected_inline(
+        refusal(fn, h, w, y), """hidden is a DTensor; the kernels take plain tensors only"""
+    )
+
+
+def test_refuses_tensor_subclasses(hidden, weight, labels):
     from torch.testing._internal.two_tensor import TwoTensor
 
     def fn(h, w, y):
@@ -683,6 +715,15 @@ def test_gradient_accumulation_stays_exact(weight):  # A14
         for i in range(8)
     )
     torch.testing.assert_close(parts / (y != -100).sum(), whole)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA it is a device-side assertion")
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_labels_out_of_range_are_an_error_when_compiled(inner, hidden, weight, labels):  # A29
+    labels[0, 3] = V
+    compiled = torch.compile(torchtune, backend="liger_fx", options={"inner": inner})
+    with pytest.raises(IndexError, match=f"Target {V} is out of bounds"):
+        compiled(hidden, weight, labels)
 
 
 @pytest.mark.parametrize("inside", [True, False])

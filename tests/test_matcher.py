@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -253,6 +257,14 @@ def test_a_graph_without_example_values_is_an_error():
     gm = torch.fx.symbolic_trace(lambda g, u: torch.mul(F.silu(g), u))
     with pytest.raises(ValueError, match="no meta\\['example_value'\\]"):
         rewrite_graph(gm, [swiglu])
+
+
+def test_the_example_of_a_custom_rewrite():
+    example = Path(__file__).parent.parent / "examples" / "custom_rewrite.py"
+    done = subprocess.run([sys.executable, example], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "relu_squared  replaced  spelling primer" in done.stdout
+    assert "relu_squared  refused   example::relu_squared has no backward" in done.stdout
 
 
 def test_bodies_of_checkpoints_are_rewritten_and_those_of_autograd_functions_are_not():

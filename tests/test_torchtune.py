@@ -178,6 +178,13 @@ def test_head_region_of_one_model_leaves_another_alone(batch):
     assert net(batch[0]).shape == (B, S, SIZES["embed_dim"])
 
 
+def test_head_is_moved_once():
+    net = build("llama3")
+    fuse_head(net, torch.nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match="moved into a loss already"):
+        fuse_head(net, torch.nn.CrossEntropyLoss())
+
+
 def test_head_region_needs_a_torchtune_model():
     with pytest.raises(TypeError, match=r"Linear has no unembed\(\): expected a torchtune"):
         fuse_head(torch.nn.Linear(2, 2), torch.nn.CrossEntropyLoss())
