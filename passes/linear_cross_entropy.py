@@ -78,8 +78,6 @@ def check(
         raise Reject("class weights are given; Liger's fused kernel weighs all classes alike")
     if target.is_floating_point():
         raise Reject("the target is class probabilities, not class indices")
-    if target.dtype != torch.int64:
-        raise Reject(f"the target is {target.dtype}, expected torch.int64")
     if weight.dim() != 2:
         raise Reject(f"the projection's weight is {weight.dim()}-D, expected 2-D [classes, hidden]")
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
