@@ -253,6 +253,28 @@ def test_without_a_match_the_graph_is_as_dynamo_made_it():
     assert str(rewritten(fn, A, B).gm.graph) == plain[0]
 
 
+def test_an_error_halfway_leaves_the_graph_as_it_was():
+    replaced = []
+
+    def second_time_unlucky(match, gate, up):
+        replaced.append(match)
+        return torch.sub(gate, up) if len(replaced) == 1 else 1 / 0
+
+    def backend(gm, example_inputs):
+        before = str(gm.graph)
+        with pytest.raises(ZeroDivisionError):
+            rewrite_graph(gm, [Rewrite("unlucky", [swiglu_pattern], second_time_unlucky)])
+        assert str(gm.graph) == before
+        return gm.forward
+
+    def fn(g, u):
+        return F.silu(g) * u + F.silu(u) * g
+
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(fn, backend=backend)(A, B), fn(A, B))
+    assert len(replaced) == 2
+
+
 def test_a_graph_without_example_values_is_an_error():
     gm = torch.fx.symbolic_trace(lambda g, u: torch.mul(F.silu(g), u))
     with pytest.raises(ValueError, match="no meta\\['example_value'\\]"):

@@ -180,6 +180,23 @@ def test_two_backwards_with_different_upstream_gradients():  # A17
         assert torch.equal(a, c)
 
 
+def test_backward_makes_no_zeros_for_unused_outputs():  # A18
+    case = Case()
+    tensors = case.tensors()
+    value = case.fused(*tensors)
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "zeros" in func.__name__:
+                made.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        torch.autograd.grad(value, tensors)
+    assert made == []
+
+
 def test_frozen_tensors_get_and_cost_no_gradient():  # A19
     case = Case(bias=True)
     input, weight, bias = case.tensors()
