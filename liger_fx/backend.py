@@ -104,9 +104,7 @@ def rewrite(gm: fx.GraphModule, rewrites: Sequence[Rewrite], options: Options) -
 
 @functools.cache
 def _warn_without_cuda() -> None:
-    log.warning(
-        "graphs on a CPU: Liger's Triton kernels need a GPU, so plain PyTorch ops stand in for them"
-    )
+    log.warning("liger_fx: on a CPU plain PyTorch ops stand in: Liger's Triton kernels need a GPU")
 
 
 def _rewrites() -> list[Rewrite]:

@@ -7,7 +7,7 @@ would keep eight weight gradients; the matches are merged into one, over the who
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
@@ -35,11 +35,11 @@ def merge_chunked_losses(view: View, matches: list[Match]) -> list[Match]:
 
 
 def _terms(node: fx.Node) -> list[fx.Node]:
-    """``((0.0 + a) + b) + c`` -> [a, b, c]; [] if anything else uses a partial sum."""
+    """``((0.0 + a) + b) + c`` -> [a, b, c]; [] if anything else uses a term or a partial sum."""
     terms: list[fx.Node] = []
     while isinstance(node, fx.Node) and op_name(node) in ("add", "add_") and not node.kwargs:
         left, right = node.args
-        if not isinstance(right, fx.Node):
+        if not isinstance(right, fx.Node) or len(right.users) != 1:
             return []
         terms.append(right)
         if isinstance(left, fx.Node) and len(left.users) != 1:
@@ -64,19 +64,39 @@ def _merge(view: View, root: fx.Node, parts: list[Match]) -> Match | None:
                 return None
     hidden = _whole(view, [part.bindings["hidden"] for part in parts])
     target = _whole(view, [part.bindings["target"] for part in parts])
-    if hidden is None or target is None or hidden[1:] != target[1:]:
+    if hidden is None or target is None or not _rows_agree(hidden, target):
         return None
-    bindings = first.bindings | {"hidden": hidden[0], "target": target[0]}
     # Slices of the rows of one chunk are not slices of the whole.
     if any(op_name(node) == "getitem" for part in parts for node in part.chains["rows"]):
         return None
+    bindings = first.bindings | {"hidden": hidden.whole, "target": target.whole}
     return Match(
         first.pattern, root, bindings, first.chains, interior(view, root, bindings), first.settings
     )
 
 
-def _whole(view: View, parts: list[Any]) -> tuple[fx.Node, int, Any] | None:
-    """(the tensor, number of chunks, dimension) if the parts are all its chunks, in order."""
+class _Chunks(NamedTuple):
+    """A tensor and how it is cut: ``whole.chunk(sections, dim)``, or split or tensor_split."""
+
+    whole: fx.Node
+    op: Any
+    sections: Any
+    dim: Any
+
+
+def _rows_agree(hidden: _Chunks, target: _Chunks) -> bool:
+    """Are [.., H] and [..] cut alike, along one of the leading dimensions?"""
+    leading = fake(hidden.whole).shape[:-1]
+    return (
+        hidden[1:] == target[1:]
+        and isinstance(hidden.dim, int)
+        and 0 <= hidden.dim < len(leading)
+        and [str(size) for size in leading] == [str(size) for size in fake(target.whole).shape]
+    )
+
+
+def _whole(view: View, parts: list[Any]) -> _Chunks | None:
+    """What was cut, if the parts are all its chunks, in order."""
     sources = set()
     for i, part in enumerate(parts):
         while isinstance(part, fx.Node) and op_name(part) == "reshape":
@@ -89,16 +109,7 @@ def _whole(view: View, parts: list[Any]) -> tuple[fx.Node, int, Any] | None:
         return None
     if len(fake(chunk)) != len(parts):
         return None
-    arguments = view.expr(chunk).args
-    return arguments[0], *_chunking(chunk)
-
-
-def _chunking(node: fx.Node) -> tuple[Any, Any]:
     names = ("chunks", "indices_or_sections", "split_size", "split_size_or_sections")
-    sections = (
-        node.args[1]
-        if len(node.args) > 1
-        else next(node.kwargs[n] for n in names if n in node.kwargs)
-    )
-    dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
-    return sections, dim
+    sections = next((chunk.kwargs[n] for n in names if n in chunk.kwargs), chunk.args[1:2])
+    dim = chunk.args[2] if len(chunk.args) > 2 else chunk.kwargs.get("dim", 0)
+    return _Chunks(view.expr(chunk).args[0], op_name(chunk), sections, dim)

@@ -654,6 +654,36 @@ def test_chunks_of_which_one_is_also_returned_stay_single(hidden, weight, labels
     torch.testing.assert_close(list(actual), expected)
 
 
+def test_chunks_of_which_a_later_one_is_also_returned_stay_single(hidden, weight, labels):
+    def fn(h, w, y):
+        losses = [
+            F.cross_entropy(F.linear(c, w).view(-1, V), z.reshape(-1), reduction="sum")
+            for c, z in zip(h.chunk(3, dim=1), y.chunk(3, dim=1), strict=True)
+        ]
+        return losses[0] + losses[1] + losses[2], losses[1]
+
+    (report,) = capture(fn, hidden, weight, labels).reports
+    assert report.counts == {"linear_cross_entropy": 3}
+
+
+def test_chunks_of_rows_in_another_order_stay_single(weight):
+    h = torch.randn(4, 6, H, device=DEVICE, requires_grad=True)
+    y = torch.randint(0, V, (6, 4), device=DEVICE)  # its second dimension is not the hidden's
+
+    def fn(h, w, y):
+        total = 0.0
+        for c, z in zip(h.chunk(2, dim=1), y.chunk(2, dim=1), strict=True):
+            total += F.cross_entropy(F.linear(c, w).view(-1, V), z.reshape(-1), reduction="sum")
+        return total
+
+    expected = gradients(fn, h, weight, y)
+    compiled = torch.compile(fn, backend="liger_fx", options={"inner": "aot_eager"})
+    actual = gradients(compiled, h, weight, y)
+    assert liger_fx.reports()[-1].counts == {"linear_cross_entropy": 2}
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
 def test_chunks_in_another_order_stay_single(hidden, weight, labels):
     def fn(h, w, y):
         a, b = h.chunk(2, dim=1)
