@@ -63,8 +63,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """What liger_fx would do with ``fn(*args, **kwargs)``, without running a kernel.
 
     ``fn`` is traced on fake tensors: real, fake and meta arguments will do, and no GPU is needed.
-    Code between two graphs runs on fake tensors too. The options come from the environment. Returns
-    one report over all graphs.
+    Code between two graphs runs on fake tensors too. The options come from the environment. Resets
+    torch.compile: what the process has compiled before is compiled again when it is called next.
+    Returns one report over all graphs.
     """
     from torch._subclasses import FakeTensorMode
 

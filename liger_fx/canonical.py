@@ -114,7 +114,7 @@ class View:
 
     def _resolve_node(self, node: fx.Node) -> Any:
         # A loop, not recursion: a chain of no-ops may be as long as the graph.
-        while _does_nothing(node):
+        while does_nothing(node):
             node = node.args[0]  # type: ignore[assignment]
         if node.op == "call_method" and node.target == "item":
             number = _specialised_number(fake(node))
@@ -165,7 +165,7 @@ def _shape(node: fx.Node) -> Any:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
-def _does_nothing(node: fx.Node) -> bool:
+def does_nothing(node: fx.Node) -> bool:
     """Is the node's output its first argument, element for element?"""
     op = op_name(node)
     if op not in ("cast", "reshape", "getitem") or not node.args:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from liger_fx.canonical import View, _does_nothing, fake, mutated_arguments, op_name, storage_key
+from liger_fx.canonical import View, does_nothing, fake, mutated_arguments, op_name, storage_key
 from liger_fx.pattern import Binding, Cast, Chain, Op, Pattern, Term
 
 
@@ -189,7 +189,7 @@ def root_ops(term: Term) -> set[Any]:
 def candidates(view: View, pattern: Pattern) -> Iterator[fx.Node]:
     wanted = root_ops(pattern.term)
     for node in view.position:
-        if node.op.startswith("call_") and op_name(node) in wanted and not _does_nothing(node):
+        if node.op.startswith("call_") and op_name(node) in wanted and not does_nothing(node):
             yield node
 
 

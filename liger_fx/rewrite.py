@@ -49,14 +49,13 @@ class Rewrite:
     settings: dict[str, Any] = field(default_factory=dict)
     evidence: dict[str, str] = field(default_factory=dict)
     save_ops: Sequence[str] = ()
+    spellings: tuple[Pattern, ...] = field(init=False, repr=False)
+    twins: tuple[tuple[Pattern, str], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spellings", tuple(map(Pattern, self.patterns)))
         twins = tuple((Pattern(function), reason) for function, reason in self.refuses)
         object.__setattr__(self, "twins", twins)
-
-    spellings: tuple[Pattern, ...] = field(init=False, repr=False)
-    twins: tuple[tuple[Pattern, str], ...] = field(init=False, repr=False)
 
 
 def rewrite_graph(

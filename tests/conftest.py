@@ -2,6 +2,8 @@ import os
 
 import pytest
 import torch
+from _spellings import B, H, S, V
+from _util import DEVICE
 
 os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 
@@ -22,3 +24,20 @@ def fresh_compiler() -> None:
     torch._dynamo.reset()
     torch.manual_seed(0)
     liger_fx.backend._reports.clear()
+
+
+@pytest.fixture
+def hidden():
+    return torch.randn(B, S, H, device=DEVICE, requires_grad=True)
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(V, H, device=DEVICE, requires_grad=True)
+
+
+@pytest.fixture
+def labels():
+    labels = torch.randint(0, V, (B, S), device=DEVICE)
+    labels[:, :2] = -100
+    return labels

@@ -7,141 +7,25 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from _spellings import (
+    SPELLINGS,
+    B,
+    H,
+    S,
+    V,
+    huggingface_gemma2,
+    huggingface_shifted_logits,
+    per_token,
+    torchtune,
+    torchtune_chunked,
+    torchtune_per_chunk,
+)
 from _util import DEVICE, TOLERANCES, capture, gradients, reasons, relative_error, show
 from expecttest import assert_expected_inline
 from torch.utils.checkpoint import checkpoint
 
 import liger_fx
 from liger_fx.ops import chunked_head
-
-B, S, H, V = 2, 6, 8, 13
-
-
-@pytest.fixture
-def hidden():
-    return torch.randn(B, S, H, device=DEVICE, requires_grad=True)
-
-
-@pytest.fixture
-def weight():
-    return torch.randn(V, H, device=DEVICE, requires_grad=True)
-
-
-@pytest.fixture
-def labels():
-    labels = torch.randint(0, V, (B, S), device=DEVICE)
-    labels[:, :2] = -100
-    return labels
-
-
-# -- the spellings, each as its library writes it --------------------------------------------------
-
-
-def torchtune(h, w, y):
-    logits = F.linear(h, w).float()
-    y = torch.hstack((y[..., 1:], torch.full((B, 1), -100, device=y.device)))
-    y, logits = y.reshape(-1), logits.reshape(-1, logits.size(-1))
-    return torch.nn.CrossEntropyLoss()(logits, y)
-
-
-def torchtune_chunked(h, w, y):
-    logits = [F.linear(c, w) for c in h.chunk(3, dim=1)]
-    total_elements = (y != -100).sum()
-    y = [c.reshape(-1) for c in y.chunk(3, dim=1)]
-    logits = [c.reshape(-1, c.size(-1)) for c in logits]
-    total = 0.0
-    for logits_chunk, labels_chunk in zip(logits, y, strict=True):
-        total += F.cross_entropy(
-            logits_chunk.float(), labels_chunk, ignore_index=-100, reduction="sum"
-        )
-    return total / total_elements
-
-
-def torchtune_per_chunk(h, w, y):
-    """compute_cross_entropy of the later LinearCrossEntropyLoss."""
-    logits = F.linear(h, w)
-    return F.cross_entropy(
-        logits.reshape(-1, logits.size(-1)).float(),
-        y.reshape(-1),
-        ignore_index=-100,
-        reduction="sum",
-    )
-
-
-def huggingface(h, w, y):
-    logits = F.linear(h[:, slice(0, None), :], w)
-    logits = logits.float()
-    y = F.pad(y, (0, 1), value=-100)[..., 1:].contiguous()
-    logits = logits.view(-1, V)
-    return F.cross_entropy(
-        logits, y.view(-1).to(logits.device), ignore_index=-100, reduction="mean"
-    )
-
-
-def huggingface_gemma2(h, w, y):
-    logits = F.linear(h, w)
-    logits = logits / 30.0
-    logits = torch.tanh(logits)
-    logits = logits * 30.0
-    return F.cross_entropy(logits.float().view(-1, V), y.view(-1))
-
-
-def huggingface_shifted_logits(h, w, y):
-    logits = F.linear(h, w).float()
-    shift = logits[..., :-1, :].contiguous().view(-1, V)
-    return F.cross_entropy(shift, y[..., 1:].contiguous().view(-1))
-
-
-def torchtitan(h, w, y):
-    return F.cross_entropy(F.linear(h, w).flatten(0, 1).float(), y.flatten(0, 1))
-
-
-def sliced_after_flattening(h, w, y):
-    return F.cross_entropy(F.linear(h, w).view(-1, V)[:-1], y.view(-1)[1:])
-
-
-def classes_second(h, w, y):
-    return F.cross_entropy(F.linear(h, w).transpose(1, 2), y, reduction="sum")
-
-
-def smoothed(h, w, y):
-    return F.cross_entropy(
-        F.linear(h, w).view(-1, V),
-        y.view(-1),
-        label_smoothing=0.1,
-        reduction="sum",
-        ignore_index=-100,
-    )
-
-
-def other_ignore_index(h, w, y):
-    return F.cross_entropy(F.linear(h, w).view(-1, V), y.view(-1).clamp_min(0), ignore_index=0)
-
-
-def per_token(h, w, y):
-    losses = F.cross_entropy(F.linear(h, w).float().view(-1, V), y.view(-1), reduction="none")
-    return (losses * torch.linspace(0, 1, B * S, device=y.device)).sum()
-
-
-def keyword_arguments(h, w, y):
-    logits = F.linear(input=h, weight=w, bias=None)
-    return F.cross_entropy(input=logits.view(-1, V), target=y.view(-1))
-
-
-def one_token(h, w, y):
-    return F.cross_entropy(F.linear(h[0, 0], w), y[0, 3])
-
-
-def linear_cross_entropy(h, w, y):
-    return F.linear_cross_entropy(h.view(-1, H), w, y.view(-1))
-
-
-SPELLINGS = [
-    torchtune, torchtune_chunked, torchtune_per_chunk, huggingface, huggingface_gemma2,
-    huggingface_shifted_logits, torchtitan, sliced_after_flattening, classes_second, smoothed,
-    other_ignore_index, per_token, keyword_arguments, one_token,
-    *([linear_cross_entropy] if hasattr(F, "linear_cross_entropy") else []),
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
@@ -198,24 +82,6 @@ def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_y_: "i64[2, 6]"):
     ne: "b8[12]" = y_1 != -100
     sum_1: "i64[]" = ne.sum()
     truediv: "f32[]" = getitem_1 / sum_1
-    return (truediv,)""",
-    )
-
-
-def test_chunked_loss_becomes_one_op(hidden, weight, labels):
-    found = capture(torchtune_chunked, hidden, weight, labels)
-    assert_expected_inline(
-        show(found.graphs[0]),
-        """\
-def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_y_: "i64[2, 6]"):
-    l_h_ = L_h_
-    l_w_ = L_w_
-    l_y_ = L_y_
-    ne: "b8[2, 6]" = l_y_ != -100
-    total_elements: "i64[]" = ne.sum()
-    linear_cross_entropy_default = torch.ops.liger_fx.linear_cross_entropy.default(l_h_, l_w_, None, l_y_, -100, 0.0, 0.0, True, True, False, 0, torch.float32, True)
-    getitem_6: "f32[]" = linear_cross_entropy_default[0]
-    truediv: "f32[]" = getitem_6 / total_elements
     return (truediv,)""",
     )
 
@@ -465,6 +331,39 @@ def test_refuses_where_nothing_would_be_saved(hidden, weight, labels):
         )
 
 
+def test_refuses_an_ignore_index_that_is_no_constant(hidden, weight, labels):
+    def fn(h, w, y, i):
+        return F.cross_entropy(F.linear(h, w).view(-1, V), y.view(-1), ignore_index=i)
+
+    (report,) = capture(fn, hidden, weight, labels.clamp_min(0), 7, dynamic=True).reports
+    assert_expected_inline(
+        reasons(report), """ignore_index is computed in the graph, expected a constant"""
+    )
+
+
+def test_refuses_a_softcap_that_is_no_constant(hidden, weight, labels):
+    def fn(h, w, y, c):
+        logits = c * torch.tanh(F.linear(h, w) / c)
+        return F.cross_entropy(logits.view(-1, V), y.view(-1))
+
+    cap = torch.tensor(30.0, device=DEVICE)
+    assert_expected_inline(
+        refusal(fn, hidden, weight, labels, cap),
+        """the softcap is computed in the graph or not positive, expected a constant""",
+    )
+
+
+def test_refuses_a_slice_of_unflattened_logits(hidden, weight, labels):
+    def fn(h, w, y):
+        logits = F.linear(h.view(-1, H), w).view(B, S, V)[:, :-1]
+        return F.cross_entropy(logits.reshape(-1, V), y[:, 1:].reshape(-1))
+
+    assert_expected_inline(
+        refusal(fn, hidden, weight, labels),
+        """logits are reshaped to more than two dimensions and sliced afterwards""",
+    )
+
+
 def test_refuses_classes_in_another_dimension(hidden, weight):
     y = torch.randint(0, S, (B, V), device=DEVICE)
 
@@ -636,81 +535,6 @@ def test_logits_written_in_place_are_left(hidden, weight, labels):
     assert report.counts == {} and len(report.rejections) == 1
 
 
-# -- partial sums of chunks ------------------------------------------------------------------------
-
-
-def test_chunks_of_which_one_is_also_returned_stay_single(hidden, weight, labels):
-    def fn(h, w, y):
-        losses = [
-            F.cross_entropy(F.linear(c, w).view(-1, V), z.reshape(-1), reduction="sum")
-            for c, z in zip(h.chunk(3, dim=1), y.chunk(3, dim=1), strict=True)
-        ]
-        return losses[0] + losses[1] + losses[2], losses[0]
-
-    expected = [v.detach() for v in fn(hidden, weight, labels)]
-    found = capture(fn, hidden, weight, labels)
-    assert found.reports[0].counts == {"linear_cross_entropy": 3}
-    actual = torch.compile(fn, backend="liger_fx", fullgraph=True)(hidden, weight, labels)
-    torch.testing.assert_close(list(actual), expected)
-
-
-def test_chunks_of_which_a_later_one_is_also_returned_stay_single(hidden, weight, labels):
-    def fn(h, w, y):
-        losses = [
-            F.cross_entropy(F.linear(c, w).view(-1, V), z.reshape(-1), reduction="sum")
-            for c, z in zip(h.chunk(3, dim=1), y.chunk(3, dim=1), strict=True)
-        ]
-        return losses[0] + losses[1] + losses[2], losses[1]
-
-    (report,) = capture(fn, hidden, weight, labels).reports
-    assert report.counts == {"linear_cross_entropy": 3}
-
-
-def test_chunks_of_rows_in_another_order_stay_single(weight):
-    h = torch.randn(4, 6, H, device=DEVICE, requires_grad=True)
-    y = torch.randint(0, V, (6, 4), device=DEVICE)  # its second dimension is not the hidden's
-
-    def fn(h, w, y):
-        total = 0.0
-        for c, z in zip(h.chunk(2, dim=1), y.chunk(2, dim=1), strict=True):
-            total += F.cross_entropy(F.linear(c, w).view(-1, V), z.reshape(-1), reduction="sum")
-        return total
-
-    expected = gradients(fn, h, weight, y)
-    compiled = torch.compile(fn, backend="liger_fx", options={"inner": "aot_eager"})
-    actual = gradients(compiled, h, weight, y)
-    assert liger_fx.reports()[-1].counts == {"linear_cross_entropy": 2}
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e)
-
-
-def test_chunks_in_another_order_stay_single(hidden, weight, labels):
-    def fn(h, w, y):
-        a, b = h.chunk(2, dim=1)
-        y_a, y_b = y.chunk(2, dim=1)
-        loss = F.cross_entropy(F.linear(b, w).view(-1, V), y_a.reshape(-1), reduction="sum")
-        return loss + F.cross_entropy(F.linear(a, w).view(-1, V), y_b.reshape(-1), reduction="sum")
-
-    expected = gradients(fn, hidden, weight, labels)
-    actual = gradients(torch.compile(fn, backend="liger_fx"), hidden, weight, labels)
-    assert liger_fx.reports()[-1].counts == {"linear_cross_entropy": 2}
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e)
-
-
-def test_not_all_chunks_stay_single(hidden, weight, labels):
-    def fn(h, w, y):
-        a, b, _ = h.chunk(3, dim=1)
-        y_a, y_b, _ = y.chunk(3, dim=1)
-        loss = F.cross_entropy(F.linear(a, w).view(-1, V), y_a.reshape(-1), reduction="sum")
-        return loss + F.cross_entropy(F.linear(b, w).view(-1, V), y_b.reshape(-1), reduction="sum")
-
-    expected = gradients(fn, hidden, weight, labels)
-    actual = gradients(torch.compile(fn, backend="liger_fx"), hidden, weight, labels)
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e)
-
-
 # -- normalisation, autocast, checkpoints, frozen parameters ---------------------------------------
 
 
@@ -738,6 +562,17 @@ def test_gradient_accumulation_stays_exact(weight):  # A14
         for i in range(8)
     )
     torch.testing.assert_close(parts / (y != -100).sum(), whole)
+
+
+def test_a_label_smoothing_that_changes_is_not_baked_in(hidden, weight, labels):
+    def fn(h, w, y, e):
+        return F.cross_entropy(F.linear(h, w).view(-1, V), y.view(-1), label_smoothing=e)
+
+    compiled = torch.compile(fn, backend="liger_fx", options={"inner": "eager"}, dynamic=True)
+    for e in (0.1, 0.2):
+        expected = fn(hidden, weight, labels, e)
+        torch.testing.assert_close(compiled(hidden, weight, labels, e), expected)
+    assert liger_fx.reports()[-1].counts == {"linear_cross_entropy": 1}
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA it is a device-side assertion")
