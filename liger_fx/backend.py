@@ -7,6 +7,7 @@ import hashlib
 import logging
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -91,15 +92,15 @@ def rewrite(gm: fx.GraphModule, rewrites: Sequence[Rewrite], options: Options) -
     device = _device_type(gm)
     if device == "cpu":
         _warn_without_cuda()
-    chosen, decisions = _apply_policy(rewrites, options, device)
+    policy = _apply_policy(rewrites, options, device)
     try:
-        report = rewrite_graph(gm, chosen, options.settings)
+        report = rewrite_graph(gm, policy.chosen, options.settings, policy.checkpoints_only)
     except Exception:
         if options.strict:
             raise
         report = Report(error=traceback.format_exc())
         log.exception("liger_fx failed on a graph and leaves it untouched; please report this")
-    report.decisions = decisions
+    report.decisions = policy.decisions
     return report
 
 
@@ -114,24 +115,49 @@ def _rewrites() -> list[Rewrite]:
     return DEFAULT
 
 
-def _apply_policy(
-    rewrites: Sequence[Rewrite], options: Options, device: str
-) -> tuple[list[Rewrite], dict[str, str]]:
-    """The rewrites to try, and a word on each that the policy decided about."""
-    chosen, decisions = [], {}
+def _apply_policy(rewrites: Sequence[Rewrite], options: Options, device: str) -> _Policy:
+    """What to try, and a word on each rewrite that the policy decided about."""
+    policy = _Policy()
     for candidate in rewrites:
         name = candidate.name
         if name in options.disable:
-            decisions[name] = "disabled by option"
-        elif options.policy == "auto" and device not in candidate.evidence:
-            decisions[name] = f"auto leaves it on {device}: no gain measured"
-        elif options.policy not in ("auto", "all") and name not in options.policy:
-            decisions[name] = "not in the policy's list"
+            policy.decisions[name] = "disabled by option"
+        elif options.policy == "auto":
+            _weigh(candidate, options.inner, device, policy)
+        elif options.policy != "all" and name not in options.policy:
+            policy.decisions[name] = "not in the policy's list"
         else:
-            chosen.append(candidate)
-            if options.policy == "auto":
-                decisions[name] = f"auto applies it on {device}: {candidate.evidence[device]}"
-    return chosen, decisions
+            policy.chosen.append(candidate)
+    return policy
+
+
+@dataclass
+class _Policy:
+    """chosen: rewrites to try. checkpoints_only: names of those to try only in checkpoint bodies.
+    decisions: a sentence for each rewrite that the policy decided about."""
+
+    chosen: list[Rewrite] = field(default_factory=list)
+    checkpoints_only: set[str] = field(default_factory=set)
+    decisions: dict[str, str] = field(default_factory=dict)
+
+
+def _weigh(candidate: Rewrite, inner: str, device: str, policy: _Policy) -> None:
+    """``auto``: apply what is measured to pay on this device under this inner compiler."""
+    name, gains, losses = candidate.name, candidate.gains, candidate.losses
+    where = (device, f"{device} {'inductor' if inner == 'inductor' else 'eager'}")
+    why = next((gains[place] for place in where if place in gains), None)
+    if why is not None:
+        policy.chosen.append(candidate)
+        policy.decisions[name] = f"auto applies it on {device}: {why}"
+        return
+    loss = next((losses[place] for place in where if place in losses), "no gain measured")
+    left = f"on {device} under {inner}: {loss}" if device != "cpu" else f"on {device}: {loss}"
+    policy.decisions[name] = f"auto leaves it {left}"
+    inside = next((gains[f"{w} checkpoint"] for w in where if f"{w} checkpoint" in gains), None)
+    if inside is not None:
+        policy.chosen.append(candidate)
+        policy.checkpoints_only.add(name)
+        policy.decisions[name] = f"auto applies it inside activation checkpoints only: {inside}"
 
 
 def _device_type(gm: fx.GraphModule) -> str:
@@ -184,7 +210,6 @@ def _compile_inner(
         )
 
 
-@functools.cache
 def _fingerprint() -> str:
     """A hash over the source of our ops, and Liger's version."""
     source = hashlib.sha256()
@@ -193,7 +218,10 @@ def _fingerprint() -> str:
     return f"liger_fx={source.hexdigest()[:16]};liger_kernel={version('liger_kernel')}"
 
 
+_FINGERPRINT = _fingerprint()  # of what has just been imported: an editor may save any time later
+
+
 def _cache_key_tag() -> str:
     """The compile caches see the rewritten graph, but not what an op's backward is: after a change
     of liger_fx or Liger they must miss (https://github.com/pytorch/pytorch/issues/144344)."""
-    return ";".join(filter(None, [torch.compiler.config.cache_key_tag, _fingerprint()]))
+    return ";".join(filter(None, [torch.compiler.config.cache_key_tag, _FINGERPRINT]))

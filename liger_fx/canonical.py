@@ -10,6 +10,7 @@ Rules, all decided from each node's ``example_value``:
 - a view, cast, slice or device move whose output equals its input is its input;
 - ``float``, ``half``, ``type_as``, ``to(dtype)`` ... are ``cast``;
 - ``view``, ``reshape``, ``flatten``, ``unsqueeze`` ... are ``reshape``;
+- ``x * x``, ``square(x)`` and ``x ** 2`` are ``pow``;
 - arguments of known functions are positional, with their defaults filled in;
 - ``item()`` of a number that Dynamo has specialised (``dynamic=True``) is that number.
 """
@@ -19,7 +20,7 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,7 +136,7 @@ class View:
             return Expr(op, (self.resolve(node.args[0]), fake(node).dtype))
         if op == "reshape":
             return Expr(op, (self.resolve(node.args[0]),))
-        return Expr(op, tuple(self.resolve(a) for a in positional(node)))
+        return Expr(*as_power(op, tuple(self.resolve(a) for a in positional(node))))
 
     def same(self, a: Any, b: Any) -> bool:
         """Do two resolved values always hold the same number? True for the same node, for equal
@@ -152,6 +153,13 @@ class View:
         if isinstance(a, tuple) and isinstance(b, tuple):
             return len(a) == len(b) and all(map(self.same, a, b))
         return type(a) is type(b) and bool(a == b)
+
+
+def as_power(op: Target, args: tuple[Any, ...]) -> tuple[Target, tuple[Any, ...]]:
+    """``square(x)`` and ``x * x`` as ``pow(x, 2)``; anything else as it is."""
+    if op == "square" or (op == "mul" and len(args) == 2 and args[0] is args[1]):
+        return "pow", (args[0], 2)
+    return op, args
 
 
 # Expressions that give the same value each time they are written; no random ones, no unknown ones.
@@ -180,14 +188,13 @@ def does_nothing(node: fx.Node) -> bool:
         return False
     if op == "getitem" and not _only_slices(node.args[1]):
         return False
-    return _same_shape(before, after)
+    return same_sizes(before.shape, after.shape)
 
 
-def _same_shape(a: torch.Tensor, b: torch.Tensor) -> bool:
-    # Symbols are compared by name: asking whether s0 == s1 would add a guard to the user's graph.
-    return len(a.shape) == len(b.shape) and all(
-        x is y or str(x) == str(y) for x, y in zip(a.shape, b.shape, strict=True)
-    )
+def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Are two shapes or strides equal? Symbols are compared by name: asking whether s0 == s1 would
+    add a guard to the user's graph."""
+    return len(a) == len(b) and all(x is y or str(x) == str(y) for x, y in zip(a, b, strict=True))
 
 
 def _only_slices(index: Any) -> bool:
@@ -207,21 +214,44 @@ def _specialised_number(value: Any) -> float | int | bool | None:
     return node.maybe_as_float() if isinstance(value, torch.SymFloat) else node.maybe_as_int()
 
 
+# Builtins without a signature to read; what is not given is None.
+_SIGNATURES = {
+    F.linear: ("input", "weight", "bias"),
+    torch.rms_norm: ("input", "normalized_shape", "weight", "eps"),
+}
+
+
+def hint(value: Any) -> float | int | None:
+    """The number that ``value`` is in this compilation, whether or not it may vary; None for a
+    tensor, and for what only the data know."""
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, torch.SymInt | torch.SymFloat) and value.node.has_hint():
+        return value.node.hint
+    return None
+
+
+def specialise(value: float | torch.SymFloat) -> float:
+    """The number itself. If it may vary (a module's ``eps`` under ``dynamic=True``), Dynamo guards
+    on it, and compiles again should it ever change."""
+    return float(value)
+
+
 def positional(node: fx.Node) -> tuple[Any, ...]:
     """The arguments of a call in the order of its signature, defaults filled in, without the
     ``inplace`` flag (see `op_name`).
 
     Falls back to the arguments as written, keywords last and sorted by name, where a builtin
-    publishes no signature.
+    publishes no signature, or several that fit.
     """
     args, kwargs = tuple(node.args), dict(node.kwargs)
     # transpose, chunk, mean ... have their twin in torch.*, with the same parameters.
     target: Any = node.target
     if node.op == "call_method":
         target = getattr(torch, str(node.target), None)
-    if target is F.linear:  # a builtin, without a signature to read
-        named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
-        return (named["input"], named["weight"], named.get("bias"))
+    if target in _SIGNATURES:
+        named = dict(zip(_SIGNATURES[target], args, strict=False)) | kwargs
+        return tuple(named.get(name) for name in _SIGNATURES[target])
     parameters = _parameters(target)
     if parameters is not None:
         named = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs
@@ -231,7 +261,10 @@ def positional(node: fx.Node) -> tuple[Any, ...]:
             if p.name != "inplace"
         )
     if kwargs and target is not None:
-        normal = normalize_function(target, args, kwargs, normalize_to_only_use_kwargs=True)
+        try:
+            normal = normalize_function(target, args, kwargs, normalize_to_only_use_kwargs=True)
+        except RuntimeError:  # several schemas fit, as for torch.tensor(8.0)
+            normal = None
         if normal is not None:
             return tuple(normal.kwargs.values())
     return args + tuple(kwargs[k] for k in sorted(kwargs))

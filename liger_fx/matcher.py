@@ -21,17 +21,21 @@ class Reject(Exception):
 class Match:
     """One place where a pattern fits.
 
-    ``bindings`` maps each parameter of the pattern to a node or a literal, ``chains`` each wildcard
-    to its nodes (outermost first), ``nodes`` holds what a replacement makes superfluous, the root
-    among it.
+    ``outputs`` are the nodes that a replacement stands in for, the root first; ``bindings`` maps
+    each parameter of the pattern to a node or a literal, ``chains`` each wildcard to its nodes
+    (outermost first), ``nodes`` holds what a replacement makes superfluous, the outputs among it.
     """
 
     pattern: Pattern
-    root: fx.Node
+    outputs: tuple[fx.Node, ...]
     bindings: dict[str, Any]
     chains: dict[str, list[fx.Node]]
     nodes: set[fx.Node]
     settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def root(self) -> fx.Node:
+        return self.outputs[0]
 
     @property
     def values(self) -> dict[str, Any]:
@@ -40,13 +44,16 @@ class Match:
 
     @property
     def output(self) -> torch.Tensor:
-        """The fake tensor that the matched subgraph computes."""
+        """The fake tensor that the matched subgraph computes, the first if it computes several."""
         return fake(self.root)
 
 
 @dataclass(frozen=True)
 class Miss:
-    """How far a pattern got: ``matched`` of ``total`` operations, then ``found`` for ``wanted``."""
+    """How far a pattern got: ``matched`` of ``total`` operations, then ``found`` for ``wanted``.
+
+    Operations that are everywhere in a decoder, such as ``mul``, tell nothing and do not count.
+    """
 
     pattern: Pattern
     matched: int
@@ -55,10 +62,13 @@ class Miss:
     found: fx.Node | Any
 
 
+_EVERYWHERE = frozenset({"add", "sub", "mul", "div", "neg", "cat", "getitem", "reshape", "cast"})
+
+
 def size(term: Term) -> int:
-    """How many operations a term has."""
+    """How many operations a term has, without those that are everywhere."""
     if isinstance(term, Op):
-        return 1 + sum(map(size, term.args))
+        return (term.op not in _EVERYWHERE) + sum(map(size, term.args))
     if isinstance(term, Cast | Chain):
         return size(term.source)
     if isinstance(term, tuple | list):
@@ -70,11 +80,18 @@ def size(term: Term) -> int:
 class _State:
     bindings: dict[str, Any] = field(default_factory=dict)
     chains: dict[str, list[fx.Node]] = field(default_factory=dict)
-    dtypes: list[tuple[str, torch.dtype]] = field(default_factory=list)  # binding has this dtype
+    dtypes: list[tuple[Binding | Op, torch.dtype]] = field(default_factory=list)  # what casts say
+    values: dict[int, fx.Node] = field(default_factory=dict)  # by the identity of the operation
     matched: int = 0
 
     def copy(self) -> _State:
-        return _State(dict(self.bindings), dict(self.chains), list(self.dtypes), self.matched)
+        return _State(
+            dict(self.bindings),
+            dict(self.chains),
+            list(self.dtypes),
+            dict(self.values),
+            self.matched,
+        )
 
 
 class Matcher:
@@ -91,7 +108,8 @@ class Matcher:
             return None
         # An optional parameter that the pattern never uses binds nothing; the rest are all bound.
         nodes = interior(self.view, root, state.bindings)
-        return Match(self.pattern, root, state.bindings, state.chains, nodes)
+        outputs = (root, *(state.values[id(term)] for term in self.pattern.also))
+        return Match(self.pattern, outputs, state.bindings, state.chains, nodes)
 
     def _match(self, term: Term, value: Any, state: _State) -> _State | None:
         if isinstance(term, Binding):
@@ -104,6 +122,8 @@ class Matcher:
             return self._match_op(term, value, state)
         if isinstance(term, tuple | list):
             return self._match_all(tuple(term), value, state)
+        if isinstance(term, slice) and isinstance(value, slice):
+            return self._match_all(_ends(term), _ends(value), state)
         if not isinstance(value, fx.Node) and type(value) in _LITERALS and value == term:
             return state
         return self._missed(repr(term), value, state)
@@ -121,7 +141,8 @@ class Matcher:
             if term.op == "reshape":  # a reshape that does nothing may be missing from the graph
                 return self._match(term.args[0], value, state)
             return self._missed(name_of(term.op), value, state)
-        state.matched += 1
+        state.matched += term.op not in _EVERYWHERE
+        state.values[id(term)] = value
         if term.commutative:
             swapped = self._match_all(term.args, expr.args, state.copy())
             return swapped or self._match_all(term.args, expr.args[::-1], state)
@@ -141,8 +162,8 @@ class Matcher:
         if not isinstance(value, fx.Node) or not isinstance(fake(value), torch.Tensor):
             return self._missed("a tensor", value, state)
         dtype = fake(value).dtype
-        if isinstance(term.dtype, Binding):
-            state.dtypes.append((term.dtype.name, dtype))
+        if isinstance(term.dtype, Binding | Op):
+            state.dtypes.append((term.dtype, dtype))
         elif term.dtype != dtype:
             return self._missed(f"a cast to {term.dtype}", value, state)
         expr = self.view.expr(value)
@@ -161,20 +182,26 @@ class Matcher:
         return self._match(term.source, value, state)
 
     def _dtypes_agree(self, state: _State) -> bool:
-        return all(
-            isinstance(fake(state.bindings[name]), torch.Tensor)
-            and fake(state.bindings[name]).dtype == dtype
-            for name, dtype in state.dtypes
-        )
+        for term, dtype in state.dtypes:
+            node = (
+                state.bindings[term.name] if isinstance(term, Binding) else state.values[id(term)]
+            )
+            if not isinstance(fake(node), torch.Tensor) or fake(node).dtype != dtype:
+                return False
+        return True
 
     def _missed(self, wanted: str, found: Any, state: _State) -> _State | None:
-        if self.miss is None or state.matched > self.miss.matched:
+        if state.matched and (self.miss is None or state.matched > self.miss.matched):
             total = size(self.pattern.term)
             self.miss = Miss(self.pattern, state.matched, total, wanted, found)
         return None
 
 
-_LITERALS = (int, float, bool, str, type(None), torch.dtype, type(Ellipsis), slice)
+_LITERALS = (int, float, bool, str, type(None), torch.dtype, type(Ellipsis))
+
+
+def _ends(value: slice) -> tuple[Any, Any, Any]:
+    return value.start, value.stop, value.step
 
 
 def root_ops(term: Term) -> set[Any]:
@@ -245,6 +272,7 @@ class Legality:
     def check(self, match: Match) -> None:
         """Raise `Reject` if somebody could notice that the interior values are gone."""
         self._no_escape(match)
+        self._inputs_in_time(match)
         self._no_mutation(match)
         self._one_grad_mode(match)
         for name, value in match.values.items():
@@ -254,9 +282,9 @@ class Legality:
                 )
 
     def _no_escape(self, match: Match) -> None:
-        for node in match.nodes - {match.root}:
+        for node in match.nodes - set(match.outputs):
             for user in node.users:
-                if user in match.nodes:
+                if user in match.nodes or _stays(node, match.nodes):
                     continue
                 what = name_of(op_name(node))
                 if user.op == "output":
@@ -265,6 +293,16 @@ class Legality:
                     f"the value of `{what}` ({node.name}) is also used by "
                     f"`{name_of(op_name(user))}` ({user.name})"
                 )
+
+    def _inputs_in_time(self, match: Match) -> None:
+        """What replaces several outputs stands where the first of them stood."""
+        position = self.view.position
+        first = min(match.outputs, key=position.__getitem__)
+        for name, value in match.bindings.items():
+            if not isinstance(fake(value), torch.Tensor) or not isinstance(value, fx.Node):
+                continue  # a number is resolved before it is recorded
+            if position[value] > position[first]:
+                raise Reject(f"{name} ({value.name}) is computed only after {first.name}")
 
     def _no_mutation(self, match: Match) -> None:
         inputs = {v for v in match.bindings.values() if isinstance(v, fx.Node)}
@@ -285,6 +323,13 @@ class Legality:
     def _window(self, match: Match) -> range:
         first = min(self.view.position[node] for node in match.nodes)
         return range(first, self.view.position[match.root])
+
+
+def _stays(node: fx.Node, nodes: set[fx.Node]) -> bool:
+    """Is the node a view or a cast of an input of the match? It stays for whoever else uses it."""
+    if op_name(node) not in ("reshape", "getitem", "cast"):
+        return False
+    return all(n not in nodes or _stays(n, nodes) for n in data_inputs(node))
 
 
 def _is_wrapper(value: torch.Tensor) -> bool:

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from liger_fx.canonical import COMMUTATIVE, Target, op_name, positional
+from liger_fx.canonical import COMMUTATIVE, Target, as_power, op_name, positional
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Cast:
     since a cast that does nothing may be missing from the graph."""
 
     source: Term
-    dtype: torch.dtype | Binding  # a Binding means: the dtype of that value
+    dtype: torch.dtype | Binding | Op  # a term means: the dtype of its value
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,11 @@ def chain(name: str, step: Callable[[fx.Node], bool]) -> Callable[[Any], Any]:
 
 
 class Pattern:
-    """One spelling: ``term`` is its root, ``parameters`` the names that it binds."""
+    """One spelling: ``term`` is its root, ``parameters`` the names that it binds.
+
+    A function that returns several values, ``return norm(s), s``, has its first as the root;
+    ``also`` are the others: values on the way to the root that are outputs as well.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.name = function.__name__
@@ -85,7 +89,10 @@ class Pattern:
         terms: dict[fx.Node, Term] = {}
         for node in traced.nodes:
             if node.op == "output":
-                self.term: Term = terms[node.args[0]]
+                outputs = node.args[0]
+                first, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
+                self.term: Term = terms[first]
+                self.also: tuple[Term, ...] = tuple(terms[value] for value in rest)
             else:
                 terms[node] = _term(node, terms)
 
@@ -112,12 +119,12 @@ def _term(node: fx.Node, terms: dict[fx.Node, Term]) -> Term:
         return Cast(sub(node.args[0]), _cast_dtype(node, sub))
     if op == "reshape":
         return Op(op, (sub(node.args[0]),))
-    return Op(op, tuple(sub(a) for a in positional(node)))
+    return Op(*as_power(op, tuple(sub(a) for a in positional(node))))
 
 
 @dataclass(frozen=True)
 class _DtypeOf:
-    source: Binding
+    source: Binding | Op
 
 
 _CAST_METHODS = {
@@ -128,14 +135,12 @@ _CAST_METHODS = {
 }
 
 
-def _cast_dtype(node: fx.Node, sub: Callable[[Any], Term]) -> torch.dtype | Binding:
+def _cast_dtype(node: fx.Node, sub: Callable[[Any], Term]) -> torch.dtype | Binding | Op:
     if node.target in _CAST_METHODS:
         return _CAST_METHODS[str(node.target)]
     wanted = sub(node.args[1] if len(node.args) > 1 else node.kwargs["dtype"])
     if isinstance(wanted, _DtypeOf):  # x.to(other.dtype)
         wanted = wanted.source
-    if not isinstance(wanted, torch.dtype | Binding):  # x.type_as(other), other a parameter
-        raise TypeError(
-            f"a pattern casts to a dtype or to the dtype of a parameter, not to {wanted!r}"
-        )
+    if not isinstance(wanted, torch.dtype | Binding | Op):  # x.type_as(other): other itself
+        raise TypeError(f"a pattern casts to a dtype or to that of a value, not to {wanted!r}")
     return wanted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
-from liger_fx.canonical import View, fake
+from liger_fx.canonical import View, fake, same_sizes
 from liger_fx.checkpoint import checkpoint_bodies, save_in_checkpoint
 from liger_fx.matcher import Legality, Match, Matcher, Miss, Reject, candidates
 from liger_fx.pattern import Pattern
@@ -30,13 +30,16 @@ class Rewrite:
     patterns: functions in the words of the model, one for each spelling; parameter names are the
         bindings. The first that fits wins.
     replace: ``replace(match, **proxies)`` gets an `fx.Proxy` for each binding it names, and returns
-        the proxy of the new value; all that it calls is recorded into the graph.
+        the proxy of the new value, or a tuple of them where the pattern returns several; all that
+        it calls is recorded into the graph.
     check: ``check(match, **values)`` gets fake tensors and literals, and raises `Reject`.
     refuses: near twins, each a pattern and the reason for which it is left alone.
     combine: joins several matches into one where the model cut one computation into pieces.
     settings: the options ``<name>.<setting>`` and their defaults.
-    evidence: device type -> why ``policy="auto"`` applies the rewrite there; where a device type
-        is missing, ``auto`` leaves it.
+    gains: where ``policy="auto"`` applies the rewrite -> on what evidence. Where is a device type,
+        for any inner compiler; ``"cuda inductor"`` or ``"cuda eager"`` for one (aot_eager counts as
+        eager); with `` checkpoint`` at the end for the bodies of activation checkpoints only.
+    losses: where ``auto`` leaves it -> on what evidence. Elsewhere no gain has been measured.
     save_ops: names of ops that activation checkpointing must keep rather than run again.
     """
 
@@ -47,7 +50,8 @@ class Rewrite:
     refuses: Sequence[tuple[Callable[..., Any], str]] = ()
     combine: Callable[[View, list[Match]], list[Match]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    evidence: dict[str, str] = field(default_factory=dict)
+    gains: dict[str, str] = field(default_factory=dict)
+    losses: dict[str, str] = field(default_factory=dict)
     save_ops: Sequence[str] = ()
     spellings: tuple[Pattern, ...] = field(init=False, repr=False)
     twins: tuple[tuple[Pattern, str], ...] = field(init=False, repr=False)
@@ -62,11 +66,13 @@ def rewrite_graph(
     gm: fx.GraphModule,
     rewrites: Sequence[Rewrite],
     settings: dict[str, dict[str, Any]] | None = None,
+    checkpoints_only: Collection[str] = (),
 ) -> Report:
     """Apply ``rewrites`` in order to ``gm``, in place, and to its activation-checkpoint bodies.
 
     gm: a graph as Dynamo gives it to a backend: every node carries ``meta["example_value"]``.
-    settings: per rewrite name, settings that differ from its defaults.
+    settings: per rewrite name, settings that differ from its defaults. checkpoints_only: names of
+    rewrites to make in checkpoint bodies and nowhere else.
 
     Bodies of custom autograd functions and of flex attention are left alone. Raises ValueError for
     a graph without example values. If anything raises, ``gm`` is as it was.
@@ -76,7 +82,8 @@ def rewrite_graph(
     try:
         for rewrite in rewrites:
             chosen = rewrite.settings | (settings or {}).get(rewrite.name, {})
-            _Application(rewrite, chosen, report, undo).run(gm)
+            application = _Application(rewrite, chosen, report, undo)
+            application.run(gm, outside=rewrite.name not in checkpoints_only)
     except BaseException:
         undo.restore()
         raise
@@ -112,18 +119,24 @@ class _Application:
         self.best: tuple[Miss, Place] | None = None
         self.seen = False  # a match was found, made or refused
 
-    def run(self, gm: fx.GraphModule) -> None:
-        self._graph(gm)
+    def run(self, gm: fx.GraphModule, *, outside: bool) -> None:
+        """outside: in ``gm`` itself as well, not only in the checkpoint bodies of it."""
+        self._bodies(gm)
+        if outside:
+            self._graph(gm)
         if not self.seen and self.best is not None:
             miss, place = self.best
             self.report.near_misses.append(NearMiss.of(self.rewrite.name, miss, place))
 
-    def _graph(self, gm: fx.GraphModule) -> None:
+    def _bodies(self, gm: fx.GraphModule) -> None:
         for body in checkpoint_bodies(gm):
             fired = len(self.report.replacements)
+            self._bodies(body)
             self._graph(body)
             if self.rewrite.save_ops and len(self.report.replacements) > fired:
                 save_in_checkpoint(body, self.rewrite.save_ops)
+
+    def _graph(self, gm: fx.GraphModule) -> None:
         _require_example_values(gm)
         view = View(gm.graph)
         found = self._find(view)
@@ -162,7 +175,7 @@ class _Application:
             for node in candidates(view, twin):
                 if node not in found and Matcher(view, twin).at(node) is not None:
                     self._reject(node, reason)
-        return sorted(found.values(), key=lambda m: view.position[m.root])
+        return sorted(_outermost(list(found.values())), key=lambda m: view.position[m.root])
 
     def _note_miss(self, miss: Miss | None, node: fx.Node) -> None:
         if miss is None:
@@ -185,12 +198,18 @@ class _Application:
             return  # part of a match that has been replaced already
         self.seen = True
         place, pattern = Place.of(match.root), match.pattern.name
-        renamed[match.root] = _substitute(graph, match, self.rewrite.replace, renamed)
+        _substitute(graph, match, self.rewrite.replace, renamed)
         self.report.replacements.append(Replacement(self.rewrite.name, pattern, place))
 
     def _reject(self, node: fx.Node, reason: str) -> None:
         self.seen = True
         self.report.rejections.append(Rejection.at(self.rewrite.name, reason, Place.of(node)))
+
+
+def _outermost(matches: list[Match]) -> list[Match]:
+    """Without the matches inside of others, such as the norm in ``x.float() -> norm -> to``."""
+    inside = {node for match in matches for node in match.nodes - set(match.outputs)}
+    return [match for match in matches if match.root not in inside]
 
 
 def _require_example_values(gm: fx.GraphModule) -> None:
@@ -218,28 +237,64 @@ _COPIED_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "recompute"
 def _substitute(
     graph: fx.Graph,
     match: Match,
-    replace: Callable[..., fx.Proxy],
+    replace: Callable[..., Any],
     renamed: dict[fx.Node, fx.Node],
-) -> fx.Node:
-    """Record the replacement before the root, give it metadata, erase what it made dead."""
-    root = match.root
+) -> None:
+    """Record the replacement where the first output stands, give it metadata, erase what it made
+    dead. The new nodes are added to ``renamed``."""
     tracer = GraphAppendingTracer(graph)
     proxies = {
         name: fx.Proxy(renamed.get(value, value), tracer) if isinstance(value, fx.Node) else value
         for name, value in match.bindings.items()
     }
-    before = root.prev
-    with graph.inserting_before(root):
-        new = replace(match, **_wanted(replace, proxies)).node
-    meta = {key: root.meta[key] for key in _COPIED_META if key in root.meta}
-    node = before.next
-    while node is not root:
-        node.meta.update(meta)
-        node.meta["example_value"] = _evaluate(node, root)
-        node = node.next
-    root.replace_all_uses_with(new)
+    anchor = _first_output(match)
+    before = anchor.prev
+    with graph.inserting_before(anchor):
+        made = replace(match, **_wanted(replace, proxies))
+        made = made if isinstance(made, tuple) else (made,)
+        _annotate(before.next, anchor, match.root)
+        news = [_like(new.node, old, anchor) for new, old in zip(made, match.outputs, strict=True)]
+    for old, new in zip(match.outputs, news, strict=True):
+        renamed[old] = new
+        old.replace_all_uses_with(new)
     _erase(graph, match.nodes)
-    return new
+
+
+def _first_output(match: Match) -> fx.Node:
+    """The first in the graph: every other output lies shortly before the root."""
+    missing, node, first = set(match.outputs), match.root, match.root
+    while missing:
+        if node in missing:
+            missing.remove(node)
+            first = node
+        node = node.prev
+    return first
+
+
+def _annotate(node: fx.Node, end: fx.Node, like: fx.Node) -> None:
+    """Metadata for the nodes from ``node`` up to ``end``, as for ``like``."""
+    meta = {key: like.meta[key] for key in _COPIED_META if key in like.meta}
+    while node is not end:
+        if "example_value" not in node.meta:
+            node.meta.update(meta)
+            node.meta["example_value"] = _evaluate(node, like)
+        node = node.next
+
+
+def _like(new: fx.Node, old: fx.Node, anchor: fx.Node) -> fx.Node:
+    """``new``, in the memory layout of ``old``: a ``view`` further on may depend on it. Raises
+    RuntimeError if it is another kind of tensor, which is a mistake in the rewrite."""
+    got, wanted = fake(new), fake(old)
+    if got.dtype != wanted.dtype or not same_sizes(got.shape, wanted.shape):
+        raise RuntimeError(
+            f"the replacement of {old.name} is {got.dtype} {list(got.shape)}, "
+            f"expected {wanted.dtype} {list(wanted.shape)}"
+        )
+    if same_sizes(got.stride(), wanted.stride()) or not wanted.is_contiguous():
+        return new
+    contiguous = new.graph.call_method("contiguous", (new,))
+    _annotate(contiguous, anchor, old)
+    return contiguous
 
 
 def _evaluate(node: fx.Node, like: fx.Node) -> Any:

@@ -1,7 +1,21 @@
 """The rewrites that liger_fx applies, in this order."""
 
+from liger_fx.passes.add_rms_norm import add_rms_norm
+from liger_fx.passes.cross_entropy import cross_entropy
+from liger_fx.passes.geglu import geglu
+from liger_fx.passes.layer_norm import layer_norm
 from liger_fx.passes.linear_cross_entropy import linear_cross_entropy
+from liger_fx.passes.rms_norm import rms_norm
+from liger_fx.passes.rope import rope
+from liger_fx.passes.swiglu import swiglu
 
 DEFAULT = [
     linear_cross_entropy,  # first: it takes the loss together with the projection that feeds it
+    cross_entropy,  # losses whose logits exist
+    add_rms_norm,  # before rms_norm: it takes the norm together with the sum that feeds it
+    rms_norm,  # norms without a sum in their graph
+    layer_norm,
+    swiglu,
+    geglu,
+    rope,
 ]

@@ -71,7 +71,12 @@ def _merge(view: View, root: fx.Node, parts: list[Match]) -> Match | None:
         return None
     bindings = first.bindings | {"hidden": hidden.whole, "target": target.whole}
     return Match(
-        first.pattern, root, bindings, first.chains, interior(view, root, bindings), first.settings
+        first.pattern,
+        (root,),
+        bindings,
+        first.chains,
+        interior(view, root, bindings),
+        first.settings,
     )
 
 

@@ -20,7 +20,7 @@ from liger_fx.passes._rows import check_rows, rows, slice_rows
 from torch import fx
 
 from liger_fx import ops
-from liger_fx.canonical import fake, op_name
+from liger_fx.canonical import fake, hint, op_name, specialise
 from liger_fx.matcher import Match, Reject
 from liger_fx.ops.chunked_head import chunk_tokens_for
 from liger_fx.rewrite import Rewrite
@@ -79,7 +79,8 @@ def check(match: Match, weight, target, class_weight, ignore_index, softcap=1.0)
     check_rows(match)
     if not isinstance(ignore_index, int):
         raise Reject("ignore_index is computed in the graph, expected a constant")
-    if not isinstance(softcap, int | float) or softcap <= 0:
+    cap = hint(softcap)
+    if cap is None or cap <= 0:
         raise Reject("the softcap is computed in the graph or not positive, expected a constant")
     if not logits.requires_grad and _fits_one_chunk(match, logits):
         raise Reject("no gradient is needed and the logits fit one chunk: nothing would be saved")
@@ -94,7 +95,6 @@ def replace(
     ignore_index,
     reduction,
     label_smoothing,
-    softcap=0.0,
 ):
     hidden = slice_rows(match, hidden)
     # Under autocast the projection ran in another dtype than its operands: cast as autocast did.
@@ -102,7 +102,8 @@ def replace(
         _as(proxy, match.values[name], _logits(match).dtype)
         for name, proxy in (("hidden", hidden), ("weight", weight), ("bias", bias))
     )
-    head = (hidden, weight, bias, target, ignore_index, float(label_smoothing), float(softcap))
+    softcap = specialise(match.values.get("softcap", 0.0))
+    head = (hidden, weight, bias, target, ignore_index, float(label_smoothing), softcap)
     chunking = (
         match.settings["chunk_tokens"],
         match.settings["accum_dtype"],
@@ -157,7 +158,7 @@ linear_cross_entropy = Rewrite(
     replace=replace,
     combine=merge_chunked_losses,
     settings={"chunk_tokens": 0, "accum_dtype": torch.float32, "skip_ignored": True},
-    evidence={
+    gains={
         "cuda": "the logits never exist, and the step is faster (README, Measured)",
         "cpu": "the logits never exist",
     },

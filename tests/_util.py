@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from liger_fx.passes import DEFAULT
 from torch import Tensor, fx
 
-from liger_fx import Report, rewrite_graph
+import liger_fx
+from liger_fx import Report, Rewrite, rewrite_graph
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -20,25 +22,38 @@ TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
 class Capture:
-    """A backend that rewrites each graph, keeps graph and report, and runs the graph eagerly."""
+    """A backend that rewrites each graph, keeps graph and report, and runs the graph eagerly.
+    ``value`` is what that gave."""
 
-    def __init__(self, settings: dict[str, dict[str, Any]] | None = None) -> None:
-        self.settings = settings
+    value: Any
+
+    def __init__(self, rewrites: Sequence[Rewrite] = DEFAULT) -> None:
+        self.rewrites = rewrites
         self.graphs: list[fx.GraphModule] = []
         self.reports: list[Report] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.reports.append(rewrite_graph(gm, DEFAULT, self.settings))
+        self.reports.append(rewrite_graph(gm, self.rewrites))
         self.graphs.append(gm)
         return gm.forward
 
 
-def capture(fn: Callable[..., Any], *args: Any, dynamic: bool | None = None) -> Capture:
+def capture(
+    fn: Callable[..., Any],
+    *args: Any,
+    dynamic: bool | None = None,
+    rewrites: Sequence[Rewrite] = DEFAULT,
+) -> Capture:
     """Trace ``fn(*args)`` into one graph and rewrite it."""
     torch._dynamo.reset()
-    found = Capture()
-    torch.compile(fn, backend=found, fullgraph=True, dynamic=dynamic)(*args)
+    found = Capture(rewrites)
+    found.value = torch.compile(fn, backend=found, fullgraph=True, dynamic=dynamic)(*args)
     return found
+
+
+def only(*rewrites: Rewrite) -> Callable[..., Capture]:
+    """`capture` with these rewrites alone, whatever else there is to find."""
+    return functools.partial(capture, rewrites=rewrites)
 
 
 def show(gm: fx.GraphModule) -> str:
@@ -68,3 +83,34 @@ def gradients(fn: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor, ...]
     value = fn(*tensors)
     wanted = [t for t in tensors if t.requires_grad]
     return value.detach(), *torch.autograd.grad(value, wanted)
+
+
+def no_worse_than_eager(
+    spelling: Callable[..., Tensor],
+    exact: Callable[..., Tensor],
+    shapes: Sequence[tuple[int, ...]],
+    rewrite: str,
+    dtype: torch.dtype = torch.float32,
+    inner: str = "aot_eager",
+) -> None:
+    """Value and gradients of ``spelling`` on random inputs of these shapes, compiled with one
+    rewrite, against ``exact`` in fp64. Shapes should be large: an error is a random number too."""
+    torch._dynamo.reset()
+    options = {"policy": [rewrite], "inner": inner}
+    compiled = torch.compile(spelling, backend="liger_fx", options=options, fullgraph=True)
+    tensors = [torch.randn(shape, device=DEVICE).to(dtype).requires_grad_() for shape in shapes]
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    expected = gradients(lambda *t: _weighted(exact(*t)), *wide)
+    eager = gradients(lambda *t: _weighted(spelling(*t)), *tensors)
+    actual = gradients(lambda *t: _weighted(compiled(*t)), *tensors)
+    assert liger_fx.reports()[-1].counts == {rewrite: 1}
+    for i, (a, b, e) in enumerate(zip(actual, eager, expected, strict=True)):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        slack = 3e-7 if i else TOLERANCES[dtype]  # the value is one number
+        assert relative_error(a, e) <= 1.1 * relative_error(b, e) + slack
+
+
+def _weighted(value: Tensor) -> Tensor:
+    """A number that depends on each element in its own way."""
+    weights = torch.linspace(-1, 2, value.numel(), dtype=torch.float64, device=value.device)
+    return (value.double() * weights.view(value.shape)).sum()

@@ -100,7 +100,7 @@ def test_environment_variables_reach_the_backend(model, args, monkeypatch):
     monkeypatch.setenv("LIGER_FX_DISABLE", "linear_cross_entropy")
     monkeypatch.setenv("LIGER_FX_INNER", "eager")
     torch.compile(model, backend="liger_fx")(*args)
-    assert liger_fx.reports()[-1].decisions == {"linear_cross_entropy": "disabled by option"}
+    assert liger_fx.reports()[-1].decisions["linear_cross_entropy"] == "disabled by option"
 
 
 def test_unknown_options_are_errors(model, args):
@@ -119,7 +119,7 @@ def test_policy(policy, count, model, args):
         decided = f"auto applies it on {DEVICE}: the logits never exist"
         assert report.decisions["linear_cross_entropy"].startswith(decided)
     else:
-        assert bool(report.decisions) == (count == 0)
+        assert ("linear_cross_entropy" in report.decisions) == (count == 0)
 
 
 def test_report_as_text_and_json(model, args, caplog):
@@ -178,7 +178,7 @@ def failing_rewrites():
         raise ZeroDivisionError("a bug in a rewrite")
 
     rewrite = liger_fx.passes.DEFAULT[0]
-    return [liger_fx.Rewrite(rewrite.name, rewrite.patterns, explode, evidence=rewrite.evidence)]
+    return [liger_fx.Rewrite(rewrite.name, rewrite.patterns, explode, gains=rewrite.gains)]
 
 
 def test_an_engine_error_leaves_the_graph_untouched(model, args, caplog, monkeypatch):
@@ -240,7 +240,7 @@ import torch, torch.nn.functional as F, liger_fx.backend
 from torch._dynamo.utils import counters
 tag = {tag!r}
 if tag:
-    liger_fx.backend._fingerprint = lambda: tag
+    liger_fx.backend._FINGERPRINT = tag
 w = torch.ones(13, 8, requires_grad=True)
 f = torch.compile(lambda h, y: F.cross_entropy(F.linear(h, w), y), backend="liger_fx", options={options})
 f(torch.ones(12, 8), torch.zeros(12, dtype=torch.long)).backward()

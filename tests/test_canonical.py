@@ -14,7 +14,7 @@ from liger_fx.canonical import View, mutated_arguments, op_name, storage_key
 
 def traced(fn, *args, dynamic=None):
     """The view of ``fn``'s graph and the nodes that it returns."""
-    (gm,) = capture(fn, *args, dynamic=dynamic).graphs
+    (gm,) = capture(fn, *args, dynamic=dynamic, rewrites=[]).graphs
     (output,) = (n for n in gm.graph.nodes if n.op == "output")
     return View(gm.graph), output.args[0]
 
@@ -32,6 +32,7 @@ SAME = {
     ),
     "linear": lambda x, w: (F.linear(x, w), F.linear(x, w, None), F.linear(input=x, weight=w)),
     "relu": lambda x, w: (F.relu(x), torch.relu(x), x.relu(), F.relu(x, False)),
+    "square": lambda x, w: (x.pow(2), x**2, x * x, x.square(), torch.square(x), torch.pow(x, 2)),
     "silu": lambda x, w: (F.silu(x), F.silu(x, inplace=False), F.silu(input=x)),
     "add": lambda x, w: (x + 1.0, torch.add(x, 1.0), x.add(1.0)),
     "transpose": lambda x, w: (x.transpose(1, 2), torch.transpose(x, 1, 2)),

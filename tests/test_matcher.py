@@ -59,7 +59,7 @@ def test_a_function_becomes_a_pattern():
     pattern = Pattern(swiglu_pattern)
     assert pattern.term == Op("mul", (Op("silu", (Binding("gate"),)), Binding("up")))
     assert Pattern(lambda x, y: x.type_as(y) + 1).term.args[0] == Cast(Binding("x"), Binding("y"))
-    with pytest.raises(TypeError, match="casts to a dtype or to the dtype of a parameter"):
+    with pytest.raises(TypeError, match="casts to a dtype or to that of a value"):
         Pattern(lambda x: x.to("cuda") + 1)
 
 
@@ -179,8 +179,7 @@ def test_refuses_an_inplace_twin():
         return F.silu(g + 0, inplace=True) * u
 
     report = rewritten(fn, A, B).report
-    assert report.counts == {}
-    assert report.near_misses[0].reason == "wanted silu, found `silu_` (silu)"
+    assert report.counts == {} and report.near_misses == []  # a `mul` alone tells nothing
 
 
 def test_check_refuses_with_its_reason_and_place():
@@ -204,13 +203,13 @@ def test_near_twins_are_refused_by_name():
 
 
 def test_the_nearest_miss_is_reported():
-    def fn(x, w):  # eps outside of the square root
+    def fn(x, w):  # the sum of the squares, not their mean
         f = x.float()
-        return w * (f / (f.pow(2).mean(-1, keepdim=True).sqrt() + 1e-6) * 1.0).to(x.dtype)
+        return w * (f * torch.rsqrt(f.pow(2).sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
     (miss,) = rewritten(fn, A, torch.ones(4), rewrites=(norm,)).report.near_misses
-    assert (miss.matched, miss.total) == (2, 6)
-    assert miss.reason == "wanted rsqrt, found 1.0"
+    assert (miss.matched, miss.total) == (1, 3)
+    assert miss.reason == "wanted mean, found `sum` (sum_1)"
 
 
 def test_new_nodes_carry_metadata():

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from _util import DEVICE, TOLERANCES, relative_error
 
 from liger_fx import ops
-from liger_fx.ops import chunked_head
+from liger_fx.ops import chunked_head, library
+from liger_fx.ops.token_loss import TokenLoss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -270,7 +271,7 @@ def test_no_tensor_exceeds_a_chunk_of_logits():
         chunked_head.run(
             tensors[0].detach(),
             case.target,
-            chunked_head.Head(tensors[1].detach(), tensors[2].detach(), -100, 0.0, 0.0),
+            chunked_head.Head(tensors[1].detach(), tensors[2].detach(), TokenLoss(-100)),
             chunked_head.Wanted(True, True, True),
             chunk_tokens=64,
         )
@@ -327,11 +328,11 @@ def test_no_backward_of_the_backward():
 
 
 def test_broken_triton_falls_back_to_pytorch(caplog):
-    chunked_head._liger_kernel.cache_clear()
+    library.liger_module.cache_clear()
     with mock.patch.dict("sys.modules", {"liger_kernel.ops": None}):
-        assert chunked_head._liger_kernel() is None
+        assert library.liger_module("cross_entropy") is None
     assert "plain PyTorch stands in" in caplog.text
-    chunked_head._liger_kernel.cache_clear()
+    library.liger_module.cache_clear()
 
 
 @pytest.mark.gpu

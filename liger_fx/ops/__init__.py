@@ -1,16 +1,32 @@
-"""Opaque, functional operators over Liger's kernels, one a file.
+"""Opaque, functional operators over Liger's kernels.
 
 Each is registered with `torch.library` under ``liger_fx::``.
 """
 
+from liger_fx.ops.add_rms_norm import add_rms_norm
+from liger_fx.ops.cross_entropy import cross_entropy
+from liger_fx.ops.geglu import geglu
+from liger_fx.ops.layer_norm import layer_norm
 from liger_fx.ops.linear_cross_entropy import linear_cross_entropy
 from liger_fx.ops.linear_cross_entropy_per_token import (
     linear_cross_entropy_per_token,
     linear_cross_entropy_per_token_backward,
 )
+from liger_fx.ops.rms_norm import rms_norm
+from liger_fx.ops.rope import rope, rope_interleaved
+from liger_fx.ops.swiglu import swiglu, swiglu_gate_up
 
 __all__ = [
+    "add_rms_norm",
+    "cross_entropy",
+    "geglu",
+    "layer_norm",
     "linear_cross_entropy",
     "linear_cross_entropy_per_token",
     "linear_cross_entropy_per_token_backward",
+    "rms_norm",
+    "rope",
+    "rope_interleaved",
+    "swiglu",
+    "swiglu_gate_up",
 ]

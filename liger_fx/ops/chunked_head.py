@@ -17,16 +17,13 @@ accumulated in fp32 inside the GEMM.
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-log = logging.getLogger("liger_fx")
+from liger_fx.ops.token_loss import TokenLoss, check_labels, loss_dtype, write_losses
 
 # Bytes of logits a chunk may take. 1 GiB is 4096 tokens of Llama-3's vocabulary in bf16: beyond it
 # the GEMMs gain nothing; below it each chunk's pass over the fp32 weight gradient begins to show.
@@ -36,14 +33,12 @@ _MIN_CHUNK = 128
 
 @dataclass(frozen=True)
 class Head:
-    """A projection and its loss. ``weight`` is [V, H], ``bias`` [V] or None, of the input's dtype;
-    ``softcap`` 0 means none."""
+    """A projection and its loss. ``weight`` is [V, H], ``bias`` [V] or None, of the input's
+    dtype."""
 
     weight: Tensor
     bias: Tensor | None
-    ignore_index: int
-    label_smoothing: float
-    softcap: float
+    loss: TokenLoss
 
     @property
     def vocab(self) -> int:
@@ -96,7 +91,7 @@ def run(
     chunk_tokens: 0 means by budget. Raises IndexError for a label out of range on a CPU; on CUDA it
     is a device-side assertion, both as in eager.
     """
-    _check_labels(target, head)
+    check_labels(target, head.vocab, head.loss)
     tokens, size = target.numel(), chunk_tokens
     if size <= 0:
         size = chunk_tokens_for(head.vocab, x.element_size(), x.device.type)
@@ -110,7 +105,7 @@ def run(
     first = True
     # Autocast is still on inside an op that runs eagerly; here every dtype has been decided.
     with torch.autocast(x.device.type, enabled=False):
-        for rows in token_chunks(target, head.ignore_index, size, first_size, skip_ignored):
+        for rows in token_chunks(target, head.loss.ignore_index, size, first_size, skip_ignored):
             _one_chunk(x, target, rows, head, upstream, logits, outcome, first)
             first = False
     return outcome
@@ -123,16 +118,12 @@ def _allocate(x: Tensor, head: Head, wanted: Wanted, accum: torch.dtype, tokens:
         return make(like, dtype=accum, memory_format=torch.contiguous_format)
 
     return Outcome(
-        losses=torch.zeros(tokens, dtype=_loss_dtype(x.dtype), device=x.device),
+        losses=torch.zeros(tokens, dtype=loss_dtype(x.dtype), device=x.device),
         # Rows that no chunk visits are ignored tokens: their gradient is zero.
         grad_input=x.new_zeros(x.shape) if wanted.input else None,
         grad_weight=accumulator(head.weight) if wanted.weight else None,
         grad_bias=accumulator(head.bias) if wanted.bias and head.bias is not None else None,
     )
-
-
-def _loss_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _logits_buffer(rows: int, vocab: int, x: Tensor, upstream: Tensor | None) -> Tensor:
@@ -163,8 +154,7 @@ def _one_chunk(
         g is not None for g in (outcome.grad_input, outcome.grad_weight, outcome.grad_bias)
     )
     losses = torch.zeros(y_c.numel(), dtype=outcome.losses.dtype, device=x.device)
-    kernel = _cross_entropy_liger if x.is_cuda and _liger_kernel() else _cross_entropy_torch
-    kernel(logits, y_c, losses, head, differentiate, factor)
+    write_losses(logits, y_c, losses, head.loss, differentiate, factor)
     outcome.losses[rows] = losses
     if not differentiate:
         return
@@ -273,112 +263,3 @@ def _valid_chunks_cuda(
     valid = int(count)
     for part in _slices(first_size, valid, size):
         yield part if valid == tokens else order[part]
-
-
-def _check_labels(target: Tensor, head: Head) -> None:
-    """Liger's kernel reads the logit at the label without a look at the bounds."""
-    legal = ((target >= 0) & (target < head.vocab)) | (target == head.ignore_index)
-    if target.is_cuda:
-        torch._assert_async(
-            legal.all(), f"a label is neither in [0, {head.vocab}) nor {head.ignore_index}"
-        )
-    elif not legal.all():
-        raise IndexError(f"Target {int(target[~legal][0])} is out of bounds.")
-
-
-# -- the loss of a chunk, in place ------------------------------------------------------------
-
-
-def _cross_entropy_torch(
-    logits: Tensor,
-    target: Tensor,
-    losses: Tensor,
-    head: Head,
-    differentiate: bool,
-    factor: Tensor | None,
-) -> None:
-    """Write the losses, and over the logits the gradient of their sum, or of the sum weighted by
-    ``factor`` [rows, 1]."""
-    valid = (target != head.ignore_index).unsqueeze(1)
-    label = target.unsqueeze(1).where(valid, 0)
-    e, vocab = head.label_smoothing, head.vocab
-    z = logits.to(losses.dtype)
-    capped = torch.tanh(z / head.softcap) if head.softcap else None
-    if capped is not None:
-        z = capped * head.softcap
-    z = z.sub_(z.amax(1, keepdim=True))
-    at_label, mean = z.gather(1, label), z.mean(1, keepdim=True) if e else 0.0
-    z.exp_()
-    total = z.sum(1, keepdim=True)
-    loss = total.log() - (1 - e) * at_label - e * mean
-    losses.copy_(loss.where(valid, 0.0).squeeze(1))
-    if not differentiate:
-        return
-    z.div_(total)
-    if e:
-        z.sub_(e / vocab)
-    z.scatter_add_(1, label, torch.full_like(at_label, e - 1.0))
-    if capped is not None:
-        z.mul_(capped.square_().neg_().add_(1.0))
-    z.mul_(valid if factor is None else valid * factor)
-    if z.data_ptr() != logits.data_ptr():
-        logits.copy_(z)
-
-
-@functools.cache
-def _liger_kernel() -> tuple[Any, int, int] | None:
-    """Liger's kernel, its largest block and its warps (as Liger's own cross_entropy_forward
-    chooses them), imported when first needed. None, with a warning, where Triton does not work."""
-    try:
-        from liger_kernel.ops import cross_entropy as liger
-    except Exception as error:  # a broken Triton raises whatever its driver raises
-        log.warning("Liger's kernels cannot be imported (%s); plain PyTorch stands in", error)
-        return None
-    return liger.liger_cross_entropy_kernel, liger.MAX_FUSED_SIZE, 16 if liger.is_hip() else 32
-
-
-def _cross_entropy_liger(
-    logits: Tensor,
-    target: Tensor,
-    losses: Tensor,
-    head: Head,
-    differentiate: bool,
-    factor: Tensor | None,
-) -> None:
-    """The same by Liger's Triton kernel. ``reduction="sum"`` keeps the token count out of it."""
-    kernel, max_block, num_warps = _liger_kernel()  # type: ignore[misc]
-    rows, vocab = logits.shape
-    block = min(max_block, 1 << (vocab - 1).bit_length())
-    kernel[(rows,)](
-        X_ptr=logits,
-        X_stride=logits.stride(0),
-        Y_ptr=target,
-        Y_stride=target.stride(0),
-        weight_ptr=None,
-        loss_ptr=losses,
-        z_loss_ptr=None,
-        loss_stride=1,
-        token_accuracy_ptr=None,
-        token_accuracy_stride=0,
-        predicted_tokens_ptr=None,
-        predicted_tokens_stride=0,
-        n_cols=vocab,
-        n_non_ignore=1,
-        sum_non_ignore_weight=1,
-        weight_sum=0.0,
-        ignore_index=head.ignore_index,
-        lse_square_scale=0.0,
-        label_smoothing=head.label_smoothing,
-        reduction="sum",
-        softcap=head.softcap or None,
-        RETURN_Z_LOSS=False,
-        RETURN_TOKEN_ACCURACY=False,
-        RETURN_PREDICTED_TOKENS=False,
-        HAS_WEIGHT=False,
-        HAS_SOFTCAPPING=bool(head.softcap),
-        HAS_GRADIENTS=differentiate,
-        BLOCK_SIZE=block,
-        num_warps=num_warps,
-    )
-    if factor is not None and differentiate:
-        logits.mul_(factor)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from liger_fx.ops.chunked_head import Head, Wanted, run
+from liger_fx.ops.token_loss import TokenLoss, loss_dtype
 
 
 @torch.library.custom_op("liger_fx::linear_cross_entropy", mutates_args=())
@@ -45,7 +46,7 @@ def linear_cross_entropy(
     On CUDA, with ``skip_ignored``, the host waits once for the number of valid tokens, while the
     GPU works on the first chunk (see `chunked_head.token_chunks`).
     """
-    head = Head(weight, bias, ignore_index, label_smoothing, softcap)
+    head = Head(weight, bias, TokenLoss(ignore_index, label_smoothing, softcap))
     outcome = run(
         input.reshape(-1, input.shape[-1]),
         target.reshape(-1),
@@ -78,9 +79,8 @@ def _(
     input_grad, weight_grad, bias_grad, chunk_tokens, accum_dtype, skip_ignored,
 ):  # fmt: skip
     kept = _kept_dtype(weight.dtype)
-    loss_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     return (
-        input.new_empty((), dtype=loss_dtype),
+        input.new_empty((), dtype=loss_dtype(input.dtype)),
         input.new_empty(input.shape) if input_grad else input.new_empty(0),
         weight.new_empty(weight.shape, dtype=kept) if weight_grad else input.new_empty(0),
         weight.new_empty(weight.shape[0], dtype=kept) if bias_grad else input.new_empty(0),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from liger_fx.ops.chunked_head import Head, Wanted, run
+from liger_fx.ops.token_loss import TokenLoss, loss_dtype
 
 
 @torch.library.custom_op("liger_fx::linear_cross_entropy_per_token", mutates_args=())
@@ -31,7 +32,7 @@ def linear_cross_entropy_per_token(
 
     Arguments as for ``liger_fx::linear_cross_entropy``. Returns fp32 of target's shape.
     """
-    head = Head(weight, bias, ignore_index, label_smoothing, softcap)
+    head = Head(weight, bias, TokenLoss(ignore_index, label_smoothing, softcap))
     outcome = run(
         input.reshape(-1, input.shape[-1]),
         target.reshape(-1),
@@ -48,8 +49,7 @@ def _(
     input, weight, bias, target, ignore_index, label_smoothing, softcap,
     chunk_tokens, accum_dtype, skip_ignored,
 ):  # fmt: skip
-    loss_dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return input.new_empty(target.shape, dtype=loss_dtype)
+    return input.new_empty(target.shape, dtype=loss_dtype(input.dtype))
 
 
 @torch.library.custom_op("liger_fx::linear_cross_entropy_per_token_backward", mutates_args=())
@@ -71,7 +71,7 @@ def linear_cross_entropy_per_token_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``sum(grad_losses * losses)`` over input, weight and bias, in their dtypes;
     an empty tensor for each that is not asked for."""
-    head = Head(weight, bias, ignore_index, label_smoothing, softcap)
+    head = Head(weight, bias, TokenLoss(ignore_index, label_smoothing, softcap))
     outcome = run(
         input.reshape(-1, input.shape[-1]),
         target.reshape(-1),

@@ -1,0 +1,172 @@
+"""``liger_fx::layer_norm``: layer normalisation over the last dimension.
+
+``y = (x - mean(x)) / sqrt(var(x) + eps) * w + b`` (Ba et al. 2016), computed in fp32 and rounded
+once, at the end, as `torch.nn.functional.layer_norm` does.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liger_fx.ops.library import (
+    as_rows,
+    block_settings,
+    differentiable,
+    empty_rows,
+    kernel,
+    programs,
+)
+from liger_fx.ops.rms_norm import statistics_dtype
+
+# -- plain PyTorch --------------------------------------------------------------------------------
+
+
+def _forward_torch(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = statistics_dtype(x.dtype)
+    y = empty_rows(x)
+    rows = as_rows(x, like=y).to(wide)
+    out, mean, rstd = torch.native_layer_norm(
+        rows, rows.shape[1:], weight.to(wide), bias.to(wide), eps
+    )
+    as_rows(y).copy_(out)
+    return y, mean.flatten(), rstd.flatten()
+
+
+def _backward_torch(
+    grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, weight_grad: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide, grad_x = mean.dtype, empty_rows(x)
+    rows, upstream = as_rows(x, like=grad_x), as_rows(grad, like=grad_x).to(wide)
+    normed = (rows.to(wide) - mean.unsqueeze(1)) * rstd.unsqueeze(1)
+    scaled = upstream * weight.to(wide)
+    through = scaled - scaled.mean(1, keepdim=True)
+    through -= normed * (scaled * normed).mean(1, keepdim=True)
+    as_rows(grad_x).copy_(through * rstd.unsqueeze(1))
+    if not weight_grad:
+        return grad_x, weight.new_empty(0), weight.new_empty(0)
+    grad_weight, grad_bias = (upstream * normed).sum(0), upstream.sum(0)
+    return grad_x, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
+
+
+# -- Liger's kernels ------------------------------------------------------------------------------
+
+
+def _forward_liger(
+    liger: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = empty_rows(x)
+    out, rows = as_rows(y), as_rows(x, like=y)
+    n_rows, n_cols = rows.shape
+    mean, rstd = (x.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
+    if not n_rows:
+        return y, mean, rstd
+    block, warps = block_settings(n_cols)
+    liger._layer_norm_forward_kernel[(n_rows,)](
+        *(out, out.stride(0), rows, rows.stride(0)),
+        *(weight.contiguous(), 1, bias.contiguous(), 1, mean, 1, rstd, 1),
+        *(n_cols, eps),
+        BLOCK_SIZE=block,
+        num_warps=warps,
+    )
+    return y, mean, rstd
+
+
+def _backward_liger(
+    liger: Any,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = empty_rows(x)
+    out, rows, upstream = as_rows(grad_x), as_rows(x, like=grad_x), as_rows(grad, like=grad_x)
+    n_rows, n_cols = rows.shape
+    if not n_rows:
+        empty = weight.new_zeros(n_cols if weight_grad else 0)
+        return grad_x, empty, empty.clone()
+    block, warps = block_settings(n_cols)
+    count, each = programs(n_rows, x.device)
+    shape = (2, count, n_cols) if weight_grad else (2, 0, 0)
+    partial = x.new_empty(shape, dtype=torch.float32)
+    liger._layer_norm_backward_kernel[(count,)](
+        *(rows, rows.stride(0), weight.contiguous(), mean, 1, rstd, 1, out, out.stride(0)),
+        *(partial[0], n_cols, partial[1], n_cols, upstream, upstream.stride(0)),
+        *(n_rows, n_cols),
+        rows_per_program=each,
+        BLOCK_SIZE=block,
+        COMPUTE_DW=weight_grad,
+        COMPUTE_DB=weight_grad,
+        num_warps=warps,
+    )
+    if not weight_grad:
+        return grad_x, weight.new_empty(0), weight.new_empty(0)
+    grad_weight, grad_bias = partial.sum(1).to(weight.dtype).unbind()
+    return grad_x, grad_weight, grad_bias.clone()
+
+
+# -- the ops --------------------------------------------------------------------------------------
+
+
+def _forward_fake(x, weight, bias, eps):
+    wide, rows = statistics_dtype(x.dtype), math.prod(x.shape[:-1])
+    return empty_rows(x), x.new_empty(rows, dtype=wide), x.new_empty(rows, dtype=wide)
+
+
+def _backward_fake(grad, x, weight, mean, rstd, weight_grad):
+    size = weight.shape[0] if weight_grad else 0
+    return empty_rows(x), weight.new_empty(size), weight.new_empty(size)
+
+
+_forward = kernel(
+    "layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+    fake=_forward_fake,
+    cpu=_forward_torch,
+    cuda=_forward_liger,
+    liger="layer_norm",
+)
+_backward = kernel(
+    "layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd,"
+    " bool weight_grad) -> (Tensor, Tensor, Tensor)",
+    fake=_backward_fake,
+    cpu=_backward_torch,
+    cuda=_backward_liger,
+    liger="layer_norm",
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, eps):
+        y, mean, rstd = _forward(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        wanted = ctx.needs_input_grad
+        gradients = _backward(grad, *ctx.saved_tensors, wanted[1] or wanted[2])
+        return *(g if w else None for g, w in zip(gradients, wanted[:3], strict=True)), None
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm of ``x [..., H]`` over its last dimension.
+
+    x: float32, bfloat16 or float16 (on a CPU float64 as well), in any layout. weight, bias: [H] of
+    a floating dtype. Returns a tensor of x's shape and dtype. The backward is differentiable once.
+    """
+    return _LayerNorm.apply(x, weight, bias, eps)
+
+
+layer_norm = differentiable(
+    "layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", _layer_norm
+)

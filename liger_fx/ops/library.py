@@ -1,0 +1,162 @@
+"""How the ops are registered, and what their launchers share.
+
+An op has two sides. `kernel` registers an opaque operator without a derivative: schema, fake, CPU
+and CUDA implementation; the compiler sees nothing else. `differentiable` registers the operator
+that rewrites put into a graph: an autograd formula over kernels, which AOTAutograd takes apart into
+them. Compiled code then calls kernels without autograd's part of the dispatch, at less than half
+the cost of a `torch.library.custom_op` with `register_autograd` (benchmarks/host_time.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("liger_fx")
+
+_LIBRARY = torch.library.Library("liger_fx", "FRAGMENT")
+
+
+def kernel(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any],
+    liger: str,
+) -> torch._ops.OpOverload:
+    """Register an opaque operator whose first argument is a tensor.
+
+    schema: ``"rms_norm_forward(Tensor x, ...) -> Tensor"``. cuda: gets Liger's module of the name
+    ``liger`` as its first argument; where that cannot be imported ``cpu`` runs on the GPU.
+    """
+
+    def launch(first: Tensor, *rest: Any) -> Any:
+        module = liger_module(liger)
+        if module is None:
+            return cpu(first, *rest)
+        if first.device.index != torch.cuda.current_device():  # Triton launches on the current one
+            with torch.cuda.device(first.device):
+                return cuda(module, first, *rest)
+        return cuda(module, first, *rest)
+
+    def trace(*args: Any) -> Any:
+        if overload._schema.is_mutable:
+            _run_readers_first(overload)
+        return fake(*args)
+
+    name = _define(schema)
+    overload = getattr(torch.ops.liger_fx, name).default
+    _LIBRARY.impl(name, cpu, "CPU")
+    _LIBRARY.impl(name, launch, "CUDA")
+    torch.library.register_fake(f"liger_fx::{name}", trace, lib=_LIBRARY)
+    return overload
+
+
+def differentiable(schema: str, function: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Register ``function``, an autograd function over kernels, as one operator."""
+    name = _define(schema)
+    _LIBRARY.impl(name, function, "CompositeImplicitAutograd")
+    return getattr(torch.ops.liger_fx, name).default
+
+
+def _define(schema: str) -> str:
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    return schema.split("(", 1)[0]
+
+
+def _run_readers_first(mutating: torch._ops.OpOverload) -> None:
+    """Have Inductor run the readers of a buffer before ``mutating`` writes over it.
+
+    Inductor puts pointwise code off until its result is needed. An operator that mutates a buffer
+    calls in all that still has to read it, but is itself in line by then: the readers run after it
+    and see the new values (torch 2.13, `FallbackKernel`). So they are called in before.
+    """
+    lowering: Any = sys.modules.get("torch._inductor.lowering")  # absent: another backend traces
+    if lowering is None or mutating in lowering.lowerings:
+        return
+    from torch._inductor.virtualized import V
+
+    constraint = torch._library.utils.get_layout_constraint_tag(mutating, with_default=True)
+    lowering.make_fallback(mutating, lowering.tag_to_layout_constraint(constraint), warn=False)
+    lower = lowering.lowerings[mutating]
+
+    def lower_readers_first(*args: Any, **kwargs: Any) -> Any:
+        schema = mutating._schema
+        for argument, value in torch._library.utils.zip_schema(schema, args, kwargs):
+            if argument.is_write:
+                value.realize()
+                V.graph.mark_buffer_mutated(value.get_name())
+        return lower(*args, **kwargs)
+
+    lowering.lowerings[mutating] = lower_readers_first
+
+
+@functools.cache
+def liger_module(name: str) -> Any:
+    """A module of Liger's kernels, imported when first needed: it imports Triton. None, with a
+    warning, where that fails."""
+    try:
+        return importlib.import_module(f"liger_kernel.ops.{name}")
+    except Exception as error:  # a broken Triton raises whatever its driver raises
+        log.warning("Liger's kernels cannot be imported (%s); plain PyTorch stands in", error)
+        return None
+
+
+@functools.cache
+def block_settings(columns: int) -> tuple[int, int]:
+    """Liger's block size and number of warps for rows of ``columns`` elements. Raises RuntimeError
+    beyond 65536 columns."""
+    return liger_module("utils").calculate_settings(columns)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 1 for anything else."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs(rows: int, device: torch.device) -> tuple[int, int]:
+    """A grid over all rows for kernels that sum a weight gradient: (programs, rows of each).
+
+    Liger takes one program for each multiprocessor. Where the rows of a program are a compile-time
+    constant, that compiles a kernel for every new number of rows; a power of two does so only when
+    the number has doubled, for at most twice as many programs.
+    """
+    share = max(1, rows // multiprocessors(device))
+    each = 1 << (share.bit_length() - 1)
+    return -(-rows // each), each
+
+
+# -- layouts --------------------------------------------------------------------------------------
+
+
+def empty_rows(x: Tensor) -> Tensor:
+    """An output for ``x``: in its layout, if its rows lie in memory as such."""
+    if x.stride(-1) == 1:
+        return torch.empty_like(x)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def as_rows(x: Tensor, like: Tensor | None = None) -> Tensor:
+    """``x [..., columns]`` as [rows, columns] with unit stride, in the order in which the rows of
+    ``like`` (default: its own) lie in memory. A view where the layout allows it, else a copy.
+
+    A norm over transposed heads, [b, h, s, d] in memory as [b, s, h, d], so needs no copy. An
+    output of `empty_rows` is always a view, so inputs follow it: they may be expanded or strided.
+    """
+    like = x if like is None else like
+    if like.is_contiguous() and x.is_contiguous():
+        return x.view(-1, x.shape[-1])
+    leading = sorted(range(like.dim() - 1), key=like.stride, reverse=True)
+    rows = x.permute(*leading, -1).reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()

@@ -1,0 +1,182 @@
+"""``liger_fx::rope``, ``liger_fx::rope_interleaved``: rotary position embeddings (Su et al. 2021).
+
+Two conventions, never to be mixed up. Both rotate pairs ``(a, b)`` of a head's elements by the
+angle of their position, ``(a cos - b sin, b cos + a sin)``:
+
+- `rope`: element i with element ``i + R / 2`` (Hugging Face; torchtune's Phi-3 and Qwen2);
+- `rope_interleaved`: element 2i with element ``2i + 1`` (Meta's and torchtune's Llama, Mistral,
+  Gemma).
+
+A rotation is linear and its transpose is the rotation backwards, so the derivative is the op itself
+with ``inverse`` set, any number of times. Liger's kernels rotate in place; here they do it on a
+copy.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liger_fx.ops.library import differentiable, kernel
+
+# -- plain PyTorch --------------------------------------------------------------------------------
+
+
+def _rotate(a: Tensor, b: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(a.dtype, torch.float32)
+    a, b, cos, sin = (t.to(wide) for t in (a, b, cos, sin))
+    if inverse:
+        sin = -sin
+    return a * cos - b * sin, b * cos + a * sin
+
+
+def _halves_torch(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    rotary = cos.shape[-1]
+    half = rotary // 2
+    out = _copy(x)
+    cos, sin = (t[..., :half].unsqueeze(2) for t in (cos, sin))
+    first, second = _rotate(x[..., :half], x[..., half:rotary], cos, sin, inverse)
+    out[..., :half], out[..., half:rotary] = first, second
+    return out
+
+
+def _pairs_torch(x: Tensor, angles: Tensor, inverse: bool) -> Tensor:
+    cos, sin = angles.unsqueeze(2).unbind(-1)
+    out = _copy(x)
+    out[..., ::2], out[..., 1::2] = _rotate(x[..., ::2], x[..., 1::2], cos, sin, inverse)
+    return out
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+# -- Liger's kernels ------------------------------------------------------------------------------
+
+
+def _halves_liger(liger: Any, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    out = _copy(x)
+    batch, seq, heads, size = out.shape
+    if not out.numel():
+        return out
+    rotary = cos.shape[-1]
+    if cos.dtype != x.dtype and cos.dtype != torch.float32:
+        cos, sin = cos.float(), sin.float()  # the kernel computes in the dtype of the angles
+    cos, sin = _rows_in_order(cos), _rows_in_order(sin)
+    tables = (cos, cos.stride(1), sin, sin.stride(1))
+    # The kernel takes q and k at once; a k without heads is left out by its masks.
+    shape = _padded(heads, size, rotary)
+    liger._triton_rope[(batch * seq,)](
+        *(out, heads * size, out, 0, *tables, seq),
+        *(1, cos.shape[0], heads, 0, *shape),
+        BACKWARD_PASS=inverse,
+    )
+    return out
+
+
+def _rows_in_order(table: Tensor) -> Tensor:
+    """[1 or b, s, R] with the batch stride that the kernel takes for granted."""
+    regular = table.shape[0] == 1 or table.stride(0) == table.shape[1] * table.stride(1)
+    return table if regular and table.stride(-1) == 1 else table.contiguous()
+
+
+@functools.cache
+def _padded(heads: int, size: int, rotary: int) -> tuple[int, ...]:
+    """The kernel's ``hd, pad_n_qh, pad_n_kh, pad_hd, pad_rd, rd, BLOCK_SIZE``."""
+
+    def power(n: int) -> int:
+        return 1 << max(n - 1, 0).bit_length()
+
+    return size, power(heads), 1, power(size), power(rotary), rotary, power(heads)
+
+
+def _pairs_liger(liger: Any, x: Tensor, angles: Tensor, inverse: bool) -> Tensor:
+    out = _copy(x)
+    batch, seq, heads, size = out.shape
+    if not out.numel():
+        return out
+    # In fp32 as the models do, and as one row for each position. Positions of their own for each
+    # sequence of the batch (packed data): the batch is one long sequence.
+    angles = angles.float().contiguous()
+    if angles.shape[0] != 1:
+        batch, seq = 1, batch * seq
+    block, warps = liger._select_kernel_meta(size // 2)
+    liger._llama4_rope_kernel[(batch * seq, heads)](
+        *(out, out, angles, heads * size, 0, size, 0, size),
+        *(seq, batch, -1.0 if inverse else 1.0, size // 2, heads, 0, block),
+        num_warps=warps,
+        num_stages=2,  # as Liger launches it
+    )
+    return out
+
+
+# -- the ops --------------------------------------------------------------------------------------
+
+_halves = kernel(
+    "rope_forward(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
+    fake=lambda x, cos, sin, inverse: x.new_empty(x.shape),
+    cpu=_halves_torch,
+    cuda=_halves_liger,
+    liger="rope",
+)
+_pairs = kernel(
+    "rope_interleaved_forward(Tensor x, Tensor angles, bool inverse) -> Tensor",
+    fake=lambda x, angles, inverse: x.new_empty(x.shape),
+    cpu=_pairs_torch,
+    cuda=_pairs_liger,
+    liger="llama4_rope",
+)
+
+
+class _Halves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, cos, sin, inverse):
+        ctx.save_for_backward(cos, sin)
+        ctx.inverse = inverse
+        return _halves(x, cos, sin, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return rope(grad, *ctx.saved_tensors, not ctx.inverse), None, None, None
+
+
+class _Pairs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, angles, inverse):
+        ctx.save_for_backward(angles)
+        ctx.inverse = inverse
+        return _pairs(x, angles, inverse)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return rope_interleaved(grad, *ctx.saved_tensors, not ctx.inverse), None, None
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """Rotate the first R elements of each head by halves.
+
+    x: [b, s, h, d], float32, bfloat16 or float16 (on a CPU float64 as well), in any layout. cos,
+    sin: [1 or b, s, R], R even and at most d; the right half repeats the left one, as everywhere in
+    the field, and is not read. They get no gradient. inverse: rotate backwards. Computed in fp32 on
+    a CPU, in the dtype of cos on CUDA. Returns a contiguous tensor of x's shape and dtype.
+    """
+    return _Halves.apply(x, cos, sin, inverse)
+
+
+def _rope_interleaved(x: Tensor, angles: Tensor, inverse: bool) -> Tensor:
+    """Rotate neighbouring elements of each head.
+
+    x: [b, s, h, d], d even, float32, bfloat16 or float16 (on a CPU float64 as well), in any layout.
+    angles: [1 or b, s, d / 2, 2], cos and sin; they get no gradient. inverse: rotate backwards.
+    Computed in fp32. Returns a contiguous tensor of x's shape and dtype.
+    """
+    return _Pairs.apply(x, angles, inverse)
+
+
+rope = differentiable("rope(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor", _rope)
+rope_interleaved = differentiable(
+    "rope_interleaved(Tensor x, Tensor angles, bool inverse) -> Tensor", _rope_interleaved
+)

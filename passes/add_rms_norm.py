@@ -1,0 +1,68 @@
+"""Residual add + RMSNorm of the sum -> ``liger_fx::add_rms_norm``, which returns both.
+
+Matches      ``s = x + r`` and any spelling of `_norms` with a weight over ``s``, whoever else uses
+             ``s``: the norms before attention, before the MLP and at the end of a decoder.
+Leaves alone sums with broadcasting or of two dtypes; what `rms_norm` leaves alone. A norm without
+             an add in this graph is `rms_norm`'s.
+Numerics     The sum is rounded to the dtype of x before its norm, as the model rounds it.
+"""
+
+from liger_fx.passes import _norms
+
+from liger_fx import ops
+from liger_fx.canonical import same_sizes
+from liger_fx.matcher import Match, Reject
+from liger_fx.rewrite import Rewrite
+
+
+def add_torchtune(x, residual, normalized_shape, weight, eps):
+    total = x + residual
+    return _norms.torchtune(total, normalized_shape, weight, eps), total
+
+
+def add_torch_module(x, residual, normalized_shape, weight, eps):
+    total = x + residual
+    return _norms.torch_module(total, normalized_shape, weight, eps), total
+
+
+def add_gemma(x, residual, weight, eps):
+    total = x + residual
+    return _norms.gemma(total, weight, eps), total
+
+
+def add_huggingface(x, residual, weight, eps):
+    total = x + residual
+    return _norms.huggingface(total, weight, eps), total
+
+
+def add_olmo(x, residual, weight, eps):
+    total = x + residual
+    return _norms.olmo(total, weight, eps), total
+
+
+def check(match: Match, x, residual, weight, eps, normalized_shape=None):
+    for operand in (x, residual):
+        if not hasattr(operand, "shape"):
+            raise Reject(f"a number, {operand!r}, is added; the kernel adds two tensors")
+    if not same_sizes(x.shape, residual.shape):
+        raise Reject(f"the sum broadcasts {list(x.shape)} and {list(residual.shape)}")
+    if x.dtype != residual.dtype:
+        raise Reject(f"the sum is of {x.dtype} and {residual.dtype}, expected one dtype")
+    if weight is None:
+        raise Reject("the norm has no weight; the kernel takes one")
+    _norms.check_norm(match, x, weight, eps, normalized_shape)
+
+
+def replace(match: Match, x, residual, weight):
+    both = ops.add_rms_norm(x, residual, weight, *_norms.literals(match))
+    return both[0], both[1]
+
+
+add_rms_norm = Rewrite(
+    name="add_rms_norm",
+    patterns=[add_torchtune, add_torch_module, add_gemma, add_huggingface, add_olmo],
+    check=check,
+    replace=replace,
+    gains={"cuda eager": "one kernel instead of seven"},
+    losses={"cuda": "a step took 0.4 % longer than with Inductor's own fusion, at the same memory"},
+)

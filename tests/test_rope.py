@@ -1,0 +1,427 @@
+"""The rewrite ``rope``: fires, refuses, leaves alone, numerics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from _util import DEVICE, no_worse_than_eager, only, reasons, show
+from expecttest import assert_expected_inline
+from liger_fx.passes import rope
+
+capture = only(rope)
+B, S, N, D = 2, 5, 3, 12  # batch, sequence, heads, elements of a head
+
+
+@pytest.fixture
+def x():
+    return torch.randn(B, S, N, D, device=DEVICE)
+
+
+def angles(batch=1, size=D, dtype=torch.float32):
+    """[b, s, d / 2] of random angles, not those of any position: nothing may depend on that."""
+    g = torch.Generator().manual_seed(1)
+    return torch.rand(batch, S, size // 2, generator=g).mul(6).to(DEVICE, dtype)
+
+
+def pairs_cache(batch=1, dtype=torch.float32):
+    a = angles(batch)
+    return torch.stack([a.cos(), a.sin()], -1).to(dtype)
+
+
+def halves_cache(batch=1, size=D, dtype=torch.float32):
+    a = torch.cat([angles(batch, size)] * 2, -1)
+    return a.cos().to(dtype), a.sin().to(dtype)
+
+
+# -- as each library writes it ---------------------------------------------------------------------
+
+
+def torchtune_llama(x, cache):
+    """cache: [s or more, d / 2, 2], or with positions of each sequence [b, s, d / 2, 2]."""
+    rope_cache = cache[: x.size(1)] if cache.dim() == 3 else cache
+    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+    rope_cache = rope_cache.view(-1, pairs.size(1), 1, pairs.size(3), 2)
+    out = torch.stack(
+        [
+            pairs[..., 0] * rope_cache[..., 0] - pairs[..., 1] * rope_cache[..., 1],
+            pairs[..., 1] * rope_cache[..., 0] + pairs[..., 0] * rope_cache[..., 1],
+        ],
+        -1,
+    )
+    return out.flatten(3).type_as(x)
+
+
+def torchtune_phi3(x, cache):
+    """cache: [s, 2 d], cos and sin."""
+    cache = cache[: x.size(1)].view(-1, x.size(1), 1, 2 * x.size(-1))
+    cos, sin = cache[..., : x.size(-1)], cache[..., x.size(-1) :]
+    x1, x2 = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    return ((x * cos) + (torch.cat((-x2, x1), dim=-1) * sin)).type_as(x)
+
+
+def torchtune_qwen2(x, cache):
+    cache = cache[: x.size(1)].view(-1, x.size(1), 1, 2 * x.size(-1))
+    cos = cache[..., : x.size(-1)].to(x.dtype)
+    sin = cache[..., x.size(-1) :].to(x.dtype)
+    x1, x2 = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    return ((x * cos) + (torch.cat((-x2, x1), dim=-1) * sin)).type_as(x)
+
+
+def rotate_half(x):
+    x1, x2 = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    return torch.cat((-x2, x1), dim=-1)
+
+
+def huggingface(x, cos, sin):
+    """x: [b, s, h, d], rotated as [b, h, s, d]; cos, sin: [b, s, d]."""
+    x, cos, sin = x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+    return (x * cos) + (rotate_half(x) * sin)
+
+
+def huggingface_phi3(x, cos, sin):
+    x, cos, sin = x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+    rotary = cos.shape[-1]
+    rotated, passed = x[..., :rotary], x[..., rotary:]
+    return torch.cat([(rotated * cos) + (rotate_half(rotated) * sin), passed], dim=-1)
+
+
+def torchtitan(x, freqs):
+    """freqs: [s, d / 2], complex."""
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    freqs = freqs.view(1, x.shape[1], 1, x.shape[-1] // 2)
+    return torch.view_as_real(pairs * freqs).flatten(3).type_as(x)
+
+
+def phi3_cache():
+    return torch.cat(halves_cache(), -1)[0]
+
+
+SPELLINGS = {
+    "torchtune_llama": (torchtune_llama, lambda: [pairs_cache()[0]], "interleaved"),
+    "torchtune_llama_longer_cache": (
+        torchtune_llama,
+        lambda: [torch.cat([pairs_cache()[0]] * 2)],
+        "interleaved",
+    ),
+    "torchtune_llama_packed": (torchtune_llama, lambda: [pairs_cache(B)], "interleaved"),
+    "torchtune_phi3": (torchtune_phi3, lambda: [phi3_cache()], "halves"),
+    "torchtune_qwen2": (torchtune_qwen2, lambda: [phi3_cache()], "halves"),
+    "huggingface": (huggingface, halves_cache, "halves"),
+    "huggingface_positions_of_each_sequence": (huggingface, lambda: halves_cache(B), "halves"),
+    "huggingface_phi3_partial": (huggingface_phi3, lambda: halves_cache(size=8), "halves"),
+    "huggingface_phi3_whole": (huggingface_phi3, halves_cache, "halves"),
+    "torchtitan": (torchtitan, lambda: [torch.polar(torch.ones_like(angles()[0]), angles()[0])],
+                   "interleaved"),
+}  # fmt: skip
+
+
+def rotated(x, batch=1, size=D, convention="halves"):
+    """The rotation itself: of element i with i + size / 2, or of 2i with 2i + 1."""
+    a = angles(batch, size).to(x.dtype).unsqueeze(2)
+    head, rest = x[..., :size], x[..., size:]
+    if convention == "halves":
+        first, second = head.chunk(2, -1)
+    else:
+        first, second = head[..., ::2], head[..., 1::2]
+    parts = first * a.cos() - second * a.sin(), second * a.cos() + first * a.sin()
+    if convention == "halves":
+        return torch.cat((*parts, rest), -1)
+    return torch.stack(parts, -1).flatten(-2)
+
+
+# -- fires -----------------------------------------------------------------------------------------
+
+
+class Rotation(torch.nn.Module):
+    """A spelling between a projection's result and its caches, with sizes where models have them."""
+
+    def __init__(self, spelling, caches):
+        super().__init__()
+        self.spelling = spelling
+        for i, cache in enumerate(caches):
+            self.register_buffer(f"cache{i}", cache)
+
+    def forward(self, projected):
+        x = projected.view(projected.shape[0], projected.shape[1], N, D)
+        return self.spelling(x, *self.buffers())
+
+
+@pytest.mark.parametrize("case", SPELLINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_fires_once_on_every_spelling(case, dtype, dynamic, x):
+    spelling, caches, convention = SPELLINGS[case]
+    made = list(caches())
+    if spelling in (huggingface, huggingface_phi3):
+        made = [t.to(dtype) for t in made]
+    module = Rotation(spelling, made)  # sizes of heads and tables are constants, as in a model
+    found = capture(module, x.to(dtype).flatten(2), dynamic=dynamic)
+    assert found.reports[0].counts == {"rope": 1}, found.reports[0]
+    (op,) = (str(n.target) for n in found.graphs[0].graph.nodes if "liger_fx" in str(n.target))
+    expected = "rope" if convention == "halves" else "rope_interleaved"
+    assert op == f"liger_fx.{expected}.default"
+
+
+def test_fires_graph_by_halves(x):
+    found = capture(huggingface, x, *halves_cache())
+    assert_expected_inline(
+        show(found.graphs[0]),
+        """\
+def forward(self, L_x_: "f32[2, 5, 3, 12]", L_cos_: "f32[1, 5, 12]", L_sin_: "f32[1, 5, 12]"):
+    l_x_ = L_x_
+    l_cos_ = L_cos_
+    l_sin_ = L_sin_
+    x: "f32[2, 3, 5, 12]" = l_x_.transpose(1, 2)
+    cos: "f32[1, 1, 5, 12]" = l_cos_.unsqueeze(1)
+    sin: "f32[1, 1, 5, 12]" = l_sin_.unsqueeze(1)
+    squeeze: "f32[1, 5, 12]" = cos.squeeze(1)
+    squeeze_1: "f32[1, 5, 12]" = sin.squeeze(1)
+    transpose_1: "f32[2, 5, 3, 12]" = x.transpose(1, 2)
+    rope_default: "f32[2, 5, 3, 12]" = torch.ops.liger_fx.rope.default(transpose_1, squeeze, squeeze_1, False)
+    transpose_2: "f32[2, 3, 5, 12]" = rope_default.transpose(1, 2)
+    return (transpose_2,)""",
+    )
+
+
+def test_fires_graph_interleaved(x):
+    found = capture(torchtune_llama, x.bfloat16(), pairs_cache()[0])
+    assert_expected_inline(
+        show(found.graphs[0]),
+        """\
+def forward(self, L_cache_: "f32[5, 6, 2]", L_x_: "bf16[2, 5, 3, 12]"):
+    l_cache_ = L_cache_
+    l_x_ = L_x_
+    rope_cache: "f32[5, 6, 2]" = l_cache_[slice(None, 5, None)]
+    rope_cache_1: "f32[1, 5, 1, 6, 2]" = rope_cache.view(-1, 5, 1, 6, 2)
+    squeeze: "f32[1, 5, 6, 2]" = rope_cache_1.squeeze(2)
+    rope_interleaved_default: "bf16[2, 5, 3, 12]" = torch.ops.liger_fx.rope_interleaved.default(l_x_, squeeze, False)
+    return (rope_interleaved_default,)""",
+    )
+
+
+def test_query_and_key_share_their_angles(x):
+    def fn(q, k, cos, sin):
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        return (q * cos) + (rotate_half(q) * sin), (k * cos) + (rotate_half(k) * sin)
+
+    found = capture(fn, x, x[:, :, :1].clone(), *halves_cache())
+    assert found.reports[0].counts == {"rope": 2}
+
+
+def test_packed_positions_index_the_cache(x):
+    def fn(x, cache, positions):
+        return torchtune_llama(x, cache[positions])
+
+    positions = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]], device=DEVICE)
+    found = capture(fn, x, pairs_cache()[0], positions)
+    assert found.reports[0].counts == {"rope": 1}
+    torch.testing.assert_close(found.value, fn(x, pairs_cache()[0], positions))
+
+
+def test_a_rotation_that_is_scaled_in_place_afterwards(x):  # torchtune's Gemma 2
+    def fn(x, cache):
+        out = torchtune_llama(x, cache)
+        out.mul_(0.25)
+        return out
+
+    found = capture(fn, x, pairs_cache()[0])
+    assert found.reports[0].counts == {"rope": 1}
+    torch.testing.assert_close(found.value, fn(x, pairs_cache()[0]))
+
+
+def test_the_input_is_not_overwritten(x):  # A9: torchtune's layout is that of Liger's kernel
+    def fn(x, cos, sin):
+        return huggingface(x, cos, sin), x.sum()
+
+    before = x.clone()
+    compiled = torch.compile(fn, backend="liger_fx", options={"policy": "all", "inner": "eager"})
+    out, total = compiled(x, *halves_cache())
+    assert torch.equal(x, before) and total == before.sum()
+    assert out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+# -- refuses ---------------------------------------------------------------------------------------
+
+
+def refusal(fn, *args):
+    (report,) = capture(fn, *args).reports
+    assert report.counts == {}
+    return reasons(report)
+
+
+def test_refuses_trained_angles(x):
+    cos, sin = halves_cache()
+    assert_expected_inline(
+        refusal(huggingface, x, cos, sin.requires_grad_()),
+        """sin is trained; the kernel has no gradient for it""",
+    )
+    cache = pairs_cache()[0].requires_grad_()
+    assert_expected_inline(
+        refusal(torchtune_llama, x, cache),
+        """the angles are trained; the kernel has no gradient for them""",
+    )
+
+
+def test_refuses_halves_that_are_not_equal(x):
+    def fn(x, f, g):
+        return huggingface(x, torch.cat((f, g), -1).cos(), torch.cat((f, g), -1).sin())
+
+    assert_expected_inline(
+        refusal(fn, x, angles(), 2 * angles()),
+        """cos comes from `cat` (cat), expected cat((f, f)): the kernel takes its halves for equal""",
+    )
+
+
+def test_refuses_angles_of_unknown_origin(x):
+    def fn(x, a):
+        return huggingface(x, torch.sigmoid(a), torch.tanh(a))
+
+    assert_expected_inline(
+        refusal(fn, x, torch.cat([angles()] * 2, -1)),
+        """cos comes from `sigmoid` (sigmoid), expected cat((f, f)): the kernel takes its halves for equal""",
+    )
+
+
+def test_refuses_a_cut_that_is_not_in_the_middle(x):
+    def fn(x, cos, sin):
+        x, cos, sin = x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+        return x * cos + torch.cat((-x[..., 4:], x[..., :4]), -1) * sin
+
+    assert_expected_inline(
+        refusal(fn, x, *halves_cache()),
+        """heads of 12 elements are cut at 4, expected in the middle""",
+    )
+
+
+def test_refuses_angles_that_differ_in_shape(x):
+    cos, sin = halves_cache()
+    assert_expected_inline(
+        refusal(huggingface, x, cos, sin[:, :1]), """cos and sin differ in shape"""
+    )
+
+
+def test_refuses_one_position_for_all(x):
+    cos, sin = (t[:, :1] for t in halves_cache())
+    assert_expected_inline(
+        refusal(huggingface, x, cos, sin),
+        """cos is [1, 1, 1, 12] for an input of [2, 3, 5, 12], expected [b, s, 1, 12] or [b, 1, s, 12] with b or 1 in front""",
+    )
+
+
+def test_refuses_double_precision(x):
+    cos, sin = (t.double() for t in halves_cache())
+    assert_expected_inline(
+        refusal(huggingface, x.double(), cos, sin),
+        """the input is torch.float64; the kernel computes in float32""",
+    )
+
+
+def test_refuses_heads_of_one_dimension_less(x):
+    def fn(x, cos, sin):
+        return x * cos + rotate_half(x) * sin
+
+    cos, sin = (t[0].unsqueeze(1) for t in halves_cache())
+    assert_expected_inline(
+        refusal(fn, x[0], cos, sin), """the input is 3-D, expected [b, s, h, d] or [b, h, s, d]"""
+    )
+
+
+def test_refuses_axial_positions(x):  # torchtune's vision models
+    def fn(x, cache):
+        tiles = x.float().reshape(B, 1, S, N, D // 2, 2)
+        cache = cache.view(1, 1, S, 1, D // 2, 2)
+        out = torch.stack(
+            [
+                tiles[..., 0] * cache[..., 0] - tiles[..., 1] * cache[..., 1],
+                tiles[..., 1] * cache[..., 0] + tiles[..., 0] * cache[..., 1],
+            ],
+            -1,
+        )
+        return out.reshape(x.shape).type_as(x)
+
+    assert_expected_inline(
+        refusal(fn, x, pairs_cache()[0]),
+        """heads are not cut into pairs: [2, 5, 3, 12] became [2, 1, 5, 3, 6, 2]""",
+    )
+
+
+def test_refuses_angles_of_each_head(x):
+    def fn(x, cache):
+        pairs = x.float().reshape(B, S, N, -1, 2)
+        a, b, cos, sin = pairs[..., 0], pairs[..., 1], cache[..., 0], cache[..., 1]
+        return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(3)
+
+    assert_expected_inline(
+        refusal(fn, x, torch.rand(1, S, N, D // 2, 2, device=DEVICE)),
+        """the angles are [1, 5, 3, 6, 2] for an input of [2, 5, 3, 12], expected [b, s, 1, d / 2, 2] with b or 1 in front""",
+    )
+
+
+# -- leaves alone ----------------------------------------------------------------------------------
+
+
+def nothing(fn, *args):
+    (report,) = capture(fn, *args).reports
+    assert report.counts == {} and report.rejections == []
+
+
+def test_leaves_a_rotation_backwards(x):
+    def fn(x, cos, sin):
+        x, cos, sin = x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+        x1, x2 = x[..., : D // 2], x[..., D // 2 :]
+        return x * cos + torch.cat((x2, -x1), -1) * sin
+
+    nothing(fn, x, *halves_cache())
+
+
+def test_leaves_pairs_with_the_other_sign(x):
+    def fn(x, cache):
+        pairs = x.float().reshape(B, S, N, -1, 2)
+        a, b = pairs[..., 0], pairs[..., 1]
+        cos, sin = (cache.view(1, S, 1, -1, 2)[..., i] for i in (0, 1))
+        return torch.stack([a * cos + b * sin, b * cos - a * sin], -1).flatten(3)
+
+    nothing(fn, x, pairs_cache()[0])
+
+
+def test_leaves_pairs_put_back_as_halves(x):
+    def fn(x, cache):
+        pairs = x.float().reshape(B, S, N, -1, 2)
+        a, b = pairs[..., 0], pairs[..., 1]
+        cos, sin = (cache.view(1, S, 1, -1, 2)[..., i] for i in (0, 1))
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    nothing(fn, x, pairs_cache()[0])
+
+
+# -- numerics --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", SPELLINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numerics(case, dtype):
+    check_numerics(case, dtype, "aot_eager")
+
+
+@pytest.mark.parametrize("case", ["torchtune_llama_packed", "huggingface_phi3_partial"])
+def test_numerics_under_inductor(case):
+    check_numerics(case, torch.bfloat16, "inductor")
+
+
+def check_numerics(case, dtype, inner):
+    spelling, caches, convention = SPELLINGS[case]
+    made = list(caches())
+    batch = B if case in ("torchtune_llama_packed", "huggingface_positions_of_each_sequence") else 1
+    size = 8 if case == "huggingface_phi3_partial" else D
+    transposed = spelling in (huggingface, huggingface_phi3)
+    if transposed:  # its models cast the tables
+        made = [t.to(dtype) for t in made]
+
+    def exact(x):
+        out = rotated(x, batch, size, convention)
+        return out.transpose(1, 2) if transposed else out
+
+    no_worse_than_eager(
+        lambda x: spelling(x, *made), exact, [(B, S, 40 * N, D)], "rope", dtype, inner
+    )
