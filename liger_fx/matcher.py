@@ -50,10 +50,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Miss:
-    """How far a pattern got: ``matched`` of ``total`` operations, then ``found`` for ``wanted``.
-
-    Operations that are everywhere in a decoder, such as ``mul``, tell nothing and do not count.
-    """
+    """How far a pattern got: ``matched`` of ``total`` operations, then ``found`` for ``wanted``."""
 
     pattern: Pattern
     matched: int
@@ -62,13 +59,14 @@ class Miss:
     found: fx.Node | Any
 
 
+# A pattern that got no further than these was not near anything.
 _EVERYWHERE = frozenset({"add", "sub", "mul", "div", "neg", "cat", "getitem", "reshape", "cast"})
 
 
 def size(term: Term) -> int:
-    """How many operations a term has, without those that are everywhere."""
+    """How many operations a term has."""
     if isinstance(term, Op):
-        return (term.op not in _EVERYWHERE) + sum(map(size, term.args))
+        return 1 + sum(map(size, term.args))
     if isinstance(term, Cast | Chain):
         return size(term.source)
     if isinstance(term, tuple | list):
@@ -83,6 +81,7 @@ class _State:
     dtypes: list[tuple[Binding | Op, torch.dtype]] = field(default_factory=list)  # what casts say
     values: dict[int, fx.Node] = field(default_factory=dict)  # by the identity of the operation
     matched: int = 0
+    near: bool = False  # an operation was matched that tells something
 
     def copy(self) -> _State:
         return _State(
@@ -91,6 +90,7 @@ class _State:
             list(self.dtypes),
             dict(self.values),
             self.matched,
+            self.near,
         )
 
 
@@ -141,7 +141,8 @@ class Matcher:
             if term.op == "reshape":  # a reshape that does nothing may be missing from the graph
                 return self._match(term.args[0], value, state)
             return self._missed(name_of(term.op), value, state)
-        state.matched += term.op not in _EVERYWHERE
+        state.matched += 1
+        state.near |= term.op not in _EVERYWHERE
         state.values[id(term)] = value
         if term.commutative:
             swapped = self._match_all(term.args, expr.args, state.copy())
@@ -191,7 +192,7 @@ class Matcher:
         return True
 
     def _missed(self, wanted: str, found: Any, state: _State) -> _State | None:
-        if state.matched and (self.miss is None or state.matched > self.miss.matched):
+        if state.near and (self.miss is None or state.matched > self.miss.matched):
             total = size(self.pattern.term)
             self.miss = Miss(self.pattern, state.matched, total, wanted, found)
         return None

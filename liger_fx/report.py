@@ -27,6 +27,10 @@ class Place:
     def of(node: fx.Node) -> Place:
         return Place(_module(node), _source(node))
 
+    def of_any_layer(self) -> Place:
+        """``layers.7.mlp`` -> ``layers.*.mlp``"""
+        return Place(_LAYER.sub(".*", self.module), self.source)
+
     def __str__(self) -> str:
         return " at ".join(part for part in (self.module, self.source) if part)
 
@@ -122,7 +126,8 @@ class Report:
         return "; ".join([made, *(f"refused {name} {n}" for name, n in refused.items())])
 
     def __str__(self) -> str:
-        rows = [
+        rows = [(name, "policy", why, Place()) for name, why in self.decisions.items()]
+        rows += [
             (r.rewrite, "replaced", f"spelling {r.pattern}", r.place) for r in self.replacements
         ]
         rows += [
@@ -131,15 +136,27 @@ class Report:
         rows += [
             (m.rewrite, "no match", _near(m), Place(m.module, m.source)) for m in self.near_misses
         ]
-        rows = [(name, "policy", why, Place()) for name, why in self.decisions.items()] + rows
         head = f"liger_fx: graph of {self.nodes} nodes, matched in {self.seconds * 1e3:.1f} ms"
         if self.error:
             return f"{head}\n{self.error}"
         if not (self.replacements or self.rejections or self.near_misses):
             head += "\n  nothing to replace: no rewrite has its last operation in this graph"
-        width = max(len(row[0]) for row in rows)
-        lines = [f"  {name:{width}}  {word:8}  {what}" + _in(p) for name, word, what, p in rows]
+        width = max((len(row[0]) for row in rows), default=0)
+        lines = [f"  {name:{width}}  {word:8}  {what}" for name, word, what in _grouped(rows)]
         return "\n".join([head, *lines])
+
+
+def _grouped(rows: Sequence[tuple[str, str, str, Place]]) -> list[tuple[str, str, str]]:
+    """One row for what is the same in every layer."""
+    groups: dict[tuple[str, str, str, Place], list[Place]] = {}
+    for name, word, what, place in rows:
+        groups.setdefault((name, word, what, place.of_any_layer()), []).append(place)
+    return [
+        (name, word, f"{len(places)} x {what}{_in(anywhere)}")
+        if len(places) > 1
+        else (name, word, what + _in(places[0]))
+        for (name, word, what, anywhere), places in groups.items()
+    ]
 
 
 def _near(miss: NearMiss) -> str:
@@ -175,6 +192,7 @@ def _module(node: fx.Node) -> str:
     return _INDEX.sub(r".\1", name).strip(".").removeprefix("self.")
 
 
+_LAYER = re.compile(r"\.\d+(?=\.|$)")
 _FRAME = re.compile(r'File "([^"]*)", line (\d+), in (\S+)')
 
 

@@ -2,9 +2,10 @@
 
 import torch
 from liger_fx.passes._norms import DTYPES, MAX_COLUMNS
+from torch import fx
 
-from liger_fx.canonical import same_sizes, storage_key
-from liger_fx.matcher import Match, Reject
+from liger_fx.canonical import op_name, same_sizes, storage_key
+from liger_fx.matcher import Match, Reject, name_of
 
 
 def check_gated(match: Match, gate: torch.Tensor, up: torch.Tensor) -> None:
@@ -24,6 +25,33 @@ def check_gated(match: Match, gate: torch.Tensor, up: torch.Tensor) -> None:
     if not (gate.is_contiguous() and up.is_contiguous()):
         raise Reject("gate or up is not contiguous: the kernel would need a copy")
     check_columns(gate)
+    check_readers(match, "gate", "up")
+
+
+def check_readers(match: Match, *names: str) -> None:
+    """Raise `Reject` where anything else reads gate or up.
+
+    The backward overwrites them where Inductor finds them dead. But Inductor puts pointwise code
+    off until its result is needed, and what still had to read a buffer then runs after the operator
+    that overwrites it, on the new values (torch 2.13, without a word). Without other readers in the
+    forward there are none in the backward, but for those that need its result.
+    """
+    for name in names:
+        for reader in _readers(match.bindings[name]) - match.nodes:
+            what = "returned" if reader.op == "output" else f"used by `{name_of(op_name(reader))}`"
+            raise Reject(f"{name} is also {what}, and the kernel's backward may overwrite it")
+
+
+def _readers(node: fx.Node) -> set[fx.Node]:
+    """All that reads the memory of ``node``, through whatever view of it."""
+    views, todo = {node}, [node]
+    while todo:
+        current = todo.pop()
+        for other in [*current.all_input_nodes, *current.users]:
+            if other not in views and storage_key(other) == storage_key(node):
+                views.add(other)
+                todo.append(other)
+    return {user for view in views for user in view.users} - views
 
 
 def check_columns(x: torch.Tensor) -> None:

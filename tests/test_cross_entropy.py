@@ -175,11 +175,6 @@ def test_refuses_an_ignore_index_that_is_no_constant(logits, labels):
     )
 
 
-def test_refuses_trained_class_weights(logits, labels):
-    w = torch.rand(V, device=DEVICE, requires_grad=True)
-    assert_expected_inline(refusal(F.cross_entropy, logits, labels, w), """""")
-
-
 # -- leaves alone ----------------------------------------------------------------------------------
 
 
