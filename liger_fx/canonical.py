@@ -214,10 +214,11 @@ def _specialised_number(value: Any) -> float | int | bool | None:
     return node.maybe_as_float() if isinstance(value, torch.SymFloat) else node.maybe_as_int()
 
 
-# Builtins without a signature to read; what is not given is None.
-_SIGNATURES = {
-    F.linear: ("input", "weight", "bias"),
-    torch.rms_norm: ("input", "normalized_shape", "weight", "eps"),
+# Builtins without a signature to read: parameters and defaults.
+_SIGNATURES: dict[Any, dict[str, Any]] = {
+    F.linear: dict(input=None, weight=None, bias=None),
+    F.gelu: dict(input=None, approximate="none"),
+    torch.rms_norm: dict(input=None, normalized_shape=None, weight=None, eps=None),
 }
 
 
@@ -251,7 +252,7 @@ def positional(node: fx.Node) -> tuple[Any, ...]:
         target = getattr(torch, str(node.target), None)
     if target in _SIGNATURES:
         named = dict(zip(_SIGNATURES[target], args, strict=False)) | kwargs
-        return tuple(named.get(name) for name in _SIGNATURES[target])
+        return tuple((_SIGNATURES[target] | named).values())
     parameters = _parameters(target)
     if parameters is not None:
         named = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs

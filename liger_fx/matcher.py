@@ -317,9 +317,13 @@ class Legality:
                     )
 
     def _one_grad_mode(self, match: Match) -> None:
-        window = self._window(match)
-        if any(self.view.position[node] in window for node in self.grad_mode):
+        if len({self._grad_mode(node) for node in match.nodes}) > 1:
             raise Reject("grad mode is switched in the middle of it")
+
+    def _grad_mode(self, node: fx.Node) -> Any:
+        """Is grad mode on where the node runs?"""
+        before = [s for s in self.grad_mode if self.view.position[s] < self.view.position[node]]
+        return before[-1].args[0] if before else torch.is_grad_enabled()
 
     def _window(self, match: Match) -> range:
         first = min(self.view.position[node] for node in match.nodes)

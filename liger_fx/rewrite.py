@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 from torch import fx
+
+# As AOTAutograd does while it traces (torch/_functorch/aot_autograd.py).
+from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 from torch.fx.proxy import GraphAppendingTracer
 
 from liger_fx.canonical import View, fake, same_sizes
@@ -298,10 +301,18 @@ def _like(new: fx.Node, old: fx.Node, anchor: fx.Node) -> fx.Node:
 
 
 def _evaluate(node: fx.Node, like: fx.Node) -> Any:
-    """The fake value of a new node, in the fake mode and grad mode of the node it stands in for."""
+    """The fake value of a new node, in the fake mode and grad mode of the node it stands in for.
+
+    A layer may be compiled in its first forward, under the hooks of a checkpoint or of offloading:
+    these must not see what is saved here.
+    """
     value = fake(like)
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), fake)
-    with value.fake_mode, torch.set_grad_enabled(value.requires_grad):
+    with (
+        _disable_saved_tensors_hooks_during_tracing(),
+        value.fake_mode,
+        torch.set_grad_enabled(value.requires_grad),
+    ):
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         return node.target(*args, **kwargs)  # type: ignore[operator]

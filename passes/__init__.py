@@ -12,10 +12,10 @@ from liger_fx.passes.swiglu import swiglu
 DEFAULT = [
     linear_cross_entropy,  # first: it takes the loss together with the projection that feeds it
     cross_entropy,  # losses whose logits exist
+    rope,  # before add_rms_norm: a rotation ends in a sum, and a norm of keys may follow
     add_rms_norm,  # before rms_norm: it takes the norm together with the sum that feeds it
     rms_norm,  # norms without a sum in their graph
     layer_norm,
     swiglu,
     geglu,
-    rope,
 ]

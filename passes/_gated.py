@@ -4,8 +4,8 @@ import torch
 from liger_fx.passes._norms import DTYPES, MAX_COLUMNS
 from torch import fx
 
-from liger_fx.canonical import op_name, same_sizes, storage_key
-from liger_fx.matcher import Match, Reject, name_of
+from liger_fx.canonical import same_sizes, storage_key
+from liger_fx.matcher import Match, Reject
 
 
 def check_gated(match: Match, gate: torch.Tensor, up: torch.Tensor) -> None:
@@ -25,21 +25,12 @@ def check_gated(match: Match, gate: torch.Tensor, up: torch.Tensor) -> None:
     if not (gate.is_contiguous() and up.is_contiguous()):
         raise Reject("gate or up is not contiguous: the kernel would need a copy")
     check_columns(gate)
-    check_readers(match, "gate", "up")
 
 
-def check_readers(match: Match, *names: str) -> None:
-    """Raise `Reject` where anything else reads gate or up.
-
-    The backward overwrites them where Inductor finds them dead. But Inductor puts pointwise code
-    off until its result is needed, and what still had to read a buffer then runs after the operator
-    that overwrites it, on the new values (torch 2.13, without a word). Without other readers in the
-    forward there are none in the backward, but for those that need its result.
-    """
-    for name in names:
-        for reader in _readers(match.bindings[name]) - match.nodes:
-            what = "returned" if reader.op == "output" else f"used by `{name_of(op_name(reader))}`"
-            raise Reject(f"{name} is also {what}, and the kernel's backward may overwrite it")
+def may_overwrite(match: Match, *names: str) -> bool:
+    """Does nothing but the match read these values? Without other readers in the forward there are
+    none in the backward, but for those that need its result. See `liger_fx.ops.gated`."""
+    return all(_readers(match.bindings[name]) <= match.nodes for name in names)
 
 
 def _readers(node: fx.Node) -> set[fx.Node]:

@@ -2,15 +2,16 @@
 
 Matches      ``s = x + r`` and any spelling of `_norms` with a weight over ``s``, whoever else uses
              ``s``: the norms before attention, before the MLP and at the end of a decoder.
-Leaves alone sums with broadcasting or of two dtypes; what `rms_norm` leaves alone. A norm without
-             an add in this graph is `rms_norm`'s.
-Numerics     The sum is rounded to the dtype of x before its norm, as the model rounds it.
+Leaves alone sums with broadcasting; what `rms_norm` leaves alone. A norm without an add in this
+             graph is `rms_norm`'s.
+Numerics     The sum is rounded to its dtype before its norm, as the model rounds it. Of two dtypes
+             (autocast) the narrower is cast first, as torch does.
 """
 
 from liger_fx.passes import _norms
 
 from liger_fx import ops
-from liger_fx.canonical import same_sizes
+from liger_fx.canonical import fake, same_sizes
 from liger_fx.matcher import Match, Reject
 from liger_fx.rewrite import Rewrite
 
@@ -46,14 +47,15 @@ def check(match: Match, x, residual, weight, eps, normalized_shape=None):
             raise Reject(f"a number, {operand!r}, is added; the kernel adds two tensors")
     if not same_sizes(x.shape, residual.shape):
         raise Reject(f"the sum broadcasts {list(x.shape)} and {list(residual.shape)}")
-    if x.dtype != residual.dtype:
-        raise Reject(f"the sum is of {x.dtype} and {residual.dtype}, expected one dtype")
     if weight is None:
         raise Reject("the norm has no weight; the kernel takes one")
-    _norms.check_norm(match, x, weight, eps, normalized_shape)
+    _norms.check_norm(match, fake(match.outputs[1]), weight, eps, normalized_shape)
 
 
 def replace(match: Match, x, residual, weight):
+    dtype = fake(match.outputs[1]).dtype
+    x = x if match.values["x"].dtype == dtype else x.to(dtype)
+    residual = residual if match.values["residual"].dtype == dtype else residual.to(dtype)
     both = ops.add_rms_norm(x, residual, weight, *_norms.literals(match))
     return both[0], both[1]
 

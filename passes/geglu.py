@@ -7,7 +7,7 @@ Numerics     gelu(gate) in fp32, rounded to the dtype before the product, as in 
 """
 
 import torch.nn.functional as F
-from liger_fx.passes._gated import check_gated
+from liger_fx.passes._gated import check_gated, may_overwrite
 
 from liger_fx import ops
 from liger_fx.matcher import Match
@@ -27,7 +27,7 @@ def check(match: Match, gate, up):
 
 
 def replace(match: Match, gate, up):
-    return ops.geglu(gate, up)
+    return ops.geglu(gate, up, may_overwrite(match, "gate", "up"))
 
 
 geglu = Rewrite(

@@ -24,6 +24,10 @@ from liger_fx.rewrite import Rewrite
 
 
 def halves(x, cos, sin, half):
+    return _rotated(x, cos, sin, half)
+
+
+def halves_rounded(x, cos, sin, half):
     return _rotated(x, cos, sin, half).to(x.dtype)
 
 
@@ -52,7 +56,7 @@ def complex_numbers(x, angles):
     return torch.view_as_real(pairs * angles).flatten(3).to(x.dtype)
 
 
-_BY_HALVES = ("halves", "partial", "partial_of_all")
+_BY_HALVES = ("halves", "halves_rounded", "partial", "partial_of_all")
 
 
 def check(match: Match, x, cos=None, sin=None, half=None, rotary=None, angles=None):
@@ -60,8 +64,8 @@ def check(match: Match, x, cos=None, sin=None, half=None, rotary=None, angles=No
         raise Reject(f"the input is {x.dim()}-D, expected [b, s, h, d] or [b, h, s, d]")
     if x.dtype not in DTYPES:
         raise Reject(f"the input is {x.dtype}; the kernel computes in float32")
-    if match.output.dtype != x.dtype:
-        raise Reject(f"the output is {match.output.dtype}, the input {x.dtype}")
+    if match.output.dtype not in DTYPES:
+        raise Reject(f"the output is {match.output.dtype}; the kernel computes in float32")
     if match.pattern.name in _BY_HALVES:
         _check_halves(match, x, cos, sin, half, rotary)
     else:
@@ -141,6 +145,8 @@ def replace(match: Match, x, cos=None, sin=None, rotary=None, angles=None):
     sequence = _sequence_dim(match.values["x"], match.values["cos"], size)
     heads = 3 - sequence
     cos, sin = cos.squeeze(heads), sin.squeeze(heads)
+    if match.output.dtype != match.values["x"].dtype:  # autocast: angles are wider than queries
+        x = x.to(match.output.dtype)
     if sequence == 1:
         return ops.rope(x, cos, sin, False)
     return ops.rope(x.transpose(1, 2), cos, sin, False).transpose(1, 2)
@@ -148,7 +154,7 @@ def replace(match: Match, x, cos=None, sin=None, rotary=None, angles=None):
 
 rope = Rewrite(
     name="rope",
-    patterns=[halves, partial, partial_of_all, interleaved, complex_numbers],
+    patterns=[halves_rounded, halves, partial, partial_of_all, interleaved, complex_numbers],
     check=check,
     replace=replace,
     gains={"cuda eager": "two kernels instead of a dozen"},

@@ -3,13 +3,12 @@
 Matches      SiLU times anything of its shape, in either order (all Llama-like MLPs, LoRA's sums in
              between as well); gate and up as halves of one projection, the gate first (Hugging
              Face's Phi-3), which stay where they are: ``liger_fx::swiglu_gate_up``.
-Leaves alone gates and ups that are no contiguous tensors of one shape and dtype, share memory, or
-             are used elsewhere as well.
+Leaves alone gates and ups that are no contiguous tensors of one shape and dtype, or share memory.
 Numerics     silu(gate) in fp32, rounded to the dtype before the product, as in eager.
 """
 
 import torch.nn.functional as F
-from liger_fx.passes._gated import check_columns, check_gated, check_readers
+from liger_fx.passes._gated import check_columns, check_gated, may_overwrite
 from liger_fx.passes._norms import DTYPES
 
 from liger_fx import ops
@@ -35,11 +34,12 @@ def check(match: Match, gate=None, up=None, gate_up=None):
         raise Reject(f"gate and up are {gate_up.dtype}; the kernel computes in float32")
     if not gate_up.is_contiguous():
         raise Reject("the tensor of gate and up is not contiguous: the kernel would need a copy")
-    check_readers(match, "gate_up")
 
 
 def replace(match: Match, gate=None, up=None, gate_up=None):
-    return ops.swiglu(gate, up) if gate_up is None else ops.swiglu_gate_up(gate_up)
+    if gate_up is None:
+        return ops.swiglu(gate, up, may_overwrite(match, "gate", "up"))
+    return ops.swiglu_gate_up(gate_up, may_overwrite(match, "gate_up"))
 
 
 swiglu = Rewrite(

@@ -34,6 +34,7 @@ SAME = {
     "relu": lambda x, w: (F.relu(x), torch.relu(x), x.relu(), F.relu(x, False)),
     "square": lambda x, w: (x.pow(2), x**2, x * x, x.square(), torch.square(x), torch.pow(x, 2)),
     "silu": lambda x, w: (F.silu(x), F.silu(x, inplace=False), F.silu(input=x)),
+    "gelu": lambda x, w: (F.gelu(x), F.gelu(x, approximate="none")),
     "add": lambda x, w: (x + 1.0, torch.add(x, 1.0), x.add(1.0)),
     "transpose": lambda x, w: (x.transpose(1, 2), torch.transpose(x, 1, 2)),
 }

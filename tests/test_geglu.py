@@ -50,7 +50,7 @@ def test_fires_graph(inputs):
 def forward(self, L_g_: "bf16[2, 5, 24]", L_u_: "bf16[2, 5, 24]"):
     l_g_ = L_g_
     l_u_ = L_u_
-    geglu_default: "bf16[2, 5, 24]" = torch.ops.liger_fx.geglu.default(l_g_, l_u_)
+    geglu_default: "bf16[2, 5, 24]" = torch.ops.liger_fx.geglu.default(l_g_, l_u_, True)
     return (geglu_default,)""",
     )
 
@@ -61,7 +61,9 @@ def refusal(fn, *args):
     return reasons(report)
 
 
-def test_refuses_the_exact_gelu(inputs):  # T5
+def test_refuses_the_exact_gelu(inputs):  # T5: nn.GELU() is traced with its default written out
+    refused = capture(lambda g, u: F.gelu(g, approximate="none") * u, *inputs).reports[0]
+    assert len(refused.rejections) == 1
     assert_expected_inline(
         refusal(lambda g, u: F.gelu(g) * u, *inputs),
         """GELU is exact here; Liger's kernel computes the tanh approximation""",

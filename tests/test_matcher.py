@@ -193,6 +193,16 @@ def test_check_refuses_with_its_reason_and_place():
     assert rejection.source.startswith("test_matcher.py:")
 
 
+def test_a_grad_mode_that_is_switched_and_back_is_no_switch():  # fake quantisation in between
+    def fn(g, u):
+        active = F.silu(g)
+        with torch.no_grad():
+            scale = u.abs().max()
+        return active * (u / scale)
+
+    assert rewritten(fn, A, B).report.counts == {"swiglu": 1}
+
+
 def test_near_twins_are_refused_by_name():
     def sigmoid_glu(gate, up):
         return torch.sigmoid(gate) * up

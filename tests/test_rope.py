@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from _util import DEVICE, no_worse_than_eager, only, reasons, show
 from expecttest import assert_expected_inline
-from liger_fx.passes import rope
+from liger_fx.passes import DEFAULT, rope
 
 capture = only(rope)
 B, S, N, D = 2, 5, 3, 12  # batch, sequence, heads, elements of a head
@@ -197,6 +199,22 @@ def forward(self, L_cache_: "f32[5, 6, 2]", L_x_: "bf16[2, 5, 3, 12]"):
     rope_interleaved_default: "bf16[2, 5, 3, 12]" = torch.ops.liger_fx.rope_interleaved.default(l_x_, squeeze, False)
     return (rope_interleaved_default,)""",
     )
+
+
+def test_angles_wider_than_queries_widen_the_result(x):  # autocast
+    cos, sin = halves_cache()
+    found = capture(huggingface, x.bfloat16(), cos, sin)
+    assert found.reports[0].counts == {"rope": 1}
+    torch.testing.assert_close(found.value, huggingface(x.bfloat16(), cos, sin))
+
+
+def test_a_norm_after_a_rotation_does_not_take_its_sum(x):
+    def fn(x, cos, sin, w):
+        return torch.rms_norm(huggingface(x, cos, sin), (D,), w, 1e-6)
+
+    everything = functools.partial(capture, rewrites=DEFAULT)
+    found = everything(fn, x, *halves_cache(), torch.rand(D, device=DEVICE))
+    assert found.reports[0].counts == {"rope": 1, "rms_norm": 1}
 
 
 def test_query_and_key_share_their_angles(x):

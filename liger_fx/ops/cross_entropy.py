@@ -55,7 +55,8 @@ def _backward(
     for start in range(0, rows, step or 1):
         part = slice(start, start + step)
         # The upstream gradient is multiplied in before the rounding, as autograd does.
-        wide_rows = out[part].copy_(logits[part]) if out.dtype == wide else logits[part].to(wide)
+        wide_rows = out[part] if out.dtype == wide else torch.empty_like(out[part], dtype=wide)
+        wide_rows.copy_(logits[part])  # as contiguous rows, whatever the layout of the logits
         write_losses(wide_rows, target[part], unused[part], loss, True, factor[part])
         if out.dtype != wide:
             out[part] = wide_rows

@@ -1,9 +1,15 @@
 """Gated activations, ``act(gate) * up``: what `swiglu` and `geglu` share.
 
-Liger's backward writes the gradients of gate and up over gate and up. Here that kernel is an
-operator that mutates, and the backward formula calls it through ``auto_functionalized``: functional
-in the graph; in eager mode on copies; by Inductor in place where nothing else needs the buffers,
-as under activation checkpointing, where they have just been recomputed, and else on copies.
+Liger's backward writes the gradients of gate and up over gate and up. There are two operators over
+that kernel. ``<name>_backward`` lets it work on copies. ``<name>_backward_`` mutates; the backward
+formula calls it through ``auto_functionalized``: functional in the graph; in eager mode on copies;
+by Inductor in place where it finds the buffers dead, as under activation checkpointing, where they
+have just been recomputed, and else on copies.
+
+Inductor does not see all that is alive, though: pointwise code that reads a buffer is put off until
+its result is needed, and may then run after the operator that overwrites the buffer, on the new
+values, without a word (torch 2.13). So ``overwrite`` must be asked for, by who knows that nothing
+else reads gate or up.
 """
 
 from __future__ import annotations
@@ -30,11 +36,12 @@ def gated(
     backward_kernel: Callable[[Any], Any],
     scalars: tuple[float, ...] = (),
 ) -> torch._ops.OpOverload:
-    """Register ``liger_fx::<name>(gate, up)``: ``activation(gate) * up``.
+    """Register ``liger_fx::<name>(gate, up, overwrite=False)``: ``activation(gate) * up``.
 
     gate, up: of one shape and dtype, float32, bfloat16 or float16 (on a CPU float64 as well). The
-    activation is rounded to that dtype before the product, as in eager. The result is contiguous;
-    the backward is differentiable once.
+    activation is rounded to that dtype before the product, as in eager. overwrite: the backward may
+    write over gate and up where the compiler finds them dead; nothing but this op may read them.
+    The result is contiguous; the backward is differentiable once.
 
     activation: in plain PyTorch. formula: x -> (act(x), act'(x)), in the dtype of x. *_kernel: pick
     Liger's kernel from its module. scalars: what the kernels take between the stride and the number
@@ -70,6 +77,15 @@ def gated(
     def backward_liger(module: Any, gate: Tensor, up: Tensor, grad: Tensor) -> None:
         launch(backward_kernel, module, (grad.contiguous(), gate, up))
 
+    def on_copies(backward_in_place: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def backward(*args: Any) -> tuple[Tensor, Tensor]:
+            *module, gate, up, grad = args
+            gate, up = (t.clone(memory_format=torch.contiguous_format) for t in (gate, up))
+            backward_in_place(*module, gate, up, grad)
+            return gate, up
+
+        return backward
+
     forward = kernel(
         f"{name}_forward(Tensor gate, Tensor up) -> Tensor",
         fake=lambda gate, up: gate.new_empty(gate.shape),
@@ -78,6 +94,13 @@ def gated(
         liger=liger,
     )
     backward = kernel(
+        f"{name}_backward(Tensor gate, Tensor up, Tensor grad) -> (Tensor, Tensor)",
+        fake=lambda gate, up, grad: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
+        cpu=on_copies(backward_torch),
+        cuda=on_copies(backward_liger),
+        liger=liger,
+    )
+    backward_ = kernel(
         f"{name}_backward_(Tensor(a!) gate, Tensor(b!) up, Tensor grad) -> ()",
         fake=lambda gate, up, grad: None,
         cpu=backward_torch,
@@ -87,18 +110,22 @@ def gated(
 
     class Gated(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, gate, up):
+        def forward(ctx: Any, gate, up, overwrite):
             ctx.save_for_backward(gate, up)
+            ctx.overwrite = overwrite
             return forward(gate, up)
 
         @staticmethod
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, grad: Tensor) -> Any:
+            gate, up = ctx.saved_tensors
+            if not ctx.overwrite:
+                return *backward(gate, up, grad), None
             # An expanded tensor cannot be written over; the kernel takes contiguous ones.
-            gate, up = (t.contiguous() for t in ctx.saved_tensors)
-            return auto_functionalized(backward, gate=gate, up=up, grad=grad)[1:]
+            gate, up = gate.contiguous(), up.contiguous()
+            return *auto_functionalized(backward_, gate=gate, up=up, grad=grad)[1:], None
 
-    def op(gate: Tensor, up: Tensor) -> Tensor:
-        return Gated.apply(gate, up)
+    def op(gate: Tensor, up: Tensor, overwrite: bool = False) -> Tensor:
+        return Gated.apply(gate, up, overwrite)
 
-    return differentiable(f"{name}(Tensor gate, Tensor up) -> Tensor", op)
+    return differentiable(f"{name}(Tensor gate, Tensor up, bool overwrite=False) -> Tensor", op)

@@ -19,6 +19,7 @@ from liger_fx.ops.library import (
     empty_rows,
     kernel,
     programs,
+    row_pointer,
 )
 from liger_fx.ops.rms_norm import statistics_dtype
 
@@ -61,14 +62,14 @@ def _forward_liger(
     liger: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = empty_rows(x)
-    out, rows = as_rows(y), as_rows(x, like=y)
-    n_rows, n_cols = rows.shape
+    n_cols = x.shape[-1]
+    n_rows = x.numel() // max(n_cols, 1)
     mean, rstd = (x.new_empty(n_rows, dtype=torch.float32) for _ in range(2))
     if not n_rows:
         return y, mean, rstd
     block, warps = block_settings(n_cols)
     liger._layer_norm_forward_kernel[(n_rows,)](
-        *(out, out.stride(0), rows, rows.stride(0)),
+        *(*row_pointer(y), *row_pointer(x, like=y)),
         *(weight.contiguous(), 1, bias.contiguous(), 1, mean, 1, rstd, 1),
         *(n_cols, eps),
         BLOCK_SIZE=block,
@@ -87,8 +88,8 @@ def _backward_liger(
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_x = empty_rows(x)
-    out, rows, upstream = as_rows(grad_x), as_rows(x, like=grad_x), as_rows(grad, like=grad_x)
-    n_rows, n_cols = rows.shape
+    n_cols = x.shape[-1]
+    n_rows = x.numel() // max(n_cols, 1)
     if not n_rows:
         empty = weight.new_zeros(n_cols if weight_grad else 0)
         return grad_x, empty, empty.clone()
@@ -97,8 +98,9 @@ def _backward_liger(
     shape = (2, count, n_cols) if weight_grad else (2, 0, 0)
     partial = x.new_empty(shape, dtype=torch.float32)
     liger._layer_norm_backward_kernel[(count,)](
-        *(rows, rows.stride(0), weight.contiguous(), mean, 1, rstd, 1, out, out.stride(0)),
-        *(partial[0], n_cols, partial[1], n_cols, upstream, upstream.stride(0)),
+        *(*row_pointer(x, like=grad_x), weight.contiguous(), mean, 1, rstd, 1),
+        *(*row_pointer(grad_x), partial[0], n_cols, partial[1], n_cols),
+        *row_pointer(grad, like=grad_x),
         *(n_rows, n_cols),
         rows_per_program=each,
         BLOCK_SIZE=block,

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,10 @@ from torch import Tensor
 log = logging.getLogger("liger_fx")
 
 _LIBRARY = torch.library.Library("liger_fx", "FRAGMENT")
+
+# What each kernel does on CUDA, by its name: ``launchers[name](module, *arguments)``. Tests run it
+# in Triton's interpreter, benchmarks with kernels that do nothing.
+launchers: dict[str, Callable[..., Any]] = {}
 
 
 def kernel(
@@ -47,17 +50,12 @@ def kernel(
                 return cuda(module, first, *rest)
         return cuda(module, first, *rest)
 
-    def trace(*args: Any) -> Any:
-        if overload._schema.is_mutable:
-            _run_readers_first(overload)
-        return fake(*args)
-
     name = _define(schema)
-    overload = getattr(torch.ops.liger_fx, name).default
+    launchers[name] = cuda
     _LIBRARY.impl(name, cpu, "CPU")
     _LIBRARY.impl(name, launch, "CUDA")
-    torch.library.register_fake(f"liger_fx::{name}", trace, lib=_LIBRARY)
-    return overload
+    torch.library.register_fake(f"liger_fx::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.liger_fx, name).default
 
 
 def differentiable(schema: str, function: Callable[..., Any]) -> torch._ops.OpOverload:
@@ -70,33 +68,6 @@ def differentiable(schema: str, function: Callable[..., Any]) -> torch._ops.OpOv
 def _define(schema: str) -> str:
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     return schema.split("(", 1)[0]
-
-
-def _run_readers_first(mutating: torch._ops.OpOverload) -> None:
-    """Have Inductor run the readers of a buffer before ``mutating`` writes over it.
-
-    Inductor puts pointwise code off until its result is needed. An operator that mutates a buffer
-    calls in all that still has to read it, but is itself in line by then: the readers run after it
-    and see the new values (torch 2.13, `FallbackKernel`). So they are called in before.
-    """
-    lowering: Any = sys.modules.get("torch._inductor.lowering")  # absent: another backend traces
-    if lowering is None or mutating in lowering.lowerings:
-        return
-    from torch._inductor.virtualized import V
-
-    constraint = torch._library.utils.get_layout_constraint_tag(mutating, with_default=True)
-    lowering.make_fallback(mutating, lowering.tag_to_layout_constraint(constraint), warn=False)
-    lower = lowering.lowerings[mutating]
-
-    def lower_readers_first(*args: Any, **kwargs: Any) -> Any:
-        schema = mutating._schema
-        for argument, value in torch._library.utils.zip_schema(schema, args, kwargs):
-            if argument.is_write:
-                value.realize()
-                V.graph.mark_buffer_mutated(value.get_name())
-        return lower(*args, **kwargs)
-
-    lowering.lowerings[mutating] = lower_readers_first
 
 
 @functools.cache
@@ -160,3 +131,12 @@ def as_rows(x: Tensor, like: Tensor | None = None) -> Tensor:
     leading = sorted(range(like.dim() - 1), key=like.stride, reverse=True)
     rows = x.permute(*leading, -1).reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def row_pointer(x: Tensor, like: Tensor | None = None) -> tuple[Tensor, int]:
+    """`as_rows` for a kernel: a tensor to point at, and the stride of its rows. The common case, a
+    contiguous tensor, costs the host next to nothing."""
+    if x.is_contiguous() and (like is None or like.is_contiguous()):
+        return x, x.shape[-1]
+    rows = as_rows(x, like)
+    return rows, rows.stride(0)

@@ -24,6 +24,7 @@ from liger_fx.ops.library import (
     empty_rows,
     kernel,
     programs,
+    row_pointer,
 )
 
 CASTINGS = {"llama": 0, "gemma": 1}  # Liger's numbers for them
@@ -106,14 +107,14 @@ def _forward_liger(
     liger: Any, x: Tensor, weight: Tensor | None, eps: float, offset: float, casting: str
 ) -> tuple[Tensor, Tensor]:
     y = empty_rows(x)
-    out, rows = as_rows(y), as_rows(x, like=y)
-    n_rows, n_cols = rows.shape
-    rstd = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+    n_cols = x.shape[-1]
+    n_rows = x.numel() // max(n_cols, 1)
+    rstd = x.new_empty(n_rows, dtype=torch.float32)
     if not n_rows:
         return y, rstd
     block, warps = block_settings(n_cols)
     weight = None if weight is None else weight.contiguous()
-    pointers = (out, out.stride(0), rows, rows.stride(0), weight, 1, rstd, 1)
+    pointers = (*row_pointer(y), *row_pointer(x, like=y), weight, 1, rstd, 1)
     scalars = (n_cols, eps, offset, CASTINGS[casting], weight is not None)
     if _by_blocks(block, n_rows):
         grid = (-(-n_rows // 16),)
@@ -138,8 +139,8 @@ def _backward_liger(
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     grad_x = empty_rows(x)
-    out, rows, upstream = as_rows(grad_x), as_rows(x, like=grad_x), as_rows(grad, like=grad_x)
-    n_rows, n_cols = rows.shape
+    n_cols = x.shape[-1]
+    n_rows = x.numel() // max(n_cols, 1)
     weight_grad = weight_grad and weight is not None
     weight = None if weight is None else weight.contiguous()
     if not n_rows:
@@ -149,7 +150,7 @@ def _backward_liger(
     count, each = programs(n_rows, x.device)
     partial = x.new_empty(count, n_cols, dtype=torch.float32) if weight_grad else None
     pointers = (
-        *(upstream, upstream.stride(0), out, out.stride(0), rows, rows.stride(0)),
+        *(*row_pointer(grad, like=grad_x), *row_pointer(grad_x), *row_pointer(x, like=grad_x)),
         *(liger.torch_to_triton_dtype[x.dtype], weight, 1),
         *(rstd, 1, partial, n_cols if weight_grad else 0),
     )

@@ -63,14 +63,31 @@ def _forward_liger(liger: Any, gate_up: Tensor) -> Tensor:
     return out
 
 
+def _on_a_copy_torch(gate_up: Tensor, grad: Tensor) -> Tensor:
+    out = gate_up.clone(memory_format=torch.contiguous_format)
+    _backward_torch(out, grad)
+    return out
+
+
 def _backward_liger(liger: Any, gate_up: Tensor, grad: Tensor) -> None:
+    _launch_backward(liger, gate_up, gate_up, grad)
+
+
+def _into_a_new_tensor(liger: Any, gate_up: Tensor, grad: Tensor) -> Tensor:
+    gate_up = gate_up.contiguous()
+    out = torch.empty_like(gate_up)
+    _launch_backward(liger, gate_up, out, grad)
+    return out
+
+
+def _launch_backward(liger: Any, gate_up: Tensor, out: Tensor, grad: Tensor) -> None:
     size = grad.shape[-1]
     rows = grad.numel() // max(size, 1)
     if not rows:
         return
     block, warps = block_settings(size)
     liger._swiglu_fused_gate_up_backward_kernel[(rows,)](
-        *(grad.contiguous(), gate_up, gate_up, 2 * size, size),
+        *(grad.contiguous(), gate_up, out, 2 * size, size),
         ffn_size=size,
         BLOCK_SIZE=block,
         num_warps=warps,
@@ -85,6 +102,13 @@ _forward = kernel(
     liger="swiglu",
 )
 _backward = kernel(
+    "swiglu_gate_up_backward(Tensor gate_up, Tensor grad) -> Tensor",
+    fake=lambda gate_up, grad: gate_up.new_empty(gate_up.shape),
+    cpu=_on_a_copy_torch,
+    cuda=_into_a_new_tensor,
+    liger="swiglu",
+)
+_backward_ = kernel(
     "swiglu_gate_up_backward_(Tensor(a!) gate_up, Tensor grad) -> ()",
     fake=lambda gate_up, grad: None,
     cpu=_backward_torch,
@@ -95,24 +119,29 @@ _backward = kernel(
 
 class _SwigluGateUp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up):
+    def forward(ctx: Any, gate_up, overwrite):
         ctx.save_for_backward(gate_up)
+        ctx.overwrite = overwrite
         return _forward(gate_up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         (gate_up,) = ctx.saved_tensors
-        return auto_functionalized(_backward, gate_up=gate_up.contiguous(), grad=grad)[1]
+        if not ctx.overwrite:
+            return _backward(gate_up, grad), None
+        return auto_functionalized(_backward_, gate_up=gate_up.contiguous(), grad=grad)[1], None
 
 
-def _swiglu_gate_up(gate_up: Tensor) -> Tensor:
+def _swiglu_gate_up(gate_up: Tensor, overwrite: bool = False) -> Tensor:
     """``silu(gate) * up`` for ``gate_up [..., 2 I]``, the gate first. Returns [..., I], contiguous.
 
-    gate_up: float32, bfloat16 or float16 (on a CPU float64 as well). The backward is differentiable
-    once.
+    gate_up: float32, bfloat16 or float16 (on a CPU float64 as well). overwrite: as in
+    `liger_fx.ops.gated`. The backward is differentiable once.
     """
-    return _SwigluGateUp.apply(gate_up)
+    return _SwigluGateUp.apply(gate_up, overwrite)
 
 
-swiglu_gate_up = differentiable("swiglu_gate_up(Tensor gate_up) -> Tensor", _swiglu_gate_up)
+swiglu_gate_up = differentiable(
+    "swiglu_gate_up(Tensor gate_up, bool overwrite=False) -> Tensor", _swiglu_gate_up
+)

@@ -1,0 +1,194 @@
+"""Liger's kernels as we launch them, by Triton's interpreter, against plain PyTorch.
+
+`test_kernels.py` runs this file in a process of its own: the interpreter is chosen when Triton is
+imported, for good. numpy has no bf16: fp32 and fp16 it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import sys
+from unittest import mock
+
+import _interpreter  # noqa: F401  before anything imports Triton
+import pytest
+import torch
+from _op_checks import LAYOUTS, KernelCalls, alike, laid_out, outputs_of, run
+from test_op_cross_entropy import TestCrossEntropy as CrossEntropy
+from test_op_gated import TestGated as Gated
+from test_op_norms import NORMS
+from test_op_norms import TestAddRMSNorm as AddRMSNorm
+from test_op_norms import TestRMSNorm as RMSNorm
+from test_op_rope import ANGLES_OF_EACH_SEQUENCE, TABLE_LAYOUTS
+from test_op_rope import TestHalves as Halves
+from test_op_rope import TestPairs as Pairs
+
+from liger_fx.ops import library
+from liger_fx.ops.token_loss import TokenLoss, write_losses_liger, write_losses_torch
+
+CASES = [
+    *((case, (2, 3, 2, 5)) for case in (*NORMS, *Gated.CASES)),
+    *((case, (2, 2, 3, 10)) for case in Halves.CASES),
+    *((case, (2, 2, 2, 34)) for case in Pairs.CASES),  # two blocks of 16 pairs
+    *((case, (7, 21)) for case in CrossEntropy.CASES),
+]
+DTYPES = [torch.float32, torch.float16]
+TOLERANCES = {torch.float32: {}, torch.float16: {"atol": 2e-3, "rtol": 2e-3}}
+# Liger's modules, for each op.
+MODULES = {
+    "rms_norm": "rms_norm",
+    "add_rms_norm": "fused_add_rms_norm",
+    "layer_norm": "layer_norm",
+    "swiglu": "swiglu",
+    "swiglu_gate_up": "swiglu",
+    "geglu": "geglu",
+    "rope": "rope",
+    "rope_interleaved": "llama4_rope",
+    "cross_entropy": "cross_entropy",
+}
+RMS_NORM = sys.modules["liger_fx.ops.rms_norm"]  # the package has the op by that name
+
+
+@contextlib.contextmanager
+def as_on_a_gpu():
+    """With three multiprocessors, so that each program of a backward has several rows."""
+    with (
+        mock.patch.object(torch.Tensor, "is_cuda", True),
+        mock.patch.object(library, "multiprocessors", return_value=3),
+    ):
+        yield
+
+
+def launch(name, *arguments):
+    """What runs for a kernel on CUDA."""
+    module = library.liger_module(MODULES[re.sub("_(forward|backward_?)$", "", name)])
+    with as_on_a_gpu():
+        return library.launchers[name](module, *arguments)
+
+
+def tensors_of(values):
+    return [v for v in values if isinstance(v, torch.Tensor)]
+
+
+def outcome(function, arguments, mutates):
+    """What a kernel returns, or writes over its arguments."""
+    copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    if mutates:
+        function(*copies)
+        return tensors_of(copies)
+    results = list(outputs_of(function(*arguments)))
+    assert all(map(torch.equal, tensors_of(arguments), tensors_of(copies)))
+    return results
+
+
+def kernel_calls(function, tensors):
+    """The kernels that ``function`` and its backward call, with their arguments."""
+    with KernelCalls() as kernels:
+        run(function, tensors, tensors[0].dtype)
+    return kernels.calls
+
+
+def check_kernels(function, tensors):
+    """Liger's kernels do what plain PyTorch does."""
+    for kernel, arguments in kernel_calls(function, tensors):
+        mutates = kernel._schema.is_mutable
+        expected = outcome(kernel, arguments, mutates)
+        actual = outcome(functools.partial(launch, name_of(kernel)), arguments, mutates)
+        tolerance = TOLERANCES[tensors[0].dtype]
+        torch.testing.assert_close(actual, expected, check_stride=True, **tolerance)
+
+
+def name_of(kernel):
+    return kernel._schema.name.removeprefix("liger_fx::")
+
+
+def test_every_kernel_is_checked():
+    calls = (call for case, shape in CASES for call in kernel_calls(case.fused, case.make(shape)))
+    assert {name_of(kernel) for kernel, _ in calls} == set(library.launchers)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("case", "shape"), CASES, ids=str)
+def test_as_plain_pytorch(case, shape, dtype):
+    check_kernels(case.fused, case.make(shape, dtype))
+
+
+@pytest.mark.parametrize("layout", ["transposed heads", "back to front", "expanded"])
+@pytest.mark.parametrize(("case", "shape"), CASES, ids=str)
+def test_layouts(case, shape, layout):
+    check_kernels(case.fused, laid_out(case.make(shape, torch.float16), LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", NORMS, ids=str)
+def test_frozen_weights(case, dtype):
+    x, *others = case.make((7, 5), dtype)
+    tensors = [x, *(t.requires_grad_(t.dim() > 1) for t in others)]
+    check_kernels(case.fused, tensors)
+
+
+@pytest.mark.parametrize("case", NORMS, ids=str)
+def test_strided_weights(case):
+    tensors = case.make((7, 5))
+    strided = [t if t.dim() > 1 else alike(t, t.repeat_interleave(2)[::2]) for t in tensors]
+    check_kernels(case.fused, strided)
+
+
+@pytest.mark.parametrize("case", AddRMSNorm.CASES, ids=str)
+def test_sum_that_goes_nowhere(case):
+    check_kernels(lambda *tensors: case.fused(*tensors)[0], case.make((7, 5)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", RMSNorm.CASES, ids=str)
+def test_rms_norm_by_blocks_of_rows(case, dtype, monkeypatch):
+    monkeypatch.setattr(RMS_NORM, "_by_blocks", lambda block, rows: True)
+    check_kernels(case.fused, case.make((5, 11, 5), dtype))
+
+
+@pytest.mark.parametrize("layout", TABLE_LAYOUTS)
+@pytest.mark.parametrize("case", ANGLES_OF_EACH_SEQUENCE, ids=str)
+def test_tables_of_angles(case, layout):
+    x, *tables = case.make((2, 3, 1, 6))
+    check_kernels(case.fused, [x, *map(TABLE_LAYOUTS[layout], tables)])
+
+
+@pytest.mark.parametrize(("case", "shape"), CASES, ids=str)
+def test_no_rows(case, shape):
+    check_kernels(case.fused, case.make((0, *shape[1:])))
+
+
+@pytest.mark.parametrize("case", CrossEntropy.CASES, ids=str)
+def test_vocabulary_of_several_blocks(case, monkeypatch):
+    monkeypatch.setattr(library.liger_module("cross_entropy"), "MAX_FUSED_SIZE", 16)
+    check_kernels(case.fused, case.make((7, 53)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("differentiate", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"softcap": 2.0},
+        {"label_smoothing": 0.1},
+        {"softcap": 2.0, "label_smoothing": 0.1},
+        {"class_weight": torch.rand(21)},
+        {"softcap": 2.0, "class_weight": torch.rand(21)},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_losses_of_a_head(options, differentiate, dtype):
+    loss = TokenLoss(3, **options)
+    logits, target = CrossEntropy.CASES[3].make((7, 21), dtype)
+    logits = logits.detach()
+    plain, liger = logits.clone(), logits.clone()
+    losses = torch.zeros(2, 7)
+    write_losses_torch(plain, target, losses[0], loss, differentiate, None)
+    write_losses_liger(liger, target, losses[1], loss, differentiate)
+    torch.testing.assert_close(losses[1], losses[0])
+    if not differentiate:
+        plain[target == 3] = 0  # the kernel clears them even so
+    torch.testing.assert_close(liger, plain, **TOLERANCES[dtype])

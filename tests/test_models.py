@@ -1,0 +1,161 @@
+"""In every family and mode: how often each rewrite fires, what is refused, and that value,
+gradients, graphs, breaks and recompiles stay as they are without liger_fx."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from _models import (
+    BATCH,
+    FAMILIES,
+    HALF,
+    LENGTH,
+    MODES,
+    VOCAB,
+    Law,
+    Refused,
+    Row,
+    checkpoint_inside,
+    families,
+    modes,
+    second_length,
+    whole_step,
+)
+from _util import DEVICE
+from liger_fx.passes import DEFAULT
+from torch import Tensor, nn
+from torch._dynamo import utils as dynamo
+from torchtune import training
+
+import liger_fx
+from liger_fx import Report
+
+ROWS = [*FAMILIES, *MODES]
+
+
+@pytest.fixture(autouse=True)
+def every_rewrite(monkeypatch):
+    for name, value in dict(POLICY="all", INNER="eager", STRICT="1").items():
+        monkeypatch.setenv(f"LIGER_FX_{name}", value)
+
+
+class Outcome(NamedTuple):
+    value: Tensor
+    gradients: dict[str, Tensor]
+    compiled: dict[str, object]  # what Dynamo had to do
+    report: Report
+
+
+def run(row: Row, layers: int, backend: str, dtype: torch.dtype = torch.float32) -> Outcome:
+    """One step of a fresh model, with the same parameters each time."""
+    pytest.importorskip(row.library)
+    torch._dynamo.reset()
+    dynamo.counters.clear()
+    dynamo.clear_compilation_metrics()
+    before = len(liger_fx.reports())
+    net = _built(row, layers, dtype)
+    tokens = torch.randint(3, VOCAB, (BATCH, LENGTH), device=DEVICE)
+    labels = tokens.clone()
+    labels[:, :3] = -100
+    value = row.mode(net, row.loss, backend)(tokens, labels)
+    if value.requires_grad:
+        value.backward()
+    gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    report = Report.merged(liger_fx.reports()[before:])
+    return Outcome(value.detach(), gradients, _compiled(), report)
+
+
+def _built(row: Row, layers: int, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(layers)
+    with training.set_default_dtype(dtype), torch.device(DEVICE):
+        net = row.build(layers)
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.05)
+    return net
+
+
+def _compiled() -> dict[str, object]:
+    reasons = [metrics.recompile_reason for metrics in dynamo.get_compilation_metrics()]
+    return dict(
+        graphs=dynamo.counters["stats"]["unique_graphs"],
+        breaks=dict(dynamo.counters["graph_break"]),
+        recompiles=[reason for reason in reasons if reason],
+    )
+
+
+def run_eagerly(row: Row, layers: int, dtype: torch.dtype = torch.float32) -> Outcome:
+    with torch.compiler.set_stance("force_eager"):
+        return run(row, layers, "eager", dtype)
+
+
+def assert_same(actual: Outcome, expected: Outcome, tolerance: float) -> None:
+    assert actual.gradients.keys() == expected.gradients.keys()
+    torch.testing.assert_close(actual.value, expected.value, rtol=tolerance, atol=0)
+    norms = {name: gradient.norm() for name, gradient in expected.gradients.items()}
+    whole = torch.stack(list(norms.values())).norm() if norms else 0.0
+    for name, gradient in expected.gradients.items():
+        # Of some, such as a key's bias, the gradient is 0 but for rounding.
+        scale = max(norms[name], whole / 10)
+        assert (actual.gradients[name] - gradient).norm() <= tolerance * scale, name
+
+
+def laws(row: Row, layers: int) -> dict[str, int]:
+    return {name: cell(layers) for name, cell in row.cells.items() if isinstance(cell, Law)}
+
+
+def assert_refused(row: Row, report: Report) -> None:
+    """What the table says, and nothing else."""
+    refused = {name: cell for name, cell in row.cells.items() if isinstance(cell, Refused)}
+    assert {r.rewrite for r in report.rejections} <= refused.keys()
+    for name, cell in refused.items():
+        said = [r for r in (*report.rejections, *report.near_misses) if r.rewrite == name]
+        assert said and all(cell.reason in r.reason for r in said), name
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_step(row):
+    expected = run_eagerly(row, layers=2)
+    actual = run(row, 2, "liger_fx")
+    assert actual.report.counts == laws(row, layers=2)
+    assert_refused(row, actual.report)
+    assert_same(actual, expected, row.tolerance)
+    assert actual.compiled["graphs"] == row.graphs
+    if row.mode is not whole_step:  # which is one graph or an error
+        assert actual.compiled == run(row, 2, "eager").compiled
+
+
+@pytest.mark.parametrize("row", FAMILIES, ids=str)
+def test_deeper_and_in_bf16(row):
+    actual = run(row, 3, "liger_fx", torch.bfloat16)
+    assert actual.report.counts == laws(row, layers=3)
+    assert_same(actual, run_eagerly(row, 3, torch.bfloat16), HALF)
+
+
+OWN_LAWS = [row for row in MODES if row.cells not in [family.cells for family in FAMILIES]]
+
+
+@pytest.mark.parametrize("row", [r for r in OWN_LAWS if r.mode is not second_length], ids=str)
+def test_deeper(row):
+    assert run(row, 3, "liger_fx").report.counts == laws(row, layers=3)
+
+
+def test_step_under_inductor(monkeypatch):
+    monkeypatch.setenv("LIGER_FX_INNER", "inductor")
+    (row,) = (r for r in MODES if r.family == "llama3" and r.mode is checkpoint_inside)
+    actual = run(row, 1, "liger_fx")
+    assert actual.report.counts == laws(row, layers=1)
+    assert_same(actual, run_eagerly(row, 1), row.tolerance)
+
+
+def test_every_rewrite_has_a_cell_in_every_row():
+    for row in ROWS:
+        assert list(row.cells) == [rewrite.name for rewrite in DEFAULT], row
+
+
+def test_the_readme_has_the_tables_as_they_are():
+    readme = Path(__file__).parent.with_name("README.md").read_text()
+    assert families() in readme and modes() in readme

@@ -1,0 +1,162 @@
+"""``liger_fx::rope`` and ``rope_interleaved``, against fp64 and against eager."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from _op_checks import Case, Contract, randn, upstreams, wide
+from _util import TOLERANCES, relative_error
+
+from liger_fx import ops
+
+# -- eager ----------------------------------------------------------------------------------------
+
+
+def rope(x, cos, sin, inverse):
+    """As Hugging Face writes it: in the dtype of the tables."""
+    rotary, sign = cos.shape[-1], -1 if inverse else 1
+    turned, rest = x[..., :rotary], x[..., rotary:]
+    left, right = turned.chunk(2, dim=-1)
+    crossed = torch.cat([-right, left], dim=-1)
+    turned = turned * cos.unsqueeze(2) + crossed * (sign * sin).unsqueeze(2)
+    return torch.cat([turned.to(x.dtype), rest], dim=-1)
+
+
+def rope_interleaved(x, angles, inverse):
+    """As torchtune writes it: in fp32."""
+    a, b = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = wide(angles).unsqueeze(2).unbind(-1)
+    if inverse:
+        sin = -sin
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+# -- inputs ---------------------------------------------------------------------------------------
+
+
+def angles(shape, count, generator, batches=1):
+    """One angle for each position and pair."""
+    of_batch = (shape[0] if batches is None else batches, shape[1], count)
+    return 3 * randn(of_batch, torch.float32, generator, grad=False)
+
+
+def x_cos_sin(shape, dtype, generator, *, part=1, batches=1, tables=None):
+    """part: of each head that is rotated. batches: None: angles for each sequence."""
+    pairs = max(shape[-1] // 2 // part, 1)
+    theta = angles(shape, pairs, generator, batches).repeat(1, 1, 2)
+    return [
+        randn(shape, dtype, generator),
+        *(f(theta).to(tables or dtype) for f in (torch.cos, torch.sin)),
+    ]
+
+
+def x_angles(shape, dtype, generator, *, batches=1):
+    theta = angles(shape, shape[-1] // 2, generator, batches)
+    return [randn(shape, dtype, generator), torch.stack([theta.cos(), theta.sin()], dim=-1)]
+
+
+class RopeContract(Contract):
+    BIG = (2**31 // (16 * 32 * 128) + 3, 16, 32, 128)
+
+    def test_second_derivative(self, case):
+        """The derivative is the rotation backwards, its derivative the rotation, and so on."""
+        source, *tables = case.make()
+        value, (inverse,) = case.fused(source, *tables), case.literals
+        for _ in range(3):
+            (upstream,) = upstreams([value], torch.float32)
+            upstream.requires_grad_()
+            (value,) = torch.autograd.grad(value, source, upstream, create_graph=True)
+            source, inverse = upstream, not inverse
+            torch.testing.assert_close(value, case.op(source, *tables, inverse))
+
+    def test_inverse(self, case):
+        x, *tables = case.make()
+        back = case.op(case.fused(x, *tables), *tables, not case.literals[0])
+        # Of rounded angles cos^2 + sin^2 is not 1.
+        assert relative_error(back, x) < TOLERANCES[tables[0].dtype]
+
+
+class TestHalves(RopeContract):
+    CASES = tuple(
+        Case(name, ops.rope, rope, functools.partial(x_cos_sin, **options), (inverse,))
+        for name, options, inverse in (
+            ("whole", {}, False),
+            ("inverse", {}, True),
+            ("partial", {"part": 2}, False),
+            ("partial inverse", {"part": 3}, True),
+            ("angles of each sequence", {"batches": None}, False),
+            ("fp32 tables", {"tables": torch.float32}, False),
+            ("bf16 tables", {"tables": torch.bfloat16}, False),
+        )
+    )
+    SHAPES = (
+        (1, 1, 1, 2),
+        (2, 7, 3, 6),
+        (2, 5, 1, 50),
+        (0, 5, 2, 8),
+        (2, 0, 2, 8),
+        (1, 20_003, 5, 2),
+    )
+
+
+class TestPairs(RopeContract):
+    CASES = tuple(
+        Case(
+            name,
+            ops.rope_interleaved,
+            rope_interleaved,
+            functools.partial(x_angles, **options),
+            (inverse,),
+        )
+        for name, options, inverse in (
+            ("shared angles", {}, False),
+            ("inverse", {}, True),
+            ("packed", {"batches": None}, False),
+            ("packed inverse", {"batches": None}, True),
+        )
+    )
+    SHAPES = TestHalves.SHAPES
+
+
+TABLE_LAYOUTS = {
+    "expanded": lambda t: t[:1].expand_as(t),
+    "start of a longer table": lambda t: torch.cat([t, t], 1)[:, : t.shape[1]],
+    "columns of a wider table": lambda t: torch.cat([t, t], 2)[:, :, : t.shape[2]],
+    "every second column": lambda t: t.repeat_interleave(2, 2)[:, :, ::2],
+    "positions first": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+ANGLES_OF_EACH_SEQUENCE = [TestHalves.CASES[4], TestPairs.CASES[2]]
+
+
+@pytest.mark.parametrize("layout", TABLE_LAYOUTS)
+@pytest.mark.parametrize("case", ANGLES_OF_EACH_SEQUENCE, ids=str)
+def test_tables_in_any_layout(case, layout):
+    x, first, *others = case.make()
+    laid = TABLE_LAYOUTS[layout](first)
+    actual = case.fused(x, laid, *others)
+    torch.testing.assert_close(actual, case.fused(x, laid.contiguous(), *others))
+    if others:
+        actual = case.fused(x, first, TABLE_LAYOUTS[layout](others[0]))
+        expected = case.fused(x, first, TABLE_LAYOUTS[layout](others[0]).contiguous())
+        torch.testing.assert_close(actual, expected)
+
+
+def test_right_half_of_the_tables_is_not_read():
+    case = TestHalves.CASES[0]
+    x, cos, sin = case.make()
+    expected = case.fused(x, cos, sin)
+    for table in (cos, sin):
+        table[..., table.shape[-1] // 2 :] = float("nan")
+    assert torch.equal(case.fused(x, cos, sin), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_rotated_stays(dtype):
+    x, cos, sin = TestHalves.CASES[2].make(dtype=dtype)
+    rotary = cos.shape[-1]
+    turned = ops.rope(x, cos, sin, False)
+    assert rotary < x.shape[-1] and torch.equal(turned[..., rotary:], x[..., rotary:])
