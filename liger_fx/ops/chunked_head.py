@@ -1,13 +1,9 @@
 """Projection and cross-entropy over chunks of tokens: the loop that both head ops share.
 
-For tokens ``x[n]``, labels ``y[n]``, a head ``W [V, H]`` and an optional bias ``b [V]``::
-
-    z[n]    = softcap * tanh((x[n] W^T + b) / softcap)        without softcap: x[n] W^T + b
-    loss[n] = (1 - e) (lse(z[n]) - z[n, y[n]]) + e (lse(z[n]) - mean(z[n]))     e: label smoothing
-
-as `torch.nn.functional.cross_entropy` defines it, 0 where ``y[n] == ignore_index``. The gradient of
-the logits overwrites them, goes into the gradients of ``x``, ``W`` and ``b``, and the next chunk
-takes their place: no tensor of ``tokens x V`` is larger than one chunk (the idea of Liger's
+Tokens ``x [N, H]``, a head ``W [V, H]`` and an optional bias ``b [V]`` give the logits
+``x W^T + b``; their loss is that of `liger_fx.ops.token_loss`. The gradient of the logits
+overwrites them, goes into the gradients of ``x``, ``W`` and ``b``, and the next chunk takes their
+place: no tensor of ``tokens x V`` is larger than one chunk (the idea of Liger's
 FusedLinearCrossEntropy and of torch's linear_cross_entropy).
 
 Differences to Liger's own loop: ignored tokens are dropped before the projection; nothing waits for

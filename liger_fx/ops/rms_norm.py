@@ -71,12 +71,6 @@ def normalise_backward(
     return grad_x, (upstream * normed).sum(0)
 
 
-def _forward_torch(
-    x: Tensor, weight: Tensor | None, eps: float, offset: float, casting: str
-) -> tuple[Tensor, Tensor]:
-    return normalise(x, weight, eps, offset, casting)
-
-
 def _backward_torch(
     grad: Tensor,
     x: Tensor,
@@ -191,7 +185,7 @@ _forward = kernel(
     "rms_norm_forward(Tensor x, Tensor? weight, float eps, float offset, str casting)"
     " -> (Tensor, Tensor)",
     fake=_forward_fake,
-    cpu=_forward_torch,
+    cpu=normalise,
     cuda=_forward_liger,
     liger="rms_norm",
 )
