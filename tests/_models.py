@@ -303,13 +303,32 @@ def checkpoint(net: nn.Module) -> None:
 
 def packed(net: nn.Module, loss: Loss, backend: str) -> Step:
     """Two documents in a row, as PackedDataset batches them where there is no flex attention."""
+    return whole_step(net, partial(loss, **_two_documents()), backend)
+
+
+def packed_per_layer_with_flex(net: nn.Module, loss: Loss, backend: str) -> Step:
+    """Where there is, each layer is in pieces: torchtune keeps the compiler out of flex attention.
+    It needs a GPU; another attention that the compiler is kept out of leaves the same pieces."""
+    for layer in net.layers:
+        layer.attn._attention_call = _attention_in_eager
+    return per_layer(net, partial(loss, **_two_documents()), backend)
+
+
+@torch.compiler.disable(recursive=False)
+def _attention_in_eager(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout_p: float, is_causal: bool
+) -> Tensor:
+    return nn.functional.scaled_dot_product_attention(q, k, v, mask[:, None])
+
+
+def _two_documents() -> dict[str, Tensor]:
     first = LENGTH // 3
     with torch.device(DEVICE):
         positions = torch.cat([torch.arange(first), torch.arange(LENGTH - first)])
         second = torch.arange(LENGTH) >= first
         mask = (second[:, None] == second) & torch.ones(LENGTH, LENGTH).tril().bool()
     inputs = dict(mask=mask.repeat(BATCH, 1, 1), input_pos=positions.repeat(BATCH, 1))
-    return whole_step(net, partial(loss, **inputs), backend)
+    return {name: value.to(DEVICE) for name, value in inputs.items()}
 
 
 def autocast_outside(net: nn.Module, loss: Loss, backend: str) -> Step:
@@ -457,6 +476,7 @@ MODES = [
     llama(CHUNKED, mode=checkpoint_outside, graphs=2),
     llama(LLAMA | CHECKPOINTED, mode=checkpoint_inside),
     llama(LLAMA, mode=packed),
+    llama(PER_LAYER, mode=packed_per_layer_with_flex, graphs=4),
     llama(LLAMA, mode=autocast_outside, tolerance=HALF),
     llama(LLAMA, mode=autocast_inside, tolerance=HALF),
     llama(LLAMA, mode=dynamic),

@@ -42,28 +42,29 @@ def layer_norm(x, weight, bias, eps):
 # -- inputs ---------------------------------------------------------------------------------------
 
 
-def inputs(shape, dtype, generator, *, rows=1, columns=1, parameter_dtype=None):
-    """``rows`` tensors [..., H] and ``columns`` parameters [H]."""
-    parameter_dtype = torch.float64 if dtype == torch.float64 else parameter_dtype or dtype
-    return [randn(shape, dtype, generator) for _ in range(rows)] + [
-        randn(shape[-1:], parameter_dtype, generator) for _ in range(columns)
+def inputs(shape, dtype, generator, *, tensors=1, parameters=1, parameter_dtype=None):
+    """``tensors`` of [..., H] and ``parameters`` of [H]."""
+    return [randn(shape, dtype, generator) for _ in range(tensors)] + [
+        randn(shape[-1:], parameter_dtype or dtype, generator) for _ in range(parameters)
     ]
 
 
-def rms_norm_case(offset, casting, **options):
+def rms_norm_case(name, casting, offset, **options):
     literals = (EPS, offset, casting)
-    if options.get("columns") == 0:
+    if options.get("parameters") == 0:
         literals = (None, *literals)
-    name = ", ".join([casting, f"{offset:g} + weight", *(f"{k} {v}" for k, v in options.items())])
-    make = functools.partial(inputs, **options)
-    return Case(name, ops.rms_norm, rms_norm, make, literals)
+    return Case(name, ops.rms_norm, rms_norm, functools.partial(inputs, **options), literals)
 
 
 class TestRMSNorm(Contract):
     CASES = (
-        *(rms_norm_case(offset, c) for c in ("gemma", "llama") for offset in (0.0, 1.0)),
-        *(rms_norm_case(0.0, c, columns=0) for c in ("gemma", "llama")),
-        rms_norm_case(1.0, "gemma", parameter_dtype=torch.float32),
+        rms_norm_case("gemma", "gemma", 0.0),
+        rms_norm_case("gemma, 1 + weight", "gemma", 1.0),
+        rms_norm_case("gemma, no weight", "gemma", 0.0, parameters=0),
+        rms_norm_case("gemma, 1 + fp32 weight", "gemma", 1.0, parameter_dtype=torch.float32),
+        rms_norm_case("llama", "llama", 0.0),
+        rms_norm_case("llama, 1 + weight", "llama", 1.0),
+        rms_norm_case("llama, no weight", "llama", 0.0, parameters=0),
     )
     SHAPES, BIG, OWN_LAYOUT = SHAPES, BIG, True
 
@@ -74,7 +75,7 @@ class TestAddRMSNorm(Contract):
             f"{casting}, {offset:g} + weight",
             ops.add_rms_norm,
             add_rms_norm,
-            functools.partial(inputs, rows=2),
+            functools.partial(inputs, tensors=2),
             (EPS, offset, casting),
         )
         for casting in ("gemma", "llama")
@@ -84,7 +85,15 @@ class TestAddRMSNorm(Contract):
 
 
 class TestLayerNorm(Contract):
-    CASES = (Case("", ops.layer_norm, layer_norm, functools.partial(inputs, columns=2), (EPS,)),)
+    CASES = (
+        Case(
+            "layer norm",
+            ops.layer_norm,
+            layer_norm,
+            functools.partial(inputs, parameters=2),
+            (EPS,),
+        ),
+    )
     SHAPES, BIG, OWN_LAYOUT = SHAPES, BIG, True
 
 
