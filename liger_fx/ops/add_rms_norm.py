@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_fx.ops.library import as_rows, block_settings, differentiable, kernel, programs
+from liger_fx.ops.library import (
+    as_rows,
+    block_settings,
+    differentiable,
+    kernel,
+    once_differentiable,
+    programs,
+)
 from liger_fx.ops.rms_norm import CASTINGS, normalise, normalise_backward, statistics_dtype
 
 # -- plain PyTorch --------------------------------------------------------------------------------
@@ -160,7 +167,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return y, total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, grad_total: Tensor | None) -> Any:
         if grad is None:
             return grad_total, grad_total, None, None, None, None

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_fx.ops.library import differentiable, kernel
+from liger_fx.ops.library import differentiable, kernel, once_differentiable
 from liger_fx.ops.token_loss import TokenLoss, check_labels, loss_dtype, write_losses
 
 _ROWS_BUDGET = 256 << 20  # bytes of fp32 gradients that wait for their rounding to 16 bits
@@ -93,7 +93,7 @@ class _CrossEntropy(torch.autograd.Function):
         return _forward_op(logits, target, class_weight, ignore_index, label_smoothing)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         return _backward_op(grad, *ctx.saved_tensors, *ctx.literals), None, None, None, None
 

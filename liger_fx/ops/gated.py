@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from liger_fx.ops.library import block_settings, differentiable, kernel
+from liger_fx.ops.library import block_settings, differentiable, kernel, once_differentiable
 
 Formula = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -116,7 +116,7 @@ def gated(
             return forward(gate, up)
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
+        @once_differentiable
         def backward(ctx: Any, grad: Tensor) -> Any:
             gate, up = ctx.saved_tensors
             if not ctx.overwrite:

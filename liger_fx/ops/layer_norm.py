@@ -18,6 +18,7 @@ from liger_fx.ops.library import (
     differentiable,
     empty_rows,
     kernel,
+    once_differentiable,
     programs,
     row_pointer,
 )
@@ -153,7 +154,7 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         wanted = ctx.needs_input_grad
         gradients = _backward(grad, *ctx.saved_tensors, wanted[1] or wanted[2])

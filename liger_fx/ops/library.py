@@ -70,6 +70,36 @@ def _define(schema: str) -> str:
     return schema.split("(", 1)[0]
 
 
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward whose gradients raise RuntimeError if they are differentiated.
+
+    `torch.autograd.function.once_differentiable` does so only where the upstream gradient requires
+    one itself; a gradient penalty on the loss alone would be a constant, without a word.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx: Any, *upstream: Any) -> Any:
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        if not torch.is_grad_enabled():  # nobody asked for a graph of the backward
+            return gradients
+        several = gradients if isinstance(gradients, tuple) else (gradients,)
+        marker = torch.empty(0, requires_grad=True)
+        return tuple(g if g is None else _NoSecondDerivative.apply(g, marker) for g in several)
+
+    return wrapper
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, marker: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("liger_fx's ops are differentiable once: there is no second derivative")
+
+
 @functools.cache
 def liger_module(name: str) -> Any:
     """A module of Liger's kernels, imported when first needed: it imports Triton. None, with a

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from liger_fx.ops.chunked_head import Head, Wanted, run
+from liger_fx.ops.library import once_differentiable
 from liger_fx.ops.token_loss import TokenLoss, loss_dtype
 
 
@@ -96,7 +97,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.wanted = inputs[7:10]
 
 
-@torch.autograd.function.once_differentiable
+@once_differentiable
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None, None, None]
     if grad_loss is not None:

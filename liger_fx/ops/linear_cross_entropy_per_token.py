@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from liger_fx.ops.chunked_head import Head, Wanted, run
+from liger_fx.ops.library import once_differentiable
 from liger_fx.ops.token_loss import TokenLoss, loss_dtype
 
 
@@ -109,7 +110,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.literals = inputs[4:]
 
 
-@torch.autograd.function.once_differentiable
+@once_differentiable
 def _backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
     ignore_index, label_smoothing, softcap, chunk_tokens, accum_dtype, skip_ignored = ctx.literals
     needed = ctx.needs_input_grad[:3]

@@ -23,6 +23,7 @@ from liger_fx.ops.library import (
     differentiable,
     empty_rows,
     kernel,
+    once_differentiable,
     programs,
     row_pointer,
 )
@@ -208,7 +209,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight, rstd = ctx.saved_tensors
         weight_grad = ctx.needs_input_grad[1]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 from liger_fx.ops.gated import gated
-from liger_fx.ops.library import block_settings, differentiable, kernel
+from liger_fx.ops.library import block_settings, differentiable, kernel, once_differentiable
 
 
 def _silu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ class _SwigluGateUp(torch.autograd.Function):
         return _forward(gate_up)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         (gate_up,) = ctx.saved_tensors
         if not ctx.overwrite:
