@@ -348,6 +348,19 @@ def test_recipe_follows_the_stock_losses(overrides, recipes, tmp_path):
     assert counts and all(c == {"linear_cross_entropy": 1} for c in counts)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_recipe_with_every_rewrite_follows_the_stock_losses(checkpointing, recipes, tmp_path):
+    overrides = {"enable_activation_checkpointing": checkpointing}
+    settings = {"policy": "all"}
+    ours = run_recipe(recipes[0], recipe_config(tmp_path, **overrides, liger_fx=settings))
+    theirs = run_recipe(recipes[1], recipe_config(tmp_path, **overrides, compile=False))
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    layer = {"rope": 2, "add_rms_norm": 1, "rms_norm": 1, "swiglu": 1}
+    head = {"linear_cross_entropy": 1, "rms_norm": 1}
+    counts = [r.counts for r in liger_fx.reports() if r.counts]
+    assert layer in counts and head in counts and all(c in (layer, head) for c in counts)
+
+
 def test_stock_recipe_with_the_backend_by_name(recipes, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_COMPILE_BACKEND", "liger_fx")
     monkeypatch.setenv("LIGER_FX_INNER", "eager")
