@@ -3,8 +3,9 @@
 An op has two sides. `kernel` registers an opaque operator without a derivative: schema, fake, CPU
 and CUDA implementation; the compiler sees nothing else. `differentiable` registers the operator
 that rewrites put into a graph: an autograd formula over kernels, which AOTAutograd takes apart into
-them. Compiled code then calls kernels without autograd's part of the dispatch, at less than half
-the cost of a `torch.library.custom_op` with `register_autograd` (benchmarks/host_time.py).
+them. Compiled code then calls kernels without autograd's part of the dispatch, which in Python is
+most of the cost of a `torch.library.custom_op` (benchmarks/host_time.py: "eager" against
+"compiled").
 """
 
 from __future__ import annotations
