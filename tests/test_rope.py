@@ -327,6 +327,13 @@ def test_refuses_one_position_for_all(x):
     )
 
 
+def test_refuses_angles_that_broadcast_the_input(x):
+    assert_expected_inline(
+        refusal(huggingface, x[:1], *halves_cache(B)),
+        """cos is [2, 1, 5, 12] for an input of [1, 3, 5, 12], expected [b, s, 1, 12] or [b, 1, s, 12] with b or 1 in front""",
+    )
+
+
 def test_refuses_double_precision(x):
     cos, sin = (t.double() for t in halves_cache())
     assert_expected_inline(
