@@ -282,6 +282,22 @@ def test_numerics_under_inductor(spelling):  # A2
     no_worse_than_eager(spelling, exact(spelling), SHAPES, "rms_norm", torch.bfloat16, "inductor")
 
 
+def test_an_eps_that_changes_is_not_baked_in(x, w):
+    class Norm(torch.nn.Module):
+        eps = 1e-5
+
+        def forward(self, x, w):
+            f = x.float()
+            return w * (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+    norm, options = Norm(), {"policy": "all", "inner": "eager"}
+    compiled = torch.compile(norm, backend="liger_fx", options=options, dynamic=True)
+    for eps in (1e-5, 0.5):
+        norm.eps = eps
+        torch.testing.assert_close(compiled(x, w), norm(x, w))
+        assert liger_fx.reports()[-1].counts == {"rms_norm": 1}
+
+
 def test_a_shared_gradient_is_not_overwritten(x, w):  # A7: Gemma2's norm after the MLP
     def fn(x, w):
         return x + torchtune_gemma(torch.tanh(torchtune_gemma(x, w)), w)
