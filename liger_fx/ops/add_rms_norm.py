@@ -20,6 +20,7 @@ from torch import Tensor
 from liger_fx.ops.library import (
     as_rows,
     block_settings,
+    column_sums,
     differentiable,
     kernel,
     once_differentiable,
@@ -122,7 +123,7 @@ def _backward_liger(
     )
     if partial is None:
         return grad_x, weight.new_empty(0)
-    return grad_x, partial.sum(0).to(weight.dtype)
+    return grad_x, column_sums(partial, weight.dtype)
 
 
 # -- the ops --------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from torch import Tensor
 from liger_fx.ops.library import (
     as_rows,
     block_settings,
+    column_sums,
     differentiable,
     empty_rows,
     kernel,
@@ -96,8 +97,9 @@ def _backward_liger(
         return grad_x, empty, empty.clone()
     block, warps = block_settings(n_cols)
     count, each = programs(n_rows, x.device)
-    shape = (2, count, n_cols) if weight_grad else (2, 0, 0)
-    partial = x.new_empty(shape, dtype=torch.float32)
+    partial = [
+        x.new_empty(count, n_cols, dtype=torch.float32) if weight_grad else None for _ in range(2)
+    ]
     liger._layer_norm_backward_kernel[(count,)](
         *(*row_pointer(x, like=grad_x), weight.contiguous(), mean, 1, rstd, 1),
         *(*row_pointer(grad_x), partial[0], n_cols, partial[1], n_cols),
@@ -109,10 +111,10 @@ def _backward_liger(
         COMPUTE_DB=weight_grad,
         num_warps=warps,
     )
-    if not weight_grad:
-        return grad_x, weight.new_empty(0), weight.new_empty(0)
-    grad_weight, grad_bias = partial.sum(1).to(weight.dtype).unbind()
-    return grad_x, grad_weight, grad_bias.clone()
+    grad_weight, grad_bias = (
+        weight.new_empty(0) if p is None else column_sums(p, weight.dtype) for p in partial
+    )
+    return grad_x, grad_weight, grad_bias
 
 
 # -- the ops --------------------------------------------------------------------------------------

@@ -139,6 +139,13 @@ def programs(rows: int, device: torch.device) -> tuple[int, int]:
     return -(-rows // each), each
 
 
+def column_sums(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over programs, [programs, columns] -> [columns], rounded once. (A cast that does
+    nothing would still cost the host a microsecond.)"""
+    total = partial.sum(0)
+    return total if total.dtype == dtype else total.to(dtype)
+
+
 # -- layouts --------------------------------------------------------------------------------------
 
 

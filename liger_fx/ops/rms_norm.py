@@ -20,6 +20,7 @@ from torch import Tensor
 from liger_fx.ops.library import (
     as_rows,
     block_settings,
+    column_sums,
     differentiable,
     empty_rows,
     kernel,
@@ -166,7 +167,7 @@ def _backward_liger(
         )
     if partial is None or weight is None:
         return grad_x, x.new_empty(0)
-    return grad_x, partial.sum(0).to(weight.dtype)
+    return grad_x, column_sums(partial, weight.dtype)
 
 
 # -- the ops --------------------------------------------------------------------------------------
