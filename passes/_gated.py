@@ -1,7 +1,7 @@
 """What the gated activations, ``act(gate) * up``, ask of their inputs."""
 
 import torch
-from liger_fx.passes._norms import DTYPES, MAX_COLUMNS
+from liger_fx.passes._norms import DTYPES, check_columns
 from torch import fx
 
 from liger_fx.canonical import same_sizes, storage_key
@@ -43,9 +43,3 @@ def _readers(node: fx.Node) -> set[fx.Node]:
                 views.add(other)
                 todo.append(other)
     return {user for view in views for user in view.users} - views
-
-
-def check_columns(x: torch.Tensor) -> None:
-    columns = x.shape[-1] if x.dim() else 1
-    if isinstance(columns, int) and columns > MAX_COLUMNS:
-        raise Reject(f"a row has {columns} elements; the kernel takes at most {MAX_COLUMNS}")

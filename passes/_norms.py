@@ -84,6 +84,10 @@ def check_rows(match: Match, x: torch.Tensor) -> None:
             f"the output is {match.output.dtype}, the input {x.dtype}; the kernel writes the "
             "input's dtype (autocast, or a weight of another dtype?)"
         )
+    check_columns(x)
+
+
+def check_columns(x: torch.Tensor) -> None:
     columns = x.shape[-1] if x.dim() else 1
     if isinstance(columns, int) and columns > MAX_COLUMNS:
         raise Reject(f"a row has {columns} elements; the kernel takes at most {MAX_COLUMNS}")

@@ -19,7 +19,7 @@ from torch import fx
 
 from liger_fx import ops
 from liger_fx.canonical import fake, op_name, same_sizes
-from liger_fx.matcher import Match, Reject, name_of
+from liger_fx.matcher import Match, Reject, data_inputs, name_of
 from liger_fx.rewrite import Rewrite
 
 
@@ -87,27 +87,26 @@ def _check_halves(match: Match, x: Any, cos: Any, sin: Any, half: Any, rotary: A
 
 def _sequence_dim(x: torch.Tensor, cos: torch.Tensor, size: int) -> int:
     """1 for [b, s, h, d], 2 for [b, h, s, d]: where cos is as long as x; the other is 1."""
-    if cos.dim() == 4 and str(cos.shape[3]) == str(size):
-        batch = str(cos.shape[0]) in ("1", str(x.shape[0]))
-        dims = [d for d in (1, 2) if same_sizes(cos.shape[d : d + 1], x.shape[d : d + 1])]
-        ones = [d for d in (1, 2) if str(cos.shape[d]) == "1"]
-        if batch and len(ones) == 1 and 3 - ones[0] in dims:
-            return 3 - ones[0]
+    sizes, wanted = [str(n) for n in cos.shape], [str(n) for n in x.shape]
+    if len(sizes) == 4 and sizes[0] in ("1", wanted[0]) and sizes[3] == str(size):
+        fitting = [d for d in (1, 2) if sizes[d] == wanted[d] and sizes[3 - d] == "1"]
+        if len(fitting) == 1:
+            return fitting[0]
     raise Reject(
         f"cos is {list(cos.shape)} for an input of {list(x.shape)}, expected [b, s, 1, {size}] or "
         f"[b, 1, s, {size}] with b or 1 in front"
     )
 
 
-_ELEMENTWISE = ("cast", "reshape", "getitem", "cos", "sin", "mul", "contiguous")
+_EACH_ON_ITS_OWN = ("cast", "reshape", "getitem", "cos", "sin", "mul")
 
 
-def _check_repeats(name: str, node: Any) -> None:
+def _check_repeats(name: str, node: fx.Node) -> None:
     """Where the graph shows how cos was made, the halves must be equal. Where it was an input, the
     convention of the field is relied upon: every half-split cache repeats itself."""
-    while isinstance(node, fx.Node) and op_name(node) in _ELEMENTWISE:
-        node = next(a for a in node.args if isinstance(a, fx.Node))
-    if not isinstance(node, fx.Node) or node.op in ("placeholder", "get_attr"):
+    while op_name(node) in _EACH_ON_ITS_OWN and len(data_inputs(node)) == 1:
+        (node,) = data_inputs(node)
+    if node.op in ("placeholder", "get_attr"):
         return
     operands: Any = node.args[0] if op_name(node) == "cat" else ()
     if len(operands) != 2 or operands[0] is not operands[1]:
@@ -121,11 +120,10 @@ def _check_pairs(match: Match, x: torch.Tensor, angles: torch.Tensor) -> None:
     size = x.shape[-1]
     if angles.requires_grad:
         raise Reject("the angles are trained; the kernel has no gradient for them")
-    rotated = next(
-        fake(n) for n in match.nodes if op_name(n) in ("stack", "view_as_real", "view_as_complex")
-    )
-    expected = [*x.shape[:-1], size // 2, *([] if rotated.is_complex() else [2])]
-    if not same_sizes(rotated.shape, expected) or not same_sizes(match.output.shape, x.shape):
+    (rotated,) = (fake(n) for n in match.nodes if op_name(n) in ("stack", "view_as_real"))
+    if not same_sizes(rotated.shape, [*x.shape[:-1], size // 2, 2]) or not same_sizes(
+        match.output.shape, x.shape
+    ):
         raise Reject(f"heads are not cut into pairs: {list(x.shape)} became {list(rotated.shape)}")
     table = list(angles.shape if angles.is_complex() else angles.shape[:-1])
     batch = len(table) == 4 and str(table[0]) in ("1", str(x.shape[0]))

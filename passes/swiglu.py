@@ -8,8 +8,8 @@ Numerics     silu(gate) in fp32, rounded to the dtype before the product, as in 
 """
 
 import torch.nn.functional as F
-from liger_fx.passes._gated import check_columns, check_gated, may_overwrite
-from liger_fx.passes._norms import DTYPES
+from liger_fx.passes._gated import check_gated, may_overwrite
+from liger_fx.passes._norms import DTYPES, check_columns
 
 from liger_fx import ops
 from liger_fx.matcher import Match, Reject

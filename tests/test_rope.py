@@ -291,6 +291,31 @@ def test_refuses_halves_that_are_not_equal(x):
     )
 
 
+def test_refuses_equal_halves_that_are_scaled_unequally(x):
+    def fn(x, f, scale):
+        both = torch.cat((f, f), -1)
+        return huggingface(x, both.cos() * scale, both.sin() * 0.5)
+
+    assert_expected_inline(
+        refusal(fn, x, angles(), torch.rand(D, device=DEVICE)),
+        """cos comes from `mul` (mul), expected cat((f, f)): the kernel takes its halves for equal""",
+    )
+
+
+def test_one_position_in_either_layout(x):  # decoding
+    cos, sin = (t[:, :1] for t in halves_cache())
+    token = x[:, :1]
+
+    def in_torchtunes_layout(x, cos, sin):
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+        return x * cos + rotate_half(x) * sin
+
+    for fn in (huggingface, in_torchtunes_layout):
+        found = capture(fn, token, cos, sin)
+        assert found.reports[0].counts == {"rope": 1}
+        torch.testing.assert_close(found.value, fn(token, cos, sin))
+
+
 def test_refuses_angles_of_unknown_origin(x):
     def fn(x, a):
         return huggingface(x, torch.sigmoid(a), torch.tanh(a))
