@@ -17,6 +17,7 @@ from torch import fx
 from torch._dynamo.utils import counters
 
 from liger_fx import ops
+from liger_fx.advice import advice
 from liger_fx.canonical import fake
 from liger_fx.options import Options
 from liger_fx.report import Report
@@ -44,10 +45,8 @@ def liger_fx(
     modes. Raises ValueError for unknown options, RequirementError if ``require`` is not met.
     """
     parsed = parse_options(options)
-    report = rewrite(gm, _rewrites(), parsed)
-    _publish(report)
-    _check_required(parsed, report)
-    return _compile_inner(gm, example_inputs, parsed, mode)
+    publish(rewrite(gm, parsed), parsed)
+    return compile_rewritten(gm, example_inputs, parsed, mode)
 
 
 def parse_options(options: Mapping[str, Any] | None) -> Options:
@@ -70,11 +69,11 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """
     from torch._subclasses import FakeTensorMode
 
-    rewrites, parsed = _rewrites(), parse_options(None)
+    parsed = parse_options(None)
     found: list[Report] = []
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.append(rewrite(gm, rewrites, parsed))
+        found.append(rewrite(gm, parsed))
         return gm.forward
 
     torch._dynamo.reset()
@@ -86,13 +85,13 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     return Report.merged(found)
 
 
-def rewrite(gm: fx.GraphModule, rewrites: Sequence[Rewrite], options: Options) -> Report:
-    """Rewrite ``gm`` in place. After an engine error it is as it was and the error is in the
-    report, unless ``strict``."""
+def rewrite(gm: fx.GraphModule, options: Options) -> Report:
+    """The first step of the backend: rewrite ``gm`` in place. After an engine error it is as it was
+    and the error is in the report, unless ``strict``."""
     device = _device_type(gm)
     if device == "cpu":
         _warn_without_cuda()
-    policy = _apply_policy(rewrites, options, device)
+    policy = _apply_policy(_rewrites(), options, device)
     try:
         report = rewrite_graph(gm, policy.chosen, options.settings, policy.checkpoints_only)
     except Exception:
@@ -101,6 +100,7 @@ def rewrite(gm: fx.GraphModule, rewrites: Sequence[Rewrite], options: Options) -
         report = Report(error=traceback.format_exc())
         log.exception("liger_fx failed on a graph and leaves it untouched; please report this")
     report.decisions = policy.decisions
+    report.note = advice()
     return report
 
 
@@ -170,7 +170,10 @@ def _device_type(gm: fx.GraphModule) -> str:
     return "cuda" if types & {"cuda", "meta"} else "cpu"
 
 
-def _publish(report: Report) -> None:
+def publish(report: Report, options: Options) -> None:
+    """The second step: the report goes to `reports`, logs and traces. Raises RequirementError."""
+    if report.note and not _reports:
+        log.warning("liger_fx: %s", report.note)
     _reports.append(report)
     for name, count in report.counts.items():
         counters["liger_fx"][name] += count
@@ -181,6 +184,7 @@ def _publish(report: Report) -> None:
         metadata_fn=lambda: {"name": "liger_fx_report", "encoding": "json"},
         payload_fn=report.to_json,
     )
+    _check_required(options, report)
 
 
 def _check_required(options: Options, report: Report) -> None:
@@ -193,9 +197,10 @@ def _check_required(options: Options, report: Report) -> None:
         raise RequirementError(f"required but not made: {', '.join(missing)}\n{report}")
 
 
-def _compile_inner(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None
+def compile_rewritten(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None = None
 ) -> Callable[..., Any]:
+    """The last step: the inner compiler."""
     if options.inner == "eager":
         return gm.forward
     if options.inner == "aot_eager":
@@ -216,6 +221,12 @@ def _fingerprint() -> str:
     for path in sorted(Path(ops.__file__).parent.glob("*.py")):
         source.update(path.read_bytes())
     return f"liger_fx={source.hexdigest()[:16]};liger_kernel={version('liger_kernel')}"
+
+
+def environment() -> str:
+    """What decides, beside the options, what a graph becomes: versions and the device."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return f"torch={torch.__version__};{_FINGERPRINT};device={device}"
 
 
 _FINGERPRINT = _fingerprint()  # of what has just been imported: an editor may save any time later

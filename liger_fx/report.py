@@ -84,6 +84,7 @@ class Report:
 
     seconds: time spent on matching and rewriting. nodes: size of the graph as Dynamo made it.
     decisions: what the policy decided before matching, and on what evidence.
+    note: what the program around the graph leaves out, if that is known.
     error: the traceback of an engine failure after which the graph was compiled untouched.
     """
 
@@ -93,12 +94,19 @@ class Report:
     decisions: dict[str, str] = field(default_factory=dict)
     nodes: int = 0
     seconds: float = 0.0
+    note: str | None = None
     error: str | None = None
 
     @property
     def counts(self) -> dict[str, int]:
         """Replacements by rewrite."""
         return dict(Counter(r.rewrite for r in self.replacements))
+
+    def why_not(self, rewrite: str) -> str | None:
+        """In a sentence, why ``rewrite`` was not made; None if nothing came near it."""
+        said = [r.reason for r in self.rejections if r.rewrite == rewrite]
+        said += [m.reason for m in self.near_misses if m.rewrite == rewrite]
+        return said[0] if said else self.decisions.get(rewrite)
 
     @staticmethod
     def merged(reports: Sequence[Report]) -> Report:
@@ -111,6 +119,7 @@ class Report:
             whole.decisions |= report.decisions
             whole.nodes += report.nodes
             whole.seconds += report.seconds
+            whole.note = whole.note or report.note
             whole.error = whole.error or report.error
         return whole
 
@@ -143,7 +152,7 @@ class Report:
             head += "\n  nothing to replace: no rewrite has its last operation in this graph"
         width = max((len(row[0]) for row in rows), default=0)
         lines = [f"  {name:{width}}  {word:8}  {what}" for name, word, what in _grouped(rows)]
-        return "\n".join([head, *lines])
+        return "\n".join([head, *lines, *([f"  {self.note}"] if self.note else [])])
 
 
 def _grouped(rows: Sequence[tuple[str, str, str, Place]]) -> list[tuple[str, str, str]]:

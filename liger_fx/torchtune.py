@@ -1,7 +1,7 @@
-"""The head region: torchtune's final norm, projection and loss in one compiled graph.
+"""torchtune's recipes with liger_fx where torchtune's own ``compile=True`` cannot reach.
 
-A stock torchtune recipe compiles each layer and the loss on their own and runs ``norm -> output``
-eagerly between them, so projection and cross-entropy never meet in a graph. Here the model instance
+A stock recipe compiles each layer and the loss on their own and runs ``norm -> output`` eagerly
+between them, so projection and cross-entropy never meet in a graph. Here the model instance
 returns its hidden states, and the loss takes them through torchtune's own ``unembed`` first:
 compiled as one region, the projection and the loss are one op.
 
@@ -14,22 +14,39 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import MethodType, ModuleType
+from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
 import torchtune
-from torch import Tensor, nn
+from omegaconf import OmegaConf
+from torch import Tensor, fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
-from torchtune import utils
-from torchtune.modules import TransformerCrossAttentionLayer, TransformerSelfAttentionLayer
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torchtune import training, utils
+from torchtune.modules import (
+    TiedLinear,
+    TransformerCrossAttentionLayer,
+    TransformerSelfAttentionLayer,
+)
 
 import liger_fx
-from liger_fx.backend import parse_options
+from liger_fx.backend import compile_rewritten, environment, parse_options, publish, rewrite
 from liger_fx.report import Report
 
 log = utils.get_logger("INFO")  # torchtune's: what a recipe says, its user sees
+
+LAYERS = (TransformerSelfAttentionLayer, TransformerCrossAttentionLayer)
+# Where a chunked loss of torchtune's keeps the part that runs on one chunk, and is compiled.
+CHUNK_LOSSES = ("compute_cross_entropy", "fkl_loss", "rkl_loss", "sym_kl_loss")
+
+
+class HeadNotFused(RuntimeError):
+    """Projection and loss stay apart, as in torchtune's recipe; the message says why."""
 
 
 class HeadLoss(nn.Module):
@@ -37,17 +54,53 @@ class HeadLoss(nn.Module):
 
     hidden: [b, s, d], or [b * s, d] as a recipe flattens what the model returns. labels: [b, s] or
     [b * s], shifted already. Attributes of ``loss_fn``, ``ignore_index`` first, are its own.
+    Where the two cannot be one op (LoRA on the head, say) they run as in the stock recipe, and the
+    log says why.
     """
 
-    def __init__(self, decoder: nn.Module, loss_fn: nn.Module) -> None:
+    def __init__(self, decoder: nn.Module, loss_fn: nn.Module, options: dict[str, Any]) -> None:
         super().__init__()
         self.loss_fn = loss_fn
-        self.unembed = decoder.unembed
+        self._options = options or None
+        # Not a submodule: its parameters are the model's.
+        object.__setattr__(self, "decoder", _without_hooks(decoder))
+        self._region = torch.compile(self._loss_of, backend=_head_or_nothing, options=self._options)
+        self._fused = True
+        self._enter: Callable[..., Tensor] = self._loss
+        owner: Any = _owner(decoder)
+        sharded = isinstance(owner, FSDPModule)
+        if sharded:
+            # Called through it, the weight is gathered, and its gradient scattered, by the hooks
+            # of FSDP, which would break the graph of the region if they ran inside of it.
+            own_forward = owner.forward
+            owner.forward = lambda *args: (
+                self._loss(*args) if len(args) == 2 else own_forward(*args)
+            )
+            self._enter = owner
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
         if hidden.dim() == 2:  # one long sequence: torchtune's chunks run along dimension 1
             hidden, labels = hidden.unsqueeze(0), labels.unsqueeze(0)
-        logits: Any = self.unembed(hidden)  # type: ignore[operator]
+        return self._enter(hidden, labels)
+
+    def _loss_or(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A module's ``forward``, and the loss where labels come along."""
+        return lambda *args: self._loss(*args) if len(args) == 2 else forward(*args)
+
+    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        if self._fused:
+            try:
+                return self._region(hidden, labels)
+            except BackendCompilerFailed as failure:
+                if not isinstance(failure.inner_exception, HeadNotFused):
+                    raise
+                log.warning("%s", failure.inner_exception)
+                self._fused = False
+                compile_loss(self.loss_fn, self._options)
+        return self._loss_of(hidden, labels)
+
+    def _loss_of(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        logits: Any = self.decoder.unembed(hidden)
         if not isinstance(logits, list):
             labels = labels.reshape(-1)
             logits = logits.reshape(-1, logits.size(-1))
@@ -65,10 +118,11 @@ def fuse_head(
 ) -> HeadLoss:
     """Move the head of ``model`` into the loss, and compile both as one region.
 
-    model: a torchtune TransformerDecoder or DeepFusionModel; this instance then returns hidden
-    states. loss_fn: the recipe's loss. Returns the loss to call as ``loss(hidden, labels)``.
-    Raises TypeError for a model without torchtune's ``unembed``, ValueError for one whose head was
-    moved before.
+    model: a torchtune TransformerDecoder or DeepFusionModel, sharded by FSDP2 or not; this instance
+    then returns hidden states. loss_fn: the recipe's loss. Returns the loss to call as
+    ``loss(hidden, labels)``. Raises TypeError for a model without torchtune's ``unembed``,
+    ValueError for one whose head was moved before, HeadNotFused for a head that is parallel over
+    its vocabulary.
     """
     decoder = getattr(model, "decoder", model)
     if not hasattr(decoder, "unembed"):
@@ -78,12 +132,12 @@ def fuse_head(
         )
     if decoder.unembed is _identity:
         raise ValueError("the head of this model has been moved into a loss already")
-    # torchtune keeps the compiler out of its chunked projection; inside the region it is traced.
-    chunked = inspect.unwrap(type(decoder).chunked_output)  # type: ignore[attr-defined, union-attr]
-    decoder.chunked_output = MethodType(chunked, decoder)
-    head = HeadLoss(decoder, loss_fn)
+    _refuse_tensor_parallel(model, decoder)
+    head = HeadLoss(decoder, loss_fn, dict(options or {}))
     decoder.unembed = _identity
-    head.compile(backend="liger_fx", options=dict(options or {}) or None)
+    if isinstance(model, FSDPModule):
+        # What the root itself holds, the head's norm and weight, must outlast the root's forward.
+        model.set_reshard_after_forward(False, recurse=False)
     return head
 
 
@@ -91,26 +145,102 @@ def _identity(hidden: Tensor) -> Tensor:
     return hidden
 
 
+def _without_hooks(decoder: nn.Module) -> Any:
+    """A shallow copy on the same parameters whose projection runs without hooks, and in which the
+    compiler may trace the chunks.
+
+    The hooks are FSDP's and those by which torchtune exempts the projection from offloading: in a
+    region of its own it is outside of both.
+    """
+    # FSDP2 gives its modules a class of its own, which cannot be copied.
+    plain = next(kind for kind in type(decoder).__mro__ if not issubclass(kind, FSDPModule))
+    shadow: Any = plain.__new__(plain)
+    shadow.__dict__ |= decoder.__dict__
+    shadow._modules = dict(decoder._modules)
+    shadow._modules.pop("output", None)
+    output: Any = decoder.output
+    tied = isinstance(output, TiedLinear)
+    bare = TiedLinear(output.tied_module) if tied else MethodType(type(output).forward, output)
+    shadow.__dict__["output"] = bare
+    chunked = inspect.unwrap(type(decoder).chunked_output)  # type: ignore[attr-defined, union-attr]
+    shadow.__dict__["chunked_output"] = MethodType(chunked, shadow)
+    return shadow
+
+
+def _owner(decoder: nn.Module) -> Any:
+    """The module that holds the weight of the projection."""
+    output = decoder.output
+    return output.tied_module if isinstance(output, TiedLinear) else output
+
+
+def _refuse_tensor_parallel(model: nn.Module, decoder: nn.Module) -> None:
+    """FSDP2 shards over one dimension and gives the whole weight back; anything else does not."""
+    for name, parameter in _owner(decoder).named_parameters():
+        if not isinstance(parameter, DTensor):
+            continue
+        if not isinstance(model, FSDPModule) or parameter.device_mesh.ndim > 1:
+            raise HeadNotFused(
+                f"the projection and the loss are not fused: output.{name} is a DTensor over the "
+                f"mesh {parameter.device_mesh}, and the fused loss needs the whole weight on each "
+                "rank. They run as in torchtune's recipe; without tensor parallelism they are fused"
+            )
+
+
+def _head_or_nothing(
+    gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
+    """The backend of the head region: a head that is not one op is not worth a region."""
+    parsed = parse_options(options)
+    name = "linear_cross_entropy"
+    report = rewrite(gm, parsed)
+    if name not in report.counts and name not in parsed.require:
+        why = report.why_not(name) or "no cross-entropy was found in the loss"
+        raise HeadNotFused(
+            f"the projection and the loss are not fused, and run as in torchtune's recipe: {why}"
+        )
+    publish(report, parsed)
+    return compile_rewritten(gm, example_inputs, parsed)
+
+
 def compile_layers(
     model: nn.Module, options: Mapping[str, Any] | None = None, *, checkpoint_inside: bool = True
 ) -> None:
     """Compile each transformer layer, with its activation checkpoint inside if it has one."""
-    decoder = getattr(model, "decoder", model)
-    kinds = (TransformerSelfAttentionLayer, TransformerCrossAttentionLayer)
-    layers = [module for module in decoder.modules() if isinstance(module, kinds)]
     checkpoints = {
         module._checkpoint_wrapped_module: module
-        for module in decoder.modules()
+        for module in model.modules()
         if isinstance(module, CheckpointWrapper)
     }
-    for layer in layers:
+    for layer in list(_layers(model)):
         layer._compiled_call_impl = None  # the recipe may have compiled it without its checkpoint
         target = checkpoints.get(layer, layer) if checkpoint_inside else layer
-        target.compile(backend="liger_fx", options=dict(options or {}) or None)
+        how: dict[str, Any] = {"backend": "liger_fx", "options": dict(options or {}) or None}
+        if isinstance(target, FSDPModule):  # its hooks, which Dynamo does not trace, stay outside
+            target.forward = torch.compile(target.forward, **how)
+        else:
+            target.compile(**how)
+
+
+def _layers(model: nn.Module) -> Iterator[nn.Module]:
+    decoder = getattr(model, "decoder", model)
+    return (module for module in decoder.modules() if isinstance(module, LAYERS))
+
+
+def compile_loss(loss_fn: nn.Module, options: Mapping[str, Any] | None = None) -> None:
+    """Compile, in place, what torchtune compiles of a loss: all of it, or what runs on one chunk.
+
+    In place, since five recipes drop what torchtune's function of this name returns.
+    """
+    how: dict[str, Any] = {"backend": "liger_fx", "options": dict(options or {}) or None}
+    for name in CHUNK_LOSSES:
+        if hasattr(loss_fn, name):
+            setattr(loss_fn, name, torch.compile(getattr(loss_fn, name), **how))
+            return
+    loss_fn.forward = torch.compile(loss_fn.forward, **how)
 
 
 def load_recipe(name: str) -> ModuleType:
-    """torchtune's own recipe module, from the installed package.
+    """A copy of torchtune's own recipe module, from the installed package.
 
     By its file: ``recipes`` is a name that a user's project may well have too.
     """
@@ -125,49 +255,99 @@ def load_recipe(name: str) -> ModuleType:
     return module
 
 
-class FusedRecipe:
-    """Mixed in before a torchtune recipe class: the same recipe with layers and head compiled by
-    liger_fx. Settings are config keys under ``liger_fx:``, the options of the backend."""
+def entry_point(stock: ModuleType, recipe: type) -> Callable[[], None]:
+    """The ``recipe_main`` of ``stock``, a module from `load_recipe`, which then runs ``recipe`` in
+    place of the class of that name and leaves it to ``recipe`` to compile."""
+    setattr(stock, recipe.__name__, recipe)
+    ours = {"compile_model": lambda model, **_: None, "compile_loss": lambda loss, **_: loss}
+    stock.training = SimpleNamespace(**vars(training) | ours)  # type: ignore[attr-defined]
+    return stock.recipe_main
 
-    _model: nn.Module
+
+class LayersRecipe:
+    """Mixed in before a torchtune recipe class: the same recipe with the layers of all its models,
+    and its losses, compiled by liger_fx. Settings are config keys under ``liger_fx:``, the options
+    of the backend."""
+
     _loss_fn: Any
-    _compile: bool
-    _reported = False
+    _output_dir: str
 
     def setup(self, cfg: Any) -> None:
         self._settings = flatten(cfg.get("liger_fx", {}) or {})
         parse_options(self._settings)  # a mistake should show now, not in the first step
+        self._compiles = bool(cfg.get("compile", False))
         super().setup(cfg=cfg)  # type: ignore[misc]
-        if not self._compile:
-            log.warning("compile=False: nothing is rewritten, this is torchtune's recipe as it is")
+        self._first_rank = utils.get_world_size_and_rank()[1] == 0
+        _check_ranks_agree(self._compiles, self._settings)
+        if not self._compiles:
+            self._say("compile=False: nothing is rewritten, this is torchtune's recipe as it is")
             return
-        offloading = getattr(self, "_enable_activation_offloading", False)
-        if offloading:
-            _drop_hooks(self._model)
         # Offloading packs what a checkpoint saves, and flex attention breaks the graph of a layer,
         # which a checkpoint cannot hold: there it stays around the layer, as torchtune puts it.
-        inside = not offloading and not _uses_flex_attention(cfg)
-        compile_layers(self._model, self._settings, checkpoint_inside=inside)
-        self._loss_fn = fuse_head(self._model, self._loss_fn, self._settings)
+        inside = not cfg.get("enable_activation_offloading") and not _uses_flex_attention(cfg)
+        for value in list(vars(self).values()):
+            if isinstance(value, nn.Module) and any(_layers(value)):
+                compile_layers(value, self._settings, checkpoint_inside=inside)
+        self._compile_losses()
+        # When the first loss is there, all there is has been compiled.
+        self._waiting = self._loss_fn.register_forward_hook(self._report)
 
-    def _loss_step(self, batch: Any) -> Tensor:
-        loss = super()._loss_step(batch)  # type: ignore[misc]
-        if self._compile and not self._reported:  # the first step has compiled all there is
-            self._reported = True
-            whole = Report.merged(liger_fx.reports())
-            fused = "linear_cross_entropy" in whole.counts
-            if fused:
-                log.info("%s", whole)
-            else:
-                log.warning("projection and loss were not fused\n%s", whole)
-        return loss
+    def _compile_losses(self) -> None:
+        for value in (self._loss_fn, getattr(self, "_kd_loss_fn", None)):
+            if value is not None:
+                compile_loss(value, self._settings)
+        self._say("the loss of this recipe starts from logits: it is compiled, not fused")
+
+    def _report(self, *_: Any) -> None:
+        self._waiting.remove()
+        self._say("%s", Report.merged(liger_fx.reports()))
+
+    def _say(self, message: str, *args: Any) -> None:
+        if self._first_rank:
+            log.info(message, *args)
 
     def cleanup(self) -> None:
         super().cleanup()  # type: ignore[misc]
-        if self._compile:
-            path = Path(self._output_dir) / "liger_fx_report.json"  # type: ignore[attr-defined]
+        if self._compiles and self._first_rank:
+            path = Path(self._output_dir) / "liger_fx_report.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("[" + ",\n".join(r.to_json() for r in liger_fx.reports()) + "]\n")
+
+
+class FusedRecipe(LayersRecipe):
+    """The same, with the head of ``_model`` fused with the loss."""
+
+    _model: nn.Module
+
+    def _compile_losses(self) -> None:
+        try:
+            self._loss_fn = fuse_head(self._model, self._loss_fn, self._settings)
+        except HeadNotFused as reason:
+            self._say("%s", reason)
+            compile_loss(self._loss_fn, self._settings)
+
+
+class FusedQATRecipe(FusedRecipe):
+    """The same for recipes whose stock form refuses ``compile=True``."""
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg=OmegaConf.merge(cfg, {"compile": False}))  # type: ignore[call-arg]
+
+
+def _check_ranks_agree(compiles: bool, settings: Mapping[str, Any]) -> None:
+    """Raises RuntimeError, on every rank, if one of them would compile something else."""
+    world, _ = utils.get_world_size_and_rank()
+    if world == 1:
+        return
+    mine = f"compile={compiles}, {parse_options(settings)}, {environment()}"
+    ranks: list[Any] = [None] * world
+    torch.distributed.all_gather_object(ranks, mine)
+    if len(set(ranks)) > 1:
+        others = "\n".join(f"  rank {rank}: {what}" for rank, what in enumerate(ranks))
+        raise RuntimeError(
+            "the ranks disagree about what is compiled. Give every node the same config, "
+            f"LIGER_FX_* variables and versions:\n{others}"
+        )
 
 
 def _uses_flex_attention(cfg: Any) -> bool:
@@ -176,16 +356,6 @@ def _uses_flex_attention(cfg: Any) -> bool:
 
     datasets = [cfg.dataset] if isinstance(cfg.dataset, Mapping) else cfg.dataset
     return _SUPPORTS_FLEX_ATTENTION and any(d.get("packed", False) for d in datasets)
-
-
-def _drop_hooks(model: nn.Module) -> None:
-    """torchtune exempts the output projection from offloading by hooks on it. In the head region
-    it is outside of the offloading context, and the hooks would break the graph."""
-    output = getattr(model, "output", None)
-    output = getattr(output, "linear", output)
-    if isinstance(output, nn.Module):
-        output._forward_pre_hooks.clear()
-        output._forward_hooks.clear()
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -52,6 +52,8 @@ class Outcome(NamedTuple):
 def run(row: Row, layers: int, backend: str, dtype: torch.dtype = torch.float32) -> Outcome:
     """One step of a fresh model, with the same parameters each time."""
     pytest.importorskip(row.library)
+    if row.family == "QAT" and torch.__version__ < "2.12":
+        pytest.skip("torch 2.11 does not trace torchao's fake quantisation")
     torch._dynamo.reset()
     dynamo.counters.clear()
     dynamo.clear_compilation_metrics()
@@ -94,7 +96,7 @@ def run_eagerly(row: Row, layers: int, dtype: torch.dtype = torch.float32) -> Ou
 
 def assert_same(actual: Outcome, expected: Outcome, tolerance: float) -> None:
     assert actual.gradients.keys() == expected.gradients.keys()
-    torch.testing.assert_close(actual.value, expected.value, rtol=tolerance, atol=0)
+    assert (actual.value - expected.value).norm() <= tolerance * expected.value.norm()
     norms = {name: gradient.norm() for name, gradient in expected.gradients.items()}
     whole = torch.stack(list(norms.values())).norm() if norms else 0.0
     for name, gradient in expected.gradients.items():

@@ -94,7 +94,9 @@ class TestLayerNorm(Contract):
             (EPS,),
         ),
     )
-    SHAPES, BIG, OWN_LAYOUT = SHAPES, BIG, True
+    # One element has no variance: all that is left of it is rounding, 1 / sqrt(eps) times enlarged.
+    SHAPES = tuple(shape for shape in SHAPES if shape[-1] > 1)
+    BIG, OWN_LAYOUT = BIG, True
 
 
 NORMS = [*TestRMSNorm.CASES, *TestAddRMSNorm.CASES, *TestLayerNorm.CASES]

@@ -51,6 +51,12 @@ FAMILIES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def head_alone(monkeypatch):
+    """On every device, whatever else auto applies there."""
+    monkeypatch.setenv("LIGER_FX_POLICY", "linear_cross_entropy")
+
+
 @pytest.fixture
 def batch():
     tokens = torch.randint(0, V, (B, S), device=DEVICE)
@@ -298,7 +304,8 @@ def run_recipe(recipe_class, config):
 @pytest.fixture
 def recipes():
     ours = importlib.import_module("liger_fx.recipes.full_finetune_single_device")
-    return ours.FullFinetuneRecipeSingleDevice, ours.stock.FullFinetuneRecipeSingleDevice
+    stock = load_recipe("full_finetune_single_device")
+    return ours.FullFinetuneRecipeSingleDevice, stock.FullFinetuneRecipeSingleDevice
 
 
 @pytest.mark.parametrize(
@@ -396,7 +403,11 @@ def test_recipe_without_compile_is_the_stock_recipe(recipes, tmp_path, caplog):
 def test_recipe_takes_its_settings_from_the_config(recipes, tmp_path, caplog):
     settings = {"inner": "eager", "disable": ["linear_cross_entropy"]}
     run_recipe(recipes[0], recipe_config(tmp_path, liger_fx=settings))
-    assert "projection and loss were not fused" in caplog.text
+    assert (
+        "the projection and the loss are not fused, and run as in torchtune's recipe: "
+        in caplog.text
+    )
+    assert "disabled by option" in caplog.text
     assert all(
         r.decisions["linear_cross_entropy"] == "disabled by option" for r in liger_fx.reports()
     )
@@ -413,7 +424,7 @@ def test_recipe_through_tune_run_from_any_folder(tmp_path):
     done = subprocess.run(
         [sys.executable, *command, "--config", str(tmp_path / "config.yaml"), *settings],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
         capture_output=True,
         text=True,
     )

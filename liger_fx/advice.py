@@ -1,0 +1,30 @@
+"""What the program around the graphs leaves out, where one can tell: torchtune's stock recipes."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+@functools.cache
+def advice() -> str | None:
+    """A sentence for a process that runs a stock torchtune recipe of which liger_fx has its own
+    form, told by the file that was started; None anywhere else. torchtune is not imported."""
+    started = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+    beside = started.parent.parent / "torchtune" / "__init__.py"
+    if not (started.parent.name == "recipes" and beside.exists()):
+        return None
+    name = started.stem
+    if not (RECIPES / started.name).exists():
+        return None
+    apart = f"torchtune's {name} runs the output projection eagerly, outside of what it compiles"
+    ours = f"`tune run liger_fx/recipes/{name}` with the same arguments"
+    if "finetune" in name:
+        return f"{apart}, so projection and loss cannot be one op; {ours} makes them one"
+    return (
+        f"{apart}, and its loss starts from logits, which is not fused yet; {ours} compiles each "
+        "layer with its activation checkpoint inside"
+    )

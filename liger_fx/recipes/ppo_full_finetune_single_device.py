@@ -1,0 +1,24 @@
+"""torchtune's recipe of the same name, with every config and override that it takes::
+
+    tune run liger_fx/recipes/ppo_full_finetune_single_device \\
+        --config mistral/7B_full_ppo_low_memory compile=True
+"""
+
+import sys
+
+from liger_fx.torchtune import LayersRecipe, entry_point, load_recipe
+
+stock = load_recipe("ppo_full_finetune_single_device")
+
+
+class PPOFullFinetuneRecipeSingleDevice(
+    LayersRecipe,
+    stock.PPOFullFinetuneRecipeSingleDevice,  # type: ignore[name-defined]
+):
+    """torchtune's PPO on one device, its layers compiled by liger_fx."""
+
+
+recipe_main = entry_point(stock, PPOFullFinetuneRecipeSingleDevice)
+
+if __name__ == "__main__":
+    sys.exit(recipe_main())
