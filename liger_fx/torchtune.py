@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace
@@ -44,6 +45,8 @@ LAYERS = (TransformerSelfAttentionLayer, TransformerCrossAttentionLayer)
 # Where a chunked loss of torchtune's keeps the part that runs on one chunk, and is compiled.
 CHUNK_LOSSES = ("compute_cross_entropy", "fkl_loss", "rkl_loss", "sym_kl_loss")
 
+UNTOUCHED = "compile=False: nothing is rewritten, this is torchtune's recipe as it is"
+
 
 class HeadNotFused(RuntimeError):
     """Projection and loss stay apart, as in torchtune's recipe; the message says why."""
@@ -66,26 +69,13 @@ class HeadLoss(nn.Module):
         object.__setattr__(self, "decoder", _without_hooks(decoder))
         self._region = torch.compile(self._loss_of, backend=_head_or_nothing, options=self._options)
         self._fused = True
-        self._enter: Callable[..., Tensor] = self._loss
-        owner: Any = _owner(decoder)
-        sharded = isinstance(owner, FSDPModule)
-        if sharded:
-            # Called through it, the weight is gathered, and its gradient scattered, by the hooks
-            # of FSDP, which would break the graph of the region if they ran inside of it.
-            own_forward = owner.forward
-            owner.forward = lambda *args: (
-                self._loss(*args) if len(args) == 2 else own_forward(*args)
-            )
-            self._enter = owner
+        owner = _owner(decoder)
+        self._enter = _through(owner, self._loss) if isinstance(owner, FSDPModule) else self._loss
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
         if hidden.dim() == 2:  # one long sequence: torchtune's chunks run along dimension 1
             hidden, labels = hidden.unsqueeze(0), labels.unsqueeze(0)
         return self._enter(hidden, labels)
-
-    def _loss_or(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """A module's ``forward``, and the loss where labels come along."""
-        return lambda *args: self._loss(*args) if len(args) == 2 else forward(*args)
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         if self._fused:
@@ -94,7 +84,7 @@ class HeadLoss(nn.Module):
             except BackendCompilerFailed as failure:
                 if not isinstance(failure.inner_exception, HeadNotFused):
                     raise
-                log.warning("%s", failure.inner_exception)
+                utils.log_rank_zero(log, str(failure.inner_exception), logging.WARNING)
                 self._fused = False
                 compile_loss(self.loss_fn, self._options)
         return self._loss_of(hidden, labels)
@@ -171,6 +161,14 @@ def _owner(decoder: nn.Module) -> Any:
     """The module that holds the weight of the projection."""
     output = decoder.output
     return output.tied_module if isinstance(output, TiedLinear) else output
+
+
+def _through(owner: Any, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``loss`` as a call of ``owner``, whose hooks are FSDP's: they gather the weight before it and
+    scatter its gradient. Inside of the region they would break its graph."""
+    forward = owner.forward
+    owner.forward = lambda *args: loss(*args) if len(args) == 2 else forward(*args)
+    return lambda hidden, labels: owner(hidden, labels)
 
 
 def _refuse_tensor_parallel(model: nn.Module, decoder: nn.Module) -> None:
@@ -277,14 +275,18 @@ class LayersRecipe:
         parse_options(self._settings)  # a mistake should show now, not in the first step
         self._compiles = bool(cfg.get("compile", False))
         super().setup(cfg=cfg)  # type: ignore[misc]
-        self._first_rank = utils.get_world_size_and_rank()[1] == 0
         _check_ranks_agree(self._compiles, self._settings)
         if not self._compiles:
-            self._say("compile=False: nothing is rewritten, this is torchtune's recipe as it is")
+            utils.log_rank_zero(log, UNTOUCHED, logging.WARNING)
             return
-        # Offloading packs what a checkpoint saves, and flex attention breaks the graph of a layer,
-        # which a checkpoint cannot hold: there it stays around the layer, as torchtune puts it.
-        inside = not cfg.get("enable_activation_offloading") and not _uses_flex_attention(cfg)
+        # Offloading packs what a checkpoint saves, flex attention breaks the graph of a layer,
+        # which a checkpoint cannot hold, and AOTAutograd (torch 2.13) takes no DTensors in it:
+        # there it stays around the layer, as torchtune puts it.
+        inside = not (
+            cfg.get("enable_activation_offloading")
+            or _uses_flex_attention(cfg)
+            or cfg.get("tensor_parallel_dim", 1) > 1
+        )
         for value in list(vars(self).values()):
             if isinstance(value, nn.Module) and any(_layers(value)):
                 compile_layers(value, self._settings, checkpoint_inside=inside)
@@ -296,19 +298,16 @@ class LayersRecipe:
         for value in (self._loss_fn, getattr(self, "_kd_loss_fn", None)):
             if value is not None:
                 compile_loss(value, self._settings)
-        self._say("the loss of this recipe starts from logits: it is compiled, not fused")
+        utils.log_rank_zero(log, "this recipe's loss starts from logits: compiled, not fused yet")
 
     def _report(self, *_: Any) -> None:
         self._waiting.remove()
-        self._say("%s", Report.merged(liger_fx.reports()))
-
-    def _say(self, message: str, *args: Any) -> None:
-        if self._first_rank:
-            log.info(message, *args)
+        utils.log_rank_zero(log, str(Report.merged(liger_fx.reports())))
 
     def cleanup(self) -> None:
+        _, rank = utils.get_world_size_and_rank()
         super().cleanup()  # type: ignore[misc]
-        if self._compiles and self._first_rank:
+        if self._compiles and rank == 0:
             path = Path(self._output_dir) / "liger_fx_report.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("[" + ",\n".join(r.to_json() for r in liger_fx.reports()) + "]\n")
@@ -323,7 +322,7 @@ class FusedRecipe(LayersRecipe):
         try:
             self._loss_fn = fuse_head(self._model, self._loss_fn, self._settings)
         except HeadNotFused as reason:
-            self._say("%s", reason)
+            utils.log_rank_zero(log, str(reason), logging.WARNING)
             compile_loss(self._loss_fn, self._settings)
 
 

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 
 VOCAB = 97
+SIZES: dict[str, Any] = dict(
+    vocab_size=VOCAB, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=64,
+    max_seq_len=128, intermediate_dim=48,
+)  # fmt: skip
 
 
 class Tokenizer:
@@ -39,11 +43,13 @@ def packed_examples(tokenizer: Tokenizer, packed: bool) -> torch.utils.data.Data
 def model(**overrides: Any) -> torch.nn.Module:
     from torchtune.models.llama3_2 import llama3_2
 
-    sizes: dict[str, Any] = dict(
-        vocab_size=VOCAB, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=64,
-        max_seq_len=128, intermediate_dim=48,
-    )  # fmt: skip
-    return llama3_2(**sizes | overrides)
+    return llama3_2(**SIZES | overrides)
+
+
+def lora_model(**overrides: Any) -> torch.nn.Module:
+    from torchtune.models.llama3_2 import lora_llama3_2
+
+    return lora_llama3_2(**SIZES | overrides)
 
 
 class Losses:

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -180,6 +181,11 @@ def prepare(folder: Path) -> Path:
 # -- configurations --------------------------------------------------------------------------------
 
 STEPS = 12
+# Examples behind one another in sequences of one length; for ``config(..., **PACKED)``.
+PACKED: dict[str, Any] = {
+    "tokenizer": {"max_seq_len": SMALL["max_seq_len"], "pad": False},
+    "dataset": {"packed": True},
+}
 
 
 def config(
@@ -381,8 +387,14 @@ class RecipeError(AssertionError):
     """`tune run` failed or took too long; the message ends with what it printed last."""
 
     def __init__(self, what: str, output: str) -> None:
-        super().__init__(f"{what}\n...{output[-8000:]}")
+        super().__init__(f"{what}\n...{_of_workers(output)[-6000:]}")
         self.output = output
+
+
+def _of_workers(output: str) -> str:
+    """Without torchrun's own traceback at the end, which does not say why a worker failed."""
+    last = output.rfind("Traceback (most recent call last)")
+    return output[:last] if "ChildFailedError" in output[last:] else output
 
 
 @dataclass(frozen=True)
@@ -405,11 +417,15 @@ class Run:
 
 
 def _saved(folder: Path) -> dict[str, Tensor]:
-    epochs = sorted(folder.glob("epoch_*"), key=lambda path: int(path.name.split("_")[1]))
-    if not epochs:
-        return {}
-    files = [*epochs[-1].glob("model-*.bin"), *epochs[-1].glob("adapter_model.pt")]
-    return {k: v for file in files for k, v in torch.load(file, weights_only=True).items()}
+    weights: dict[str, Tensor] = {}
+    for epoch in _epochs(folder)[-1:]:
+        for file in [*epoch.glob("model-*.bin"), *epoch.glob("adapter_model.pt")]:
+            weights |= torch.load(file, weights_only=True)
+    return weights
+
+
+def _epochs(folder: Path) -> list[Path]:
+    return sorted(folder.glob("epoch_*"), key=lambda path: int(path.name.split("_")[1]))
 
 
 def run(
@@ -421,18 +437,19 @@ def run(
     processes: int | None = None,
     env: Mapping[str, str] | None = None,
     overrides: Sequence[str] = (),
-    output_dir: Path | None = None,
+    resume: Run | None = None,
     timeout: float = 600,
 ) -> Run:
     """``tune run`` the recipe, torchtune's or with ``fused`` liger_fx's of the same name.
 
     backend: of torchtune's own calls to compile. processes: 2 for a distributed recipe unless
-    given. overrides: ``key=value`` for the command line. output_dir: a new folder beside the
-    config unless given.
+    given. overrides: ``key=value`` for the command line. resume: a run of more than one epoch
+    whose last epoch is to be run again, from what it saved before.
     """
     distributed = recipe.endswith("_distributed")
-    if output_dir is None:
-        output_dir = Path(tempfile.mkdtemp(prefix=f"{recipe}-", dir=config_path.parent))
+    output_dir = Path(tempfile.mkdtemp(prefix=f"{recipe}-", dir=config_path.parent))
+    if resume:
+        overrides = [*_interrupted(resume, output_dir), *overrides]
     launch = ["--nnodes", "1", "--nproc_per_node", str(processes or 2)] if distributed else []
     variables = _environment(env, backend)
     name = f"liger_fx/recipes/{recipe}" if fused else recipe
@@ -442,11 +459,26 @@ def run(
         str(Path(sys.executable).parent / "tune"), "run", *launch, name,
         "--config", str(config_path), f"output_dir={output_dir}", *overrides,
     ]  # fmt: skip
-    before = len(_read(output_dir / METRICS))
     start = time.perf_counter()
     output = _execute(command, variables, timeout, cwd=output_dir)
     seconds = time.perf_counter() - start
-    return Run(output_dir, output, _parse(_read(output_dir / METRICS)[before:]), seconds)
+    return Run(output_dir, output, _parse((output_dir / METRICS).read_text()), seconds)
+
+
+def _interrupted(run: Run, folder: Path) -> list[str]:
+    """Copy what ``run`` had saved before its last epoch; returns the settings to go on from it.
+
+    torchtune finds the state of the recipe and the adapters there by itself. Weights without an
+    adapter should be named; with one it loads those that the run began with.
+    """
+    for saved in [*_epochs(run.output_dir)[:-1], run.output_dir / "recipe_state"]:
+        shutil.copytree(saved, folder / saved.name)
+    latest = _epochs(folder)[-1]
+    settings = ["resume_from_checkpoint=True"]
+    if not (latest / "adapter_model.pt").exists():
+        weights = next(latest.glob("model-*.bin")).relative_to(folder)
+        settings.append(f"checkpointer.checkpoint_files=[{weights}]")
+    return settings
 
 
 def _environment(env: Mapping[str, str] | None, backend: str | None) -> dict[str, str]:
@@ -495,10 +527,6 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait(30)
     process.kill()
     process.wait()
-
-
-def _read(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
 
 
 def _parse(text: str) -> list[dict[str, float]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import importlib
 import itertools
 import json
@@ -20,13 +22,16 @@ from _recipe_parts import Losses, model
 from _util import DEVICE, TOLERANCES, only, relative_error
 from liger_fx.passes import linear_cross_entropy
 from omegaconf import OmegaConf
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torchtune import modules, training
 from torchtune.config import instantiate
 from torchtune.models import gemma, gemma2, llama2, llama3, llama3_2, mistral, phi3, qwen2
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 import liger_fx
-from liger_fx.torchtune import compile_layers, flatten, fuse_head, load_recipe
+from liger_fx import Report
+from liger_fx.torchtune import HeadNotFused, compile_layers, flatten, fuse_head, load_recipe
 
 capture = only(linear_cross_entropy)
 
@@ -178,6 +183,80 @@ def test_head_region_follows_the_stock_step(family, chunked, batch):
     assert len(list(net.parameters())) == len(expected) - 1
     (report,) = liger_fx.reports()
     assert report.counts == {"linear_cross_entropy": 1}
+
+
+@contextlib.contextmanager
+def group_of_one():
+    """FSDP2 shards, gathers and hooks in it as it does in a larger one."""
+    backend = "cuda:nccl,cpu:gloo" if DEVICE == "cuda" else "gloo"
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized():  # a recipe's clean-up ends it
+            torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def process_group():
+    with group_of_one():
+        yield
+
+
+@pytest.mark.parametrize("family", ["llama3", "llama3_2"], ids=["untied", "tied"])
+@pytest.mark.parametrize("sharded", [None, ["tok_embeddings", "output"]], ids=["root", "own"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_head_region_under_fsdp2(family, sharded, frozen, batch, process_group):
+    net = build(family)
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(not frozen or name.startswith("layers"))
+    reference = copy.deepcopy(net)
+    loss_fn = CEWithChunkedOutputLoss()
+    reference.set_num_output_chunks(loss_fn.num_output_chunks)
+    expected = gradients_of(recipe_step(reference, loss_fn), reference, batch)
+
+    net.set_num_output_chunks(loss_fn.num_output_chunks)
+    conditions = [functools.partial(training.get_shard_conditions, names_to_match=sharded)]
+    training.shard_model(checkpointed(net), conditions, cpu_offload=False)
+    keys = list(net.state_dict())
+    compile_layers(net, {"inner": "aot_eager"})
+    step = recipe_step(net, fuse_head(net, loss_fn, {"inner": "aot_eager"}))
+    for _ in range(2):  # the second time, the gathered weights are others
+        assert_close(gradients_of(step, net, batch), expected)
+    assert list(net.state_dict()) == keys
+    assert Report.merged(liger_fx.reports()).counts["linear_cross_entropy"] == 1
+    # Behind frozen embeddings the first layer's input needs no gradient: a graph of its own.
+    assert len(liger_fx.reports()) == 2 + frozen
+
+
+def gradients_of(step, net, batch):
+    net.zero_grad()
+    loss = step(*batch)
+    loss.backward()
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    return [loss.detach(), *(g.full_tensor() if isinstance(g, DTensor) else g for g in gradients)]
+
+
+def test_tensor_parallel_head_is_refused(process_group):
+    net = build("llama3")
+    mesh = torch.distributed.init_device_mesh(DEVICE, (1,), mesh_dim_names=("tp",))
+    parallelize_module(net, mesh, {"output": ColwiseParallel()})
+    with pytest.raises(HeadNotFused, match=r"output.weight is a DTensor over the mesh .*tp=1"):
+        fuse_head(net, torch.nn.CrossEntropyLoss())
+    assert net.unembed.__func__ is type(net).unembed
+
+
+def test_head_that_is_not_one_op_runs_as_the_recipe_has_it(batch, caplog):
+    net = build("llama3")
+    loss_fn = CEWithChunkedOutputLoss()
+    net.set_num_output_chunks(loss_fn.num_output_chunks)
+    expected = loss_and_gradients(recipe_step(net, loss_fn), net, *batch)
+    head = fuse_head(net, loss_fn, {"inner": "eager", "policy": ["rope"]})
+    for _ in range(2):
+        assert_close(loss_and_gradients(recipe_step(net, head), net, *batch), expected)
+    assert caplog.text.count("the projection and the loss are not fused") == 1
+    assert "not in the policy's list" in caplog.text
 
 
 def test_head_region_of_one_model_leaves_another_alone(batch):
@@ -353,6 +432,52 @@ def test_recipe_follows_the_stock_losses(overrides, recipes, tmp_path):
     assert ours == pytest.approx(theirs, rel=1e-4)
     counts = [r.counts for r in liger_fx.reports() if r.counts]
     assert counts and all(c == {"linear_cross_entropy": 1} for c in counts)
+
+
+LORA = {
+    "model": {
+        "_component_": "_recipe_parts.lora_model",
+        "lora_attn_modules": ["q_proj", "v_proj"],
+        "apply_lora_to_mlp": True,
+        "lora_rank": 4,
+        "lora_alpha": 8,
+    },
+    "lr_scheduler": {
+        "_component_": "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup",
+        "num_warmup_steps": 1,
+    },
+    "save_adapter_weights_only": False,
+    "liger_fx": {"inner": "inductor" if DEVICE == "cuda" else "aot_eager", "policy": "all"},
+}
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"custom_sharded_layers": ["tok_embeddings", "output"]},
+        PACKED,
+        pytest.param({"fsdp_cpu_offload": True}, marks=pytest.mark.gpu),
+        pytest.param({"enable_activation_offloading": True}, marks=pytest.mark.gpu),
+    ],
+    ids=["plain", "sharded_head", "packed", "cpu_offload", "offloading"],
+)
+def test_lora_under_fsdp2_follows_the_stock_losses(overrides, monkeypatch, tmp_path):
+    name, recipe = "lora_finetune_distributed", "LoRAFinetuneRecipeDistributed"
+    fused, stock = importlib.import_module(f"liger_fx.recipes.{name}"), load_recipe(name)
+    if DEVICE == "cpu":  # the recipe asks a GPU for its memory whatever the device is
+        for unneeded in ("get_memory_stats", "log_memory_stats", "cleanup_before_training"):
+            for module in (training, fused.stock.training):
+                monkeypatch.setattr(module, unneeded, lambda *_, **__: None)
+    with group_of_one():
+        ours = run_recipe(getattr(fused, recipe), recipe_config(tmp_path, **LORA, **overrides))
+    # torchtune's form cannot shard a tied head on its own: there, as it shards by default.
+    default = {k: v for k, v in overrides.items() if k != "custom_sharded_layers"}
+    with group_of_one():
+        config = recipe_config(tmp_path, **LORA, **default, compile=False)
+        theirs = run_recipe(getattr(stock, recipe), config)
+    assert ours == pytest.approx(theirs, rel=1e-4)
+    assert Report.merged(liger_fx.reports()).counts["linear_cross_entropy"] == 1
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
