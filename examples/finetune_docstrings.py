@@ -110,6 +110,8 @@ def main() -> int:
     ]
     cfg = OmegaConf.merge(OmegaConf.load(CONFIG), OmegaConf.from_dotlist(overrides))
     prepare(cfg)
+    if args.prepare:
+        return 0
     results = [run(arm, cfg, overrides) for arm in ARMS]
     return report(cfg, *results)
 
@@ -117,6 +119,7 @@ def main() -> int:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each run")
+    parser.add_argument("--prepare", action="store_true", help="write data and weights, and stop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="work folder")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -224,9 +224,8 @@ def _fingerprint() -> str:
 
 
 def environment() -> str:
-    """What decides, beside the options, what a graph becomes: versions and the device."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return f"torch={torch.__version__};{_FINGERPRINT};device={device}"
+    """What decides, beside the options, what a graph becomes."""
+    return f"torch={torch.__version__};{_FINGERPRINT}"
 
 
 _FINGERPRINT = _fingerprint()  # of what has just been imported: an editor may save any time later

@@ -6,9 +6,11 @@ import contextlib
 import copy
 import functools
 import importlib
+import importlib.metadata
 import itertools
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +33,16 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 import liger_fx
 from liger_fx import Report
-from liger_fx.torchtune import HeadNotFused, compile_layers, flatten, fuse_head, load_recipe
+from liger_fx.advice import advice
+from liger_fx.torchtune import (
+    HeadNotFused,
+    LayersRecipe,
+    _check_ranks_agree,
+    compile_layers,
+    flatten,
+    fuse_head,
+    load_recipe,
+)
 
 capture = only(linear_cross_entropy)
 
@@ -337,6 +348,85 @@ def test_stock_recipe_is_loaded_by_its_place():
     assert load_recipe("full_finetune_single_device").FullFinetuneRecipeSingleDevice
     with pytest.raises(ImportError, match=r"liger_fx needs torchtune 0\.6\.1"):
         load_recipe("no_such_recipe")
+
+
+@pytest.mark.parametrize("found", ["0.5.0", "none"])
+def test_another_torchtune_is_refused(found, monkeypatch):
+    monkeypatch.delitem(sys.modules, "liger_fx.recipes", raising=False)
+
+    def version(name):
+        if found == "none":
+            raise importlib.metadata.PackageNotFoundError
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ImportError, match=f"made for torchtune 0.6.1, installed is {found}: pip"):
+        importlib.import_module("liger_fx.recipes")
+
+
+def test_dotted_recipe_lists_the_paths():
+    """``tune run a.b`` runs ``a``: tune takes the rest for a suffix."""
+    with pytest.raises(SystemExit) as listed:
+        runpy.run_module("liger_fx.recipes", run_name="__main__")
+    folder = Path(torchtune.__file__).parent.parent / "recipes"
+    trainers = {p.stem for p in folder.glob("*.py") if "self._optimizer" in p.read_text()}
+    lines = str(listed.value).splitlines()
+    assert lines[0].startswith("Write the recipe as a path, `tune run liger_fx/recipes/<recipe>")
+    assert {line.strip() for line in lines[1:]} == {f"liger_fx/recipes/{t}" for t in trainers}
+
+
+def test_every_recipe_module_is_torchtunes_with_ours_in_front():
+    for path in Path(liger_fx.recipes.__file__).parent.glob("[a-z]*.py"):
+        ours = importlib.import_module(f"liger_fx.recipes.{path.stem}")
+        (recipe,) = (
+            c for c in vars(ours).values() if getattr(c, "__module__", "") == ours.__name__
+        )
+        assert issubclass(recipe, LayersRecipe)
+        assert getattr(ours.stock, recipe.__name__) is recipe
+        assert ours.recipe_main is ours.stock.recipe_main
+
+
+def ranks(monkeypatch, *, other):
+    """Two ranks, of which the other one compiles ``other``."""
+
+    def gather(everybody, mine):
+        everybody[:] = [mine, other(mine)]
+
+    monkeypatch.setattr(liger_fx.torchtune.utils, "get_world_size_and_rank", lambda: (2, 0))
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+
+
+def test_ranks_that_disagree_all_raise(monkeypatch):
+    settings = {"policy": "all"}
+    ranks(monkeypatch, other=lambda mine: mine)
+    _check_ranks_agree(True, settings)
+    ranks(monkeypatch, other=lambda mine: mine.replace("policy='all'", "policy='auto'"))
+    with pytest.raises(RuntimeError, match="the ranks disagree about what is compiled") as error:
+        _check_ranks_agree(True, settings)
+    _, zero, one = str(error.value).splitlines()
+    assert "rank 0" in zero and "policy='all'" in zero and "torch=" in zero
+    assert "rank 1" in one and "policy='auto'" in one
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        ("full_finetune_single_device", "`tune run liger_fx/recipes/full_finetune_single_device`"),
+        ("full_dpo_distributed", "its loss starts from logits, which is not fused yet"),
+        ("eleuther_eval", None),
+    ],
+)
+def test_advice_in_a_stock_recipe(recipe, says, monkeypatch):
+    path = Path(torchtune.__file__).parent.parent / "recipes" / f"{recipe}.py"
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(path))
+    advice.cache_clear()
+    found = advice()
+    advice.cache_clear()
+    assert found is None if says is None else says in found
+
+
+def test_no_advice_elsewhere():
+    assert advice() is None
 
 
 def recipe_config(folder, **overrides):
