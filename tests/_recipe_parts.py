@@ -52,6 +52,26 @@ def lora_model(**overrides: Any) -> torch.nn.Module:
     return lora_llama3_2(**SIZES | overrides)
 
 
+class FocalLoss(torch.nn.Module):
+    """A loss of a user's own, on the cross-entropy of each token."""
+
+    ignore_index = -100
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        return ((1 - torch.exp(-each)) ** 2 * each).sum() / (labels != self.ignore_index).sum()
+
+
+class ZLoss(torch.nn.Module):
+    """One that needs more of the logits."""
+
+    ignore_index = -100
+
+    def forward(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        penalty = logits.logsumexp(-1).square().mean()
+        return torch.nn.functional.cross_entropy(logits, labels) + 1e-4 * penalty
+
+
 class Losses:
     """A metric logger that keeps the losses of the run."""
 

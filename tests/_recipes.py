@@ -452,8 +452,9 @@ def run(
         overrides = [*_interrupted(resume, output_dir), *overrides]
     launch = ["--nnodes", "1", "--nproc_per_node", str(processes or 2)] if distributed else []
     variables = _environment(env, backend)
+    variables.setdefault("HF_DATASETS_CACHE", str(config_path.parent / "datasets"))
     name = f"liger_fx/recipes/{recipe}" if fused else recipe
-    if distributed and not torch.cuda.is_available():
+    if distributed and _device(config_path, overrides) == "cpu":
         variables[ON_CPU], name = name, Path(__file__).stem
     command = [
         str(Path(sys.executable).parent / "tune"), "run", *launch, name,
@@ -463,6 +464,11 @@ def run(
     output = _execute(command, variables, timeout, cwd=output_dir)
     seconds = time.perf_counter() - start
     return Run(output_dir, output, _parse((output_dir / METRICS).read_text()), seconds)
+
+
+def _device(config_path: Path, overrides: Sequence[str]) -> str:
+    given = dict(item.split("=", 1) for item in overrides if "=" in item)
+    return given.get("device") or OmegaConf.load(config_path).device
 
 
 def _interrupted(run: Run, folder: Path) -> list[str]:
@@ -539,13 +545,13 @@ def _parse(text: str) -> list[dict[str, float]]:
     return steps
 
 
-# -- distributed recipes without a GPU -------------------------------------------------------------
+# -- distributed recipes on a CPU ------------------------------------------------------------------
 
 ON_CPU = "RECIPE_ON_CPU"
 
 
 def _run_on_cpu(recipe: str) -> None:
-    """What ``tune run`` starts in place of a distributed recipe where there is no GPU.
+    """What ``tune run`` starts in place of a distributed recipe whose device is a CPU.
 
     torchtune 0.6.1 cannot run them there: most ask for NCCL whatever the device is, and all ask for
     the GPU's memory in use and empty its cache. These calls are answered here, in this process

@@ -481,11 +481,12 @@ def recipes():
     "overrides",
     [
         {},
-        {"loss": {"_component_": "torch.nn.CrossEntropyLoss"}},
+        {"loss": {"_component_": "torch.nn.CrossEntropyLoss", "label_smoothing": 0.1}},
+        {"loss": {"_component_": "_recipe_parts.FocalLoss"}},
         {"optimizer_in_bwd": True, "gradient_accumulation_steps": 1},
         {"enable_activation_checkpointing": False, "clip_grad_norm": 1.0},
     ],
-    ids=["chunked_loss", "plain_loss", "optimizer_in_bwd", "no_checkpointing"],
+    ids=["chunked_loss", "plain_loss", "own_loss", "optimizer_in_bwd", "no_checkpointing"],
 )
 def test_recipe_follows_the_stock_recipe(overrides, recipes, tmp_path):
     fused, stock = recipes
@@ -607,6 +608,15 @@ def test_recipe_reports(recipes, tmp_path, caplog):
     assert caplog.text.count("linear_cross_entropy  replaced") == 1
     reports = json.loads((tmp_path / "out" / "liger_fx_report.json").read_text())
     assert [r["counts"] for r in reports if r["counts"]] == [{"linear_cross_entropy": 1}]
+
+
+def test_loss_that_needs_the_logits_runs_as_in_the_stock_recipe(recipes, tmp_path, caplog):
+    overrides = {"loss": {"_component_": "_recipe_parts.ZLoss"}}
+    ours = run_recipe(recipes[0], recipe_config(tmp_path, **overrides))
+    theirs = run_recipe(recipes[1], recipe_config(tmp_path, **overrides, compile=False))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert caplog.text.count("the projection and the loss are not fused") == 1
+    assert "is also used by `logsumexp`" in caplog.text
 
 
 def test_recipe_without_compile_is_the_stock_recipe(recipes, tmp_path, caplog):
