@@ -222,7 +222,8 @@ def candidates(view: View, pattern: Pattern) -> Iterator[fx.Node]:
 
 
 def interior(view: View, root: fx.Node, bindings: dict[str, Any]) -> set[fx.Node]:
-    """The nodes between the bindings and the root: what the match computes."""
+    """The nodes between the bindings and the root: what the match computes, and what nobody reads
+    of it. Dynamo leaves a view or cast in the graph whose result is dropped."""
     bound = {value for value in bindings.values() if isinstance(value, fx.Node)}
     found: set[fx.Node] = set()
     todo = [root]
@@ -235,7 +236,17 @@ def interior(view: View, root: fx.Node, bindings: dict[str, Any]) -> set[fx.Node
             continue
         found.add(node)
         todo += data_inputs(node)
-    return found
+    return found.union(*(_unread(node) for node in found - {root}))
+
+
+def _unread(node: fx.Node) -> set[fx.Node]:
+    """The users of ``node`` that are views and casts, if nobody uses those in the end."""
+    dead: set[fx.Node] = set()
+    for user in node.users:
+        below = _unread(user)
+        if op_name(user) in ("cast", "reshape", "getitem") and below >= set(user.users):
+            dead |= {user} | below
+    return dead
 
 
 def data_inputs(node: fx.Node) -> list[fx.Node]:

@@ -451,7 +451,7 @@ def run(
     if resume:
         overrides = [*_interrupted(resume, output_dir), *overrides]
     launch = ["--nnodes", "1", "--nproc_per_node", str(processes or 2)] if distributed else []
-    variables = _environment(env, backend)
+    variables = environment({"TORCH_COMPILE_BACKEND": backend or "inductor", **(env or {})})
     variables.setdefault("HF_DATASETS_CACHE", str(config_path.parent / "datasets"))
     name = f"liger_fx/recipes/{recipe}" if fused else recipe
     if distributed and _device(config_path, overrides) == "cpu":
@@ -487,11 +487,10 @@ def _interrupted(run: Run, folder: Path) -> list[str]:
     return settings
 
 
-def _environment(env: Mapping[str, str] | None, backend: str | None) -> dict[str, str]:
+def environment(changes: Mapping[str, str]) -> dict[str, str]:
+    """Of a process that runs a recipe."""
     variables = dict(os.environ)
     variables.pop("TORCH_COMPILE_BACKEND", None)
-    if backend:
-        variables["TORCH_COMPILE_BACKEND"] = backend
     paths = [str(HERE), str(EXAMPLES), os.environ.get("PYTHONPATH", "")]
     return (
         variables
@@ -502,7 +501,7 @@ def _environment(env: Mapping[str, str] | None, backend: str | None) -> dict[str
             "TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1",
             "HF_HUB_OFFLINE": "1",
         }
-        | dict(env or {})
+        | dict(changes)
     )
 
 
@@ -550,13 +549,10 @@ def _parse(text: str) -> list[dict[str, float]]:
 ON_CPU = "RECIPE_ON_CPU"
 
 
-def _run_on_cpu(recipe: str) -> None:
-    """What ``tune run`` starts in place of a distributed recipe whose device is a CPU.
-
-    torchtune 0.6.1 cannot run them there: most ask for NCCL whatever the device is, and all ask for
-    the GPU's memory in use and empty its cache. These calls are answered here, in this process
-    alone; the recipe is as it is.
-    """
+def answer_for_a_gpu() -> None:
+    """torchtune 0.6.1 cannot run distributed recipes on a CPU: most ask for NCCL whatever the device
+    is, and all ask for the GPU's memory in use and empty its cache. From here on these calls are
+    answered, in this process alone."""
     from torchtune import training
 
     start = torch.distributed.init_process_group
@@ -564,6 +560,11 @@ def _run_on_cpu(recipe: str) -> None:
     unused = dict.fromkeys(("peak_memory_active", "peak_memory_alloc", "peak_memory_reserved"), 0)
     training.get_memory_stats = lambda device: unused
     training.cleanup_before_training = lambda: None
+
+
+def _run_on_cpu(recipe: str) -> None:
+    """What ``tune run`` starts in place of a distributed recipe whose device is a CPU."""
+    answer_for_a_gpu()
     if "/" in recipe:
         runpy.run_module(recipe.replace("/", "."), run_name="__main__")
     else:

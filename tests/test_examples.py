@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from _recipes import SMALL, environment, prepare
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -43,3 +45,50 @@ def test_huggingface_trainer(tmp_path: Path) -> None:
     assert len(losses) == 10 and losses[-1] < losses[0] - 1
     assert "replaced" not in run_example(name, tmp_path, TORCH_COMPILE_DISABLE="1")
     assert trainer_losses() == pytest.approx(losses, rel=0, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """What makes the demo's configuration small: data, weights and sizes of the recipe tests."""
+    data = prepare(tmp_path_factory.mktemp("data"))
+    sizes = [f"model.{name}={size}" for name, size in SMALL.items()]
+    return [
+        f"dataset.data_files={data / 'instruct.jsonl'}",
+        f"tokenizer.path={data / 'tokenizer.json'}",
+        "tokenizer.max_seq_len=96",
+        f"checkpointer.checkpoint_dir={data / 'checkpoints' / 'tied'}",
+        "checkpointer.checkpoint_files=[model.pt]",
+        *sizes,
+        "batch_size=4",
+        "max_steps_per_epoch=2",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("stock_recipe", "`tune run liger_fx/recipes/full_finetune_single_device`"),
+        ("fused_recipe", "linear_cross_entropy  replaced"),
+        ("lora_recipe", "linear_cross_entropy  replaced"),
+        ("distributed_recipe", "linear_cross_entropy  replaced"),
+    ],
+)
+def test_recipe_scripts(name: str, says: str, small: list[str], tmp_path: Path) -> None:
+    variables = {"LIGER_FX_INNER": "aot_eager", "DEVICE": "cpu"}
+    variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if name == "distributed_recipe" and not torch.cuda.is_available():
+        # Python runs a module of this name when it starts, torchrun's workers among it.
+        (tmp_path / "sitecustomize.py").write_text("import _recipes; _recipes.answer_for_a_gpu()")
+        variables["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(Path(__file__).parent)])
+    done = subprocess.run(
+        ["sh", f"examples/{name}.sh", *small, f"output_dir={tmp_path / 'out'}"],
+        cwd=ROOT,
+        env=environment(variables),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert says in done.stdout + done.stderr
+    steps = (tmp_path / "out" / "steps.jsonl").read_text().splitlines()
+    assert len(steps) == 2

@@ -152,6 +152,29 @@ def test_refuses_values_that_escape(fn, reason):
     assert reason in [r.reason for r in rewritten(fn, A, B).report.rejections]
 
 
+def test_views_and_casts_that_nobody_reads_go_too():
+    """accelerate upcasts the logits that a model returns, whether or not its caller keeps them."""
+
+    def fn(g, u):
+        s = F.silu(g)
+        s.double().view(-1)[:2]
+        return s * u
+
+    found = rewritten(fn, A, B)
+    assert found.report.counts and not found.report.rejections
+    names = [node.name for node in found.gm.graph.nodes if node.op.startswith("call")]
+    assert names == ["sub"]
+
+
+def test_refuses_a_view_that_is_written():
+    def fn(g, u):
+        s = F.silu(g)
+        s.view(-1).add_(1)
+        return s * u
+
+    assert not rewritten(fn, A, B).report.counts
+
+
 def test_refuses_inputs_written_between_reading_and_replacing():
     def fn(g, u):
         g = g + 0
