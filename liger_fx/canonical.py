@@ -218,6 +218,9 @@ def _specialised_number(value: Any) -> float | int | bool | None:
 _SIGNATURES: dict[Any, dict[str, Any]] = {
     F.linear: dict(input=None, weight=None, bias=None),
     F.gelu: dict(input=None, approximate="none"),
+    torch.log_softmax: dict(input=None, dim=None, _stacklevel=3, dtype=None),  # as F.log_softmax
+    torch.logsumexp: dict(input=None, dim=None, keepdim=False),
+    torch.gather: dict(input=None, dim=None, index=None),
     torch.rms_norm: dict(input=None, normalized_shape=None, weight=None, eps=None),
 }
 

@@ -243,9 +243,10 @@ def _unread(node: fx.Node) -> set[fx.Node]:
     """The users of ``node`` that are views and casts, if nobody uses those in the end."""
     dead: set[fx.Node] = set()
     for user in node.users:
-        below = _unread(user)
-        if op_name(user) in ("cast", "reshape", "getitem") and below >= set(user.users):
-            dead |= {user} | below
+        if op_name(user) in ("cast", "reshape", "getitem"):
+            below = _unread(user)
+            if below >= set(user.users):
+                dead |= {user} | below
     return dead
 
 
@@ -317,15 +318,29 @@ class Legality:
                 raise Reject(f"{name} ({value.name}) is computed only after {first.name}")
 
     def _no_mutation(self, match: Match) -> None:
-        inputs = {v for v in match.bindings.values() if isinstance(v, fx.Node)}
-        window = self._window(match)
-        for node in match.nodes | inputs:
-            for write in self.writes.get(storage_key(node) or 0, ()):
-                if write not in match.nodes and self.view.position[write] in window:
+        """Nothing may write to what the match reads between there and where the new node reads it,
+        which is where the first of the outputs stood."""
+        position = self.view.position
+        new, end = min(position[node] for node in match.outputs), position[match.root]
+        for key, (read, node) in self._first_reads(match).items():
+            for write in self.writes[key]:
+                if write not in match.nodes and min(read, new) <= position[write] < end:
                     raise Reject(
                         f"{node.name} is written in place by `{name_of(op_name(write))}` "
                         f"({write.name}) before `{name_of(op_name(match.root))}`"
                     )
+
+    def _first_reads(self, match: Match) -> dict[int, tuple[int, fx.Node]]:
+        """Of each storage that is written somewhere: the first position at which the match holds
+        it, and what holds it there."""
+        position = self.view.position
+        reads: dict[int, tuple[int, fx.Node]] = {}
+        for node in sorted(match.nodes, key=position.__getitem__):
+            for value in (*node.all_input_nodes, node):
+                key = storage_key(value)
+                if key in self.writes:
+                    reads.setdefault(key, (position[node], value))
+        return reads
 
     def _one_grad_mode(self, match: Match) -> None:
         if len({self._grad_mode(node) for node in match.nodes}) > 1:
@@ -335,10 +350,6 @@ class Legality:
         """Is grad mode on where the node runs?"""
         before = [s for s in self.grad_mode if self.view.position[s] < self.view.position[node]]
         return before[-1].args[0] if before else torch.is_grad_enabled()
-
-    def _window(self, match: Match) -> range:
-        first = min(self.view.position[node] for node in match.nodes)
-        return range(first, self.view.position[match.root])
 
 
 def _stays(node: fx.Node, nodes: set[fx.Node]) -> bool:

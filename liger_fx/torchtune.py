@@ -12,10 +12,12 @@ the partitioner recomputes only what the backward needs.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -28,7 +30,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torchtune import training, utils
+from torchtune import rlhf, training, utils
 from torchtune.modules import (
     TiedLinear,
     TransformerCrossAttentionLayer,
@@ -52,14 +54,15 @@ class HeadNotFused(RuntimeError):
     """Projection and loss stay apart, as in torchtune's recipe; the message says why."""
 
 
-class HeadLoss(nn.Module):
-    """``loss_fn(unembed(hidden), labels)``, in the shapes in which a torchtune recipe calls a loss.
+class Head(nn.Module):
+    """``_outcome(unembed(hidden), labels)``, compiled as one region around one op.
 
-    hidden: [b, s, d], or [b * s, d] as a recipe flattens what the model returns. labels: [b, s] or
-    [b * s], shifted already. Attributes of ``loss_fn``, ``ignore_index`` first, are its own.
-    Where the two cannot be one op (LoRA on the head, say) they run as in the stock recipe, and the
-    log says why.
+    Where there is no such op (LoRA on the head, say) it runs as in the stock recipe, and the log
+    says why. ``rewrite``: the name of the one that makes the op.
     """
+
+    rewrite: str
+    decoder: Any
 
     def __init__(self, decoder: nn.Module, loss_fn: nn.Module, options: dict[str, Any]) -> None:
         super().__init__()
@@ -67,17 +70,13 @@ class HeadLoss(nn.Module):
         self._options = options or None
         # Not a submodule: its parameters are the model's.
         object.__setattr__(self, "decoder", _without_hooks(decoder))
-        self._region = torch.compile(self._loss_of, backend=_head_or_nothing, options=self._options)
+        backend = functools.partial(_head_or_nothing, self.rewrite)
+        self._region = torch.compile(self._outcome, backend=backend, options=self._options)
         self._fused = True
-        owner = _owner(decoder)
-        self._enter = _through(owner, self._loss) if isinstance(owner, FSDPModule) else self._loss
+        owner, run = _owner(decoder), self._region_or_stock
+        self._enter = _through(owner, run) if isinstance(owner, FSDPModule) else run
 
-    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        if hidden.dim() == 2:  # one long sequence: torchtune's chunks run along dimension 1
-            hidden, labels = hidden.unsqueeze(0), labels.unsqueeze(0)
-        return self._enter(hidden, labels)
-
-    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _region_or_stock(self, hidden: Tensor, labels: Tensor) -> Any:
         if self._fused:
             try:
                 return self._region(hidden, labels)
@@ -86,15 +85,39 @@ class HeadLoss(nn.Module):
                     raise
                 utils.log_rank_zero(log, str(failure.inner_exception), logging.WARNING)
                 self._fused = False
-                compile_loss(self.loss_fn, self._options)
-        return self._loss_of(hidden, labels)
+                self._compile_parts()
+        return self._outcome(hidden, labels)
 
-    def _loss_of(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _outcome(self, hidden: Tensor, labels: Tensor) -> Any:
+        raise NotImplementedError
+
+    def _compile_parts(self) -> None:
+        """Compile what torchtune compiles beside the layers."""
+
+
+class HeadLoss(Head):
+    """``loss_fn(unembed(hidden), labels)``, in the shapes in which a torchtune recipe calls a loss.
+
+    hidden: [b, s, d], or [b * s, d] as a recipe flattens what the model returns. labels: [b, s] or
+    [b * s], shifted already. Attributes of ``loss_fn``, ``ignore_index`` first, are its own.
+    """
+
+    rewrite = "linear_cross_entropy"
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        if hidden.dim() == 2:  # one long sequence: torchtune's chunks run along dimension 1
+            hidden, labels = hidden.unsqueeze(0), labels.unsqueeze(0)
+        return self._enter(hidden, labels)
+
+    def _outcome(self, hidden: Tensor, labels: Tensor) -> Tensor:
         logits: Any = self.decoder.unembed(hidden)
         if not isinstance(logits, list):
             labels = labels.reshape(-1)
             logits = logits.reshape(-1, logits.size(-1))
         return self.loss_fn(logits, labels)
+
+    def _compile_parts(self) -> None:
+        compile_loss(self.loss_fn, self._options)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -103,16 +126,59 @@ class HeadLoss(nn.Module):
             return getattr(super().__getattr__("loss_fn"), name)
 
 
+class HeadLogProbs(Head):
+    """torchtune's ``get_batch_log_probs(unembed(hidden), labels)``, and the mean of the logits of
+    each sequence, which its DPO recipes log.
+
+    hidden: [b, s, d]. labels: [b, s], not shifted. Returns `Scores` of b sequences.
+    """
+
+    rewrite = "linear_logprobs"
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Scores:
+        return Scores(*self._enter(hidden, labels))
+
+    def _outcome(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logprobs = rlhf.get_batch_log_probs(self.decoder.unembed(hidden), labels)
+        # The projection is linear: the mean of its values is its value of the mean.
+        of_mean = self.decoder.output(self.decoder.norm(hidden).mean(1))
+        return logprobs, of_mean.float().mean(-1).detach()
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a DPO recipe takes of the logits of some sequences, in the place of the logits.
+
+    logprobs: [b], of each sequence. means: [b], the mean of its logits. A slice is of sequences.
+    """
+
+    logprobs: Tensor
+    means: Tensor
+
+    def __getitem__(self, sequences: slice) -> Scores:
+        return Scores(self.logprobs[sequences], self.means[sequences])
+
+    def detach(self) -> Scores:
+        return self
+
+    def mean(self) -> Tensor:
+        """Of all logits, as the sequences are of one length."""
+        return self.means.mean()
+
+
 def fuse_head(
-    model: nn.Module, loss_fn: nn.Module, options: Mapping[str, Any] | None = None
-) -> HeadLoss:
+    model: nn.Module,
+    loss_fn: nn.Module,
+    options: Mapping[str, Any] | None = None,
+    kind: type[Head] = HeadLoss,
+) -> Any:
     """Move the head of ``model`` into the loss, and compile both as one region.
 
     model: a torchtune TransformerDecoder or DeepFusionModel, sharded by FSDP2 or not; this instance
-    then returns hidden states. loss_fn: the recipe's loss. Returns the loss to call as
-    ``loss(hidden, labels)``. Raises TypeError for a model without torchtune's ``unembed``,
-    ValueError for one whose head was moved before, HeadNotFused for a head that is parallel over
-    its vocabulary.
+    then returns hidden states. loss_fn: the recipe's loss. Returns a `HeadLoss`, or another
+    ``kind``, to call as ``head(hidden, labels)``. Raises TypeError for a model without torchtune's
+    ``unembed``, ValueError for one whose head was moved before, HeadNotFused for a head that is
+    parallel over its vocabulary.
     """
     decoder = getattr(model, "decoder", model)
     if not hasattr(decoder, "unembed"):
@@ -123,7 +189,7 @@ def fuse_head(
     if decoder.unembed is _identity:
         raise ValueError("the head of this model has been moved into a loss already")
     _refuse_tensor_parallel(model, decoder)
-    head = HeadLoss(decoder, loss_fn, dict(options or {}))
+    head = kind(decoder, loss_fn, dict(options or {}))
     decoder.unembed = _identity
     if isinstance(model, FSDPModule):
         # What the root itself holds, the head's norm and weight, must outlast the root's forward.
@@ -185,14 +251,21 @@ def _refuse_tensor_parallel(model: nn.Module, decoder: nn.Module) -> None:
 
 
 def _head_or_nothing(
-    gm: fx.GraphModule, example_inputs: list[Any], *, options: dict[str, Any] | None = None
+    rewrite_name: str,
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    *,
+    options: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """The backend of the head region: a head that is not one op is not worth a region."""
+    """The backend of a head: where it does not become one op, the region is not worth it.
+
+    Without gradients nothing is kept of the logits, and small ones may stay.
+    """
     parsed = parse_options(options)
-    name = "linear_cross_entropy"
     report = rewrite(gm, parsed)
-    if name not in report.counts and name not in parsed.require:
-        why = report.why_not(name) or "no cross-entropy was found in the loss"
+    made = rewrite_name in report.counts
+    if not made and rewrite_name not in parsed.require and torch.is_grad_enabled():
+        why = report.why_not(rewrite_name) or "what the loss does with the logits is not known"
         raise HeadNotFused(
             f"the projection and the loss are not fused, and run as in torchtune's recipe: {why}"
         )
@@ -259,7 +332,15 @@ def entry_point(stock: ModuleType, recipe: type) -> Callable[[], None]:
     setattr(stock, recipe.__name__, recipe)
     ours = {"compile_model": lambda model, **_: None, "compile_loss": lambda loss, **_: loss}
     stock.training = SimpleNamespace(**vars(training) | ours)  # type: ignore[attr-defined]
+    if hasattr(stock, "rlhf"):  # of the recipes that ask it for log-probabilities
+        stock.rlhf = SimpleNamespace(**vars(rlhf) | {"get_batch_log_probs": _log_probs})  # type: ignore[attr-defined]
     return stock.recipe_main
+
+
+def _log_probs(logits: Tensor | Scores, labels: Tensor, **how: Any) -> Tensor:
+    if isinstance(logits, Scores):
+        return logits.logprobs
+    return rlhf.get_batch_log_probs(logits, labels, **how)
 
 
 class LayersRecipe:
@@ -324,6 +405,37 @@ class FusedRecipe(LayersRecipe):
         except HeadNotFused as reason:
             utils.log_rank_zero(log, str(reason), logging.WARNING)
             compile_loss(self._loss_fn, self._settings)
+
+
+class FusedDPORecipe(LayersRecipe):
+    """The same for preference training: of each model the head is fused with the log-probabilities
+    that the loss takes of its logits."""
+
+    _model: nn.Module
+
+    def _compile_losses(self) -> None:
+        self._heads: dict[nn.Module, HeadLogProbs] = {}
+        compile_loss(self._loss_fn, self._settings)
+        try:
+            if getattr(self, "_enable_activation_offloading", False):
+                raise HeadNotFused("the projection is not fused: its values would be offloaded")
+            for model in filter(None, (self._model, getattr(self, "_ref_model", None))):
+                self._heads[model] = fuse_head(model, self._loss_fn, self._settings, HeadLogProbs)
+        except HeadNotFused as reason:
+            utils.log_rank_zero(log, str(reason), logging.WARNING)
+
+    def concatenated_forward(self, model: nn.Module, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        head = self._heads.get(model) if self._compiles else None
+
+        def scores(tokens: Tensor) -> Scores:
+            hidden = model(tokens)
+            found = head(hidden, batch[1].to(hidden.device))  # type: ignore[misc]
+            if isinstance(model, FSDPModule) and model is not self._model:
+                model.reshard()  # a reference on its own: no backward will do it
+            return found
+
+        forward = super().concatenated_forward  # type: ignore[misc]
+        return forward(scores if head else model, batch, *args, **kwargs)
 
 
 class FusedQATRecipe(FusedRecipe):

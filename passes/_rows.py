@@ -1,4 +1,4 @@
-"""The rows of logits between projection and loss.
+"""A projection, and the rows of its logits on the way to a loss.
 
 Whatever happens to rows of logits happens as well to rows of the hidden state: reshapes of leading
 dimensions, slices of positions (``logits[..., :-1, :]``), and casts, which only widen.
@@ -14,7 +14,7 @@ from liger_fx.matcher import Match, Reject
 from liger_fx.pattern import chain
 
 
-def _keeps_rows(node: fx.Node) -> bool:
+def keeps_rows(node: fx.Node) -> bool:
     source = node.args[0] if node.args else None
     before, after = fake(source), fake(node)
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
@@ -39,7 +39,36 @@ def _is_row_slice(index: Any, dims: int) -> bool:
     return len(items) < dims or items[-1] in (slice(None), slice(0, None))
 
 
-rows = chain("rows", _keeps_rows)
+rows = chain("rows", keeps_rows)
+
+
+def logits_of(match: Match) -> torch.Tensor:
+    """The fake logits, as the projection makes them."""
+    return next(fake(n) for n in match.nodes if op_name(n) == "linear")
+
+
+def check_projection(match: Match, weight: torch.Tensor) -> None:
+    """Raise `Reject` for a projection that the head ops do not compute."""
+    logits = logits_of(match)
+    if weight.dim() != 2:
+        raise Reject(f"the projection's weight is {weight.dim()}-D, expected 2-D [classes, hidden]")
+    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise Reject(f"the logits are {logits.dtype}; the kernel computes in float32")
+    if match.output.dtype == torch.float64:
+        raise Reject("the loss is computed in torch.float64; the kernel computes in float32")
+
+
+def head_arguments(match: Match, hidden: fx.Proxy, weight: fx.Proxy, bias: Any) -> tuple[Any, ...]:
+    """Hidden state, weight and bias as the projection takes them, for the rows that are kept.
+
+    Under autocast it runs in another dtype than its operands: cast as autocast does.
+    """
+    given = {"hidden": slice_rows(match, hidden), "weight": weight, "bias": bias}
+    return tuple(_as(p, match.values[name], logits_of(match).dtype) for name, p in given.items())
+
+
+def _as(proxy: Any, value: torch.Tensor | None, dtype: torch.dtype) -> Any:
+    return proxy if value is None or value.dtype == dtype else proxy.to(dtype)
 
 
 def check_rows(match: Match) -> None:

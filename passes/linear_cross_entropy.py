@@ -11,16 +11,20 @@ Numerics     Logits in the projection's dtype, softmax in fp32, parameter gradie
              ``mean`` stays a division in the graph: 0 valid tokens give nan, as in eager.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from liger_fx.passes._chunked_loss import merge_chunked_losses
-from liger_fx.passes._rows import check_rows, rows, slice_rows
+from liger_fx.passes._rows import (
+    check_projection,
+    check_rows,
+    head_arguments,
+    logits_of,
+    rows,
+)
 from torch import fx
 
 from liger_fx import ops
-from liger_fx.canonical import fake, hint, op_name, specialise
+from liger_fx.canonical import fake, hint, specialise
 from liger_fx.matcher import Match, Reject
 from liger_fx.ops.chunked_head import chunk_tokens_for
 from liger_fx.rewrite import Rewrite
@@ -63,17 +67,11 @@ def lora_head(
 
 
 def check(match: Match, weight, target, class_weight, ignore_index, softcap=1.0):
-    logits = _logits(match)
     if class_weight is not None:
         raise Reject("class weights are given; Liger's fused kernel weighs all classes alike")
     if target.is_floating_point():
         raise Reject("the target is class probabilities, not class indices")
-    if weight.dim() != 2:
-        raise Reject(f"the projection's weight is {weight.dim()}-D, expected 2-D [classes, hidden]")
-    if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise Reject(f"the logits are {logits.dtype}; the kernel computes in float32")
-    if match.output.dtype == torch.float64:
-        raise Reject("the loss is computed in torch.float64; the kernel computes in float32")
+    check_projection(match, weight)
     if not _classes_are_where_expected(match, target):
         raise Reject("the class dimension of the loss is not the projection's output dimension")
     check_rows(match)
@@ -82,8 +80,7 @@ def check(match: Match, weight, target, class_weight, ignore_index, softcap=1.0)
     cap = hint(softcap)
     if cap is None or cap <= 0:
         raise Reject("the softcap is computed in the graph or not positive, expected a constant")
-    if not logits.requires_grad and _fits_one_chunk(match, logits):
-        raise Reject("no gradient is needed and the logits fit one chunk: nothing would be saved")
+    _check_gain(match, target.numel())
 
 
 def replace(
@@ -96,21 +93,16 @@ def replace(
     reduction,
     label_smoothing,
 ):
-    hidden = slice_rows(match, hidden)
-    # Under autocast the projection ran in another dtype than its operands: cast as autocast did.
-    hidden, weight, bias = (
-        _as(proxy, match.values[name], _logits(match).dtype)
-        for name, proxy in (("hidden", hidden), ("weight", weight), ("bias", bias))
-    )
     softcap = specialise(match.values.get("softcap", 0.0))
-    head = (hidden, weight, bias, target, ignore_index, float(label_smoothing), softcap)
+    arguments = head_arguments(match, hidden, weight, bias)
+    head = (*arguments, target, ignore_index, float(label_smoothing), softcap)
     chunking = (
         match.settings["chunk_tokens"],
         match.settings["accum_dtype"],
         match.settings["skip_ignored"],
     )
     if reduction == "none":
-        loss = ops.linear_cross_entropy_per_token(*head, *chunking)
+        loss = ops.linear_cross_entropy_per_token(*head, 1.0, *chunking)
     else:
         needed = (_needs_gradient(match, name) for name in ("hidden", "weight", "bias"))
         loss = ops.linear_cross_entropy(*head, *needed, *chunking)[0]
@@ -119,19 +111,20 @@ def replace(
     return loss if match.output.dtype == torch.float32 else loss.to(match.output.dtype)
 
 
-def _logits(match: Match) -> torch.Tensor:
-    """The fake logits, as the projection makes them."""
-    return next(fake(n) for n in match.nodes if op_name(n) == "linear")
-
-
-def _as(proxy: Any, value: Any, dtype: torch.dtype) -> Any:
-    return proxy if value is None or value.dtype == dtype else proxy.to(dtype)
+def _check_gain(match: Match, tokens: int | torch.SymInt) -> None:
+    """Raise `Reject` where the logits are small and nobody needs them for a gradient."""
+    logits = logits_of(match)
+    limit = match.settings["chunk_tokens"] or chunk_tokens_for(
+        logits.shape[-1], logits.element_size(), logits.device.type
+    )
+    if not logits.requires_grad and isinstance(tokens, int) and tokens <= limit:
+        raise Reject("no gradient is needed and the logits fit one chunk: nothing would be saved")
 
 
 def _needs_gradient(match: Match, name: str) -> bool:
     # The logits' own flag is false where grad mode is off.
     value = match.values[name]
-    return value is not None and value.requires_grad and _logits(match).requires_grad
+    return value is not None and value.requires_grad and logits_of(match).requires_grad
 
 
 def _classes_are_where_expected(match: Match, target: torch.Tensor) -> bool:
@@ -140,14 +133,6 @@ def _classes_are_where_expected(match: Match, target: torch.Tensor) -> bool:
     logits = fake(root.args[0] if root.args else root.kwargs["input"])
     dims = {3} if match.pattern.name == "classes_second" else {1, 2}
     return logits.dim() in dims and target.dim() == logits.dim() - 1
-
-
-def _fits_one_chunk(match: Match, logits: torch.Tensor) -> bool:
-    tokens = match.values["target"].numel()
-    limit = match.settings["chunk_tokens"] or chunk_tokens_for(
-        logits.shape[-1], logits.element_size(), logits.device.type
-    )
-    return isinstance(tokens, int) and tokens <= limit
 
 
 linear_cross_entropy = Rewrite(

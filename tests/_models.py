@@ -17,7 +17,7 @@ import torch
 from _util import DEVICE
 from liger_fx.passes import DEFAULT
 from torch import Tensor, nn
-from torchtune import training
+from torchtune import rlhf, training
 from torchtune.models import (
     gemma,
     gemma2,
@@ -103,6 +103,7 @@ ELSEWHERE = Refused(
 
 LLAMA: Cells = dict(
     linear_cross_entropy=once,
+    linear_logprobs=NONE,
     cross_entropy=WITH_HEAD,
     rope=2 * n,
     add_rms_norm=2 * n,
@@ -228,6 +229,11 @@ def recipe_loss(net: nn.Module, tokens: Tensor, labels: Tensor, **inputs: Any) -
     logits = net(tokens, **inputs)
     labels = shifted(labels).reshape(-1)
     return _cross_entropy(logits.reshape(-1, logits.size(-1)), labels)
+
+
+def dpo_loss(net: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+    """What torchtune's DPO recipes take of the logits."""
+    return -rlhf.get_batch_log_probs(net(tokens), labels).mean()
 
 
 def shifted(labels: Tensor) -> Tensor:
@@ -503,6 +509,12 @@ MODES = [
     hf_llama(LLAMA | CHECKPOINTED, mode=checkpoint_inside),
     hf_llama(LLAMA, mode=autocast_outside, tolerance=HALF),
     hf_llama(twice(LLAMA), mode=second_length, graphs=2),
+    tune(
+        "llama3 (DPO)",
+        sized(llama3.llama3),
+        LLAMA | dict(linear_cross_entropy=NONE, linear_logprobs=once, cross_entropy=NONE),
+        loss=dpo_loss,
+    ),
     tune("LoRA", lora(), LLAMA),
     # The input of the first layer needs no gradient: two graphs.
     tune("LoRA", lora(), twice(PER_LAYER), mode=per_layer, graphs=2),

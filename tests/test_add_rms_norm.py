@@ -189,6 +189,20 @@ def test_leaves_a_sum_in_place(inputs):
     assert report.counts == {} and report.rejections == []
 
 
+def test_refuses_a_weight_that_is_written_after_the_sum(inputs):
+    """The op would stand at the sum, and read the weight as it was."""
+
+    def fn(x, residual, weight):
+        weight = weight.clone()
+        total = x + residual
+        weight[0] = 0.0
+        return torchtune(total, weight).sin() + total
+
+    found = capture(fn, *inputs)
+    assert found.reports[0].counts == {}
+    assert "is written in place by `setitem` (setitem)" in reasons(found.reports[0])
+
+
 def test_a_sum_that_is_written_to_afterwards(inputs):
     def fn(x, r, w):
         total = x + r

@@ -140,7 +140,7 @@ def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_y_: "i64[2, 6]"):
     l_w_ = L_w_
     l_y_ = L_y_
     view_1: "i64[12]" = l_y_.view(-1)
-    linear_cross_entropy_per_token_default: "f32[12]" = torch.ops.liger_fx.linear_cross_entropy_per_token.default(l_h_, l_w_, None, view_1, -100, 0.0, 0.0, 0, torch.float32, True)
+    linear_cross_entropy_per_token_default: "f32[12]" = torch.ops.liger_fx.linear_cross_entropy_per_token.default(l_h_, l_w_, None, view_1, -100, 0.0, 0.0, 1.0, 0, torch.float32, True)
     linspace: "f32[12]" = torch.linspace(0, 1, 12)
     mul: "f32[12]" = linear_cross_entropy_per_token_default * linspace
     sum_1: "f32[]" = mul.sum()

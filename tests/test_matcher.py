@@ -175,6 +175,19 @@ def test_refuses_a_view_that_is_written():
     assert not rewritten(fn, A, B).report.counts
 
 
+def test_takes_inputs_that_are_written_before_they_are_read():
+    def fn(g, u):
+        s = F.silu(g)
+        u = u.clone()
+        u[0] = 0.0
+        return s * u
+
+    found = rewritten(fn, A, B)
+    assert found.report.counts == {"swiglu": 1}
+    calls = [node.name for node in found.gm.graph.nodes if node.op.startswith("call")]
+    assert calls == ["u", "setitem", "sub"]
+
+
 def test_refuses_inputs_written_between_reading_and_replacing():
     def fn(g, u):
         g = g + 0

@@ -34,6 +34,7 @@ class Case:
         ignore_index=-100,
         label_smoothing=0.0,
         softcap=0.0,
+        temperature=1.0,
         seed=0,
     ):
         g = torch.Generator().manual_seed(seed)
@@ -44,6 +45,7 @@ class Case:
         target[torch.rand(tokens, generator=g) < ignored] = ignore_index
         self.target = target.to(DEVICE)
         self.literals = (ignore_index, label_smoothing, softcap)
+        self.temperature = temperature  # of the op per token
 
     def tensors(self, dtype=None):
         made = [self.input, self.weight] + ([] if self.bias is None else [self.bias])
@@ -57,7 +59,7 @@ class Case:
         if logits.dtype != torch.float64:
             logits = logits.float()
         return F.cross_entropy(
-            logits,
+            logits / self.temperature,
             self.target,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
@@ -72,8 +74,9 @@ class Case:
 
     def per_token(self, input, weight, bias=None, *, chunk_tokens=8, skip=True):
         return ops.linear_cross_entropy_per_token(
-            input, weight, bias, self.target, *self.literals, chunk_tokens, torch.float32, skip
-        )
+            input, weight, bias, self.target, *self.literals, self.temperature, chunk_tokens,
+            torch.float32, skip,
+        )  # fmt: skip
 
 
 def grads(value, tensors, upstream=None):
@@ -113,8 +116,9 @@ def test_no_less_exact_than_eager(dtype, bias, literals):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_per_token_with_any_upstream_gradient(dtype):
-    case = Case(tokens=203, vocab=157, dtype=dtype, bias=True)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_per_token_with_any_upstream_gradient(dtype, temperature):
+    case = Case(tokens=203, vocab=157, dtype=dtype, bias=True, temperature=temperature)
     upstream = torch.randn(203, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     ours = errors(case, case.per_token, upstream)
     eager = errors(case, lambda *t: case.eager(*t, reduction="none"), upstream)
@@ -316,7 +320,8 @@ def test_opcheck(needed):
     tensors = zip((input, weight, bias), needed, strict=True)
     arguments = (*(t.detach().requires_grad_(n) for t, n in tensors), *arguments[3:])
     torch.library.opcheck(ops.linear_cross_entropy, (*arguments, *needed, 8, torch.float32, True))
-    torch.library.opcheck(ops.linear_cross_entropy_per_token, (*arguments, 8, torch.float32, True))
+    arguments = (*arguments, 0.7, 8, torch.float32, True)
+    torch.library.opcheck(ops.linear_cross_entropy_per_token, arguments)
 
 
 def test_no_backward_of_the_backward():

@@ -22,6 +22,7 @@ TOLERANCE = 1e-3  # of every logged metric, relative; fp32
 EVERY_REWRITE = {"LIGER_FX_POLICY": "all"}
 
 FUSED = "linear_cross_entropy  replaced"
+LOGPROBS = "linear_logprobs  replaced"
 NOT_YET = "this recipe's loss starts from logits: compiled, not fused yet"
 APART = "runs the output projection eagerly, outside of what it compiles"
 
@@ -79,6 +80,7 @@ QUICK = [
     *cases(
         "full_finetune_distributed", untied_sharded={"weights": "untied", "settings": SHARDED_HEAD}
     ),
+    *cases("lora_dpo_single_device", default={"says": LOGPROBS}),
 ]
 REST = [
     *cases(
@@ -104,9 +106,18 @@ REST = [
     ),
     *cases("qat_distributed", default=QAT),
     *cases("qat_lora_finetune_distributed", default=QAT),
-    *cases("full_dpo_distributed", default={"says": NOT_YET}),
-    *cases("lora_dpo_single_device", default={"says": NOT_YET}),
-    *cases("lora_dpo_distributed", default={"says": NOT_YET}),
+    *cases(
+        "full_dpo_distributed",
+        default={"says": LOGPROBS},
+        accumulation={"says": LOGPROBS, **settings(gradient_accumulation_steps=4)},
+        untied_sharded={"weights": "untied", "says": LOGPROBS, **settings(**SHARDED_HEAD)},
+    ),
+    *cases(
+        "lora_dpo_single_device",
+        smoothing={"says": LOGPROBS, **settings(loss={"label_smoothing": 0.1})},
+        lora_on_the_head=LORA_HEAD,
+    ),
+    *cases("lora_dpo_distributed", default={"says": LOGPROBS}),
     *cases("ppo_full_finetune_single_device", default={"says": NOT_YET}),
     *cases("knowledge_distillation_single_device", default={"says": NOT_YET}),
     *cases("knowledge_distillation_distributed", default={"says": NOT_YET}),

@@ -97,7 +97,8 @@ def run(
     # If one chunk holds all there is to sum up, no accumulator is needed.
     accum = wanted.accum_dtype if first_size < tokens else x.dtype
     outcome = _allocate(x, head, wanted, accum, tokens)
-    logits = _logits_buffer(size, head.vocab, x, upstream)
+    exact = upstream is not None or head.loss.temperature != 1.0
+    logits = _logits_buffer(size, head.vocab, x, exact)
     first = True
     # Autocast is still on inside an op that runs eagerly; here every dtype has been decided.
     with torch.autocast(x.device.type, enabled=False):
@@ -122,9 +123,9 @@ def _allocate(x: Tensor, head: Head, wanted: Wanted, accum: torch.dtype, tokens:
     )
 
 
-def _logits_buffer(rows: int, vocab: int, x: Tensor, upstream: Tensor | None) -> Tensor:
-    # With an upstream factor per token, 16-bit gradients of logits would be rounded twice.
-    dtype = torch.float32 if upstream is not None and x.is_cuda else x.dtype
+def _logits_buffer(rows: int, vocab: int, x: Tensor, exact: bool) -> Tensor:
+    # Scaled in place, 16-bit logits, or their gradients, would be rounded twice.
+    dtype = torch.float32 if exact and x.is_cuda else x.dtype
     # Rows padded to 128 bytes: without, a vocabulary like 32001 misses the GEMMs for aligned rows.
     unit = 128 // dtype.itemsize
     padded = -(-vocab // unit) * unit

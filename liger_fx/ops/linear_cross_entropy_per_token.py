@@ -25,15 +25,17 @@ def linear_cross_entropy_per_token(
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
+    temperature: float,
     chunk_tokens: int,
     accum_dtype: torch.dtype,
     skip_ignored: bool,
 ) -> Tensor:
-    """The cross-entropy of each row of ``input @ weight.T + bias``; 0 for ignored labels.
+    """The cross-entropy of each row of ``(input @ weight.T + bias) / temperature``; 0 for ignored
+    labels.
 
-    Arguments as for ``liger_fx::linear_cross_entropy``. Returns fp32 of target's shape.
+    Other arguments as for ``liger_fx::linear_cross_entropy``. Returns fp32 of target's shape.
     """
-    head = Head(weight, bias, TokenLoss(ignore_index, label_smoothing, softcap))
+    head = Head(weight, bias, TokenLoss(ignore_index, label_smoothing, softcap, temperature))
     outcome = run(
         input.reshape(-1, input.shape[-1]),
         target.reshape(-1),
@@ -47,7 +49,7 @@ def linear_cross_entropy_per_token(
 
 @linear_cross_entropy_per_token.register_fake
 def _(
-    input, weight, bias, target, ignore_index, label_smoothing, softcap,
+    input, weight, bias, target, ignore_index, label_smoothing, softcap, temperature,
     chunk_tokens, accum_dtype, skip_ignored,
 ):  # fmt: skip
     return input.new_empty(target.shape, dtype=loss_dtype(input.dtype))
@@ -63,6 +65,7 @@ def linear_cross_entropy_per_token_backward(
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
+    temperature: float,
     input_grad: bool,
     weight_grad: bool,
     bias_grad: bool,
@@ -72,7 +75,7 @@ def linear_cross_entropy_per_token_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``sum(grad_losses * losses)`` over input, weight and bias, in their dtypes;
     an empty tensor for each that is not asked for."""
-    head = Head(weight, bias, TokenLoss(ignore_index, label_smoothing, softcap))
+    head = Head(weight, bias, TokenLoss(ignore_index, label_smoothing, softcap, temperature))
     outcome = run(
         input.reshape(-1, input.shape[-1]),
         target.reshape(-1),
@@ -95,7 +98,7 @@ def linear_cross_entropy_per_token_backward(
 
 @linear_cross_entropy_per_token_backward.register_fake
 def _(
-    grad_losses, input, weight, bias, target, ignore_index, label_smoothing, softcap,
+    grad_losses, input, weight, bias, target, ignore_index, label_smoothing, softcap, temperature,
     input_grad, weight_grad, bias_grad, chunk_tokens, accum_dtype, skip_ignored,
 ):  # fmt: skip
     return (
@@ -112,14 +115,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 @once_differentiable
 def _backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
-    ignore_index, label_smoothing, softcap, chunk_tokens, accum_dtype, skip_ignored = ctx.literals
+    *loss, chunk_tokens, accum_dtype, skip_ignored = ctx.literals
     needed = ctx.needs_input_grad[:3]
     gradients = torch.ops.liger_fx.linear_cross_entropy_per_token_backward(
-        grad_losses, *ctx.saved_tensors, ignore_index, label_smoothing, softcap, *needed,
-        chunk_tokens, accum_dtype, skip_ignored,
-    )  # fmt: skip
+        grad_losses, *ctx.saved_tensors, *loss, *needed, chunk_tokens, accum_dtype, skip_ignored
+    )
     kept = (g if need else None for g, need in zip(gradients, needed, strict=True))
-    return *kept, *(None,) * 7
+    return *kept, *(None,) * 8
 
 
 linear_cross_entropy_per_token.register_autograd(_backward, setup_context=_setup_context)

@@ -2,7 +2,7 @@
 
 For a row of logits ``l``, its label ``y``, class weights ``w`` (1 without) and V classes::
 
-    z    = softcap * tanh(l / softcap)                                 without softcap: l
+    z    = softcap * tanh(l / (temperature softcap))           without softcap: l / temperature
     loss = (1 - e) w[y] (lse(z) - z[y]) + e / V sum_c w[c] (lse(z) - z[c])     e: label smoothing
 
 as `torch.nn.functional.cross_entropy` defines it, 0 where ``y == ignore_index``.
@@ -25,6 +25,7 @@ class TokenLoss:
     ignore_index: int
     label_smoothing: float = 0.0
     softcap: float = 0.0
+    temperature: float = 1.0
     class_weight: Tensor | None = None
 
 
@@ -59,9 +60,13 @@ def write_losses(
     Losses of ignored labels are not written: they should be zeros before.
     """
     if logits.is_cuda and liger_module("cross_entropy") is not None:
+        if loss.temperature != 1.0:
+            logits.div_(loss.temperature)
         write_losses_liger(logits, target, losses, loss, differentiate)
         if factor is not None and differentiate:
-            logits.mul_(factor)
+            logits.mul_(factor / loss.temperature)
+        elif loss.temperature != 1.0 and differentiate:
+            logits.div_(loss.temperature)
     else:
         write_losses_torch(logits, target, losses, loss, differentiate, factor)
 
@@ -78,6 +83,8 @@ def write_losses_torch(
     label = target.unsqueeze(1).where(valid, 0)
     e, vocab = loss.label_smoothing, logits.shape[1]
     z = logits.to(losses.dtype, copy=not differentiate)
+    if loss.temperature != 1.0:
+        z = z.div_(loss.temperature)
     capped = torch.tanh(z / loss.softcap) if loss.softcap else None
     if capped is not None:
         z = capped * loss.softcap
@@ -101,7 +108,7 @@ def write_losses_torch(
     z.scatter_add_(1, label, -torch.ones_like(at_label) * of_label)
     if capped is not None:
         z.mul_(capped.square_().neg_().add_(1.0))
-    z.mul_(valid if factor is None else valid * factor)
+    z.mul_((valid if factor is None else valid * factor) / loss.temperature)
     if z.data_ptr() != logits.data_ptr():
         logits.copy_(z)
 

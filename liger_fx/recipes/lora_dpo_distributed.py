@@ -6,16 +6,16 @@
 
 import sys
 
-from liger_fx.torchtune import LayersRecipe, entry_point, load_recipe
+from liger_fx.torchtune import FusedDPORecipe, entry_point, load_recipe
 
 stock = load_recipe("lora_dpo_distributed")
 
 
 class LoRADPORecipeDistributed(
-    LayersRecipe,
+    FusedDPORecipe,
     stock.LoRADPORecipeDistributed,  # type: ignore[name-defined]
 ):
-    """torchtune's DPO with LoRA over several devices, its layers compiled by liger_fx."""
+    """torchtune's DPO with LoRA over several devices, fused."""
 
 
 recipe_main = entry_point(stock, LoRADPORecipeDistributed)

@@ -6,16 +6,16 @@
 
 import sys
 
-from liger_fx.torchtune import LayersRecipe, entry_point, load_recipe
+from liger_fx.torchtune import FusedDPORecipe, entry_point, load_recipe
 
 stock = load_recipe("lora_dpo_single_device")
 
 
 class LoRADPORecipeSingleDevice(
-    LayersRecipe,
+    FusedDPORecipe,
     stock.LoRADPORecipeSingleDevice,  # type: ignore[name-defined]
 ):
-    """torchtune's DPO with LoRA on one device, its layers compiled by liger_fx."""
+    """torchtune's DPO with LoRA on one device, fused."""
 
 
 recipe_main = entry_point(stock, LoRADPORecipeSingleDevice)
