@@ -64,9 +64,8 @@ class Head(nn.Module):
     rewrite: str
     decoder: Any
 
-    def __init__(self, decoder: nn.Module, loss_fn: nn.Module, options: dict[str, Any]) -> None:
+    def __init__(self, decoder: nn.Module, options: dict[str, Any]) -> None:
         super().__init__()
-        self.loss_fn = loss_fn
         self._options = options or None
         # Not a submodule: its parameters are the model's.
         object.__setattr__(self, "decoder", _without_hooks(decoder))
@@ -103,6 +102,10 @@ class HeadLoss(Head):
     """
 
     rewrite = "linear_cross_entropy"
+
+    def __init__(self, decoder: nn.Module, options: dict[str, Any], loss_fn: nn.Module) -> None:
+        super().__init__(decoder, options)
+        self.loss_fn = loss_fn
 
     def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
         if hidden.dim() == 2:  # one long sequence: torchtune's chunks run along dimension 1
@@ -167,19 +170,34 @@ class Scores:
 
 
 def fuse_head(
-    model: nn.Module,
-    loss_fn: nn.Module,
-    options: Mapping[str, Any] | None = None,
-    kind: type[Head] = HeadLoss,
-) -> Any:
+    model: nn.Module, loss_fn: nn.Module, options: Mapping[str, Any] | None = None
+) -> HeadLoss:
     """Move the head of ``model`` into the loss, and compile both as one region.
 
     model: a torchtune TransformerDecoder or DeepFusionModel, sharded by FSDP2 or not; this instance
-    then returns hidden states. loss_fn: the recipe's loss. Returns a `HeadLoss`, or another
-    ``kind``, to call as ``head(hidden, labels)``. Raises TypeError for a model without torchtune's
-    ``unembed``, ValueError for one whose head was moved before, HeadNotFused for a head that is
-    parallel over its vocabulary.
+    then returns hidden states. loss_fn: the recipe's loss. Returns the loss to call as
+    ``loss(hidden, labels)``. Raises TypeError for a model without torchtune's ``unembed``,
+    ValueError for one whose head was moved before, HeadNotFused for a head that is parallel over
+    its vocabulary.
     """
+    decoder = _movable_head(model)
+    head = HeadLoss(decoder, dict(options or {}), loss_fn)
+    _leave_out_head(model, decoder)
+    return head
+
+
+def fuse_log_probs(model: nn.Module, options: Mapping[str, Any] | None = None) -> HeadLogProbs:
+    """Move the head of ``model`` into the log-probabilities that preference losses take of it.
+
+    As `fuse_head`; returns what to call as ``scores(hidden, labels)``.
+    """
+    decoder = _movable_head(model)
+    head = HeadLogProbs(decoder, dict(options or {}))
+    _leave_out_head(model, decoder)
+    return head
+
+
+def _movable_head(model: nn.Module) -> Any:
     decoder = getattr(model, "decoder", model)
     if not hasattr(decoder, "unembed"):
         raise TypeError(
@@ -189,12 +207,14 @@ def fuse_head(
     if decoder.unembed is _identity:
         raise ValueError("the head of this model has been moved into a loss already")
     _refuse_tensor_parallel(model, decoder)
-    head = kind(decoder, loss_fn, dict(options or {}))
+    return decoder
+
+
+def _leave_out_head(model: nn.Module, decoder: Any) -> None:
     decoder.unembed = _identity
     if isinstance(model, FSDPModule):
         # What the root itself holds, the head's norm and weight, must outlast the root's forward.
         model.set_reshard_after_forward(False, recurse=False)
-    return head
 
 
 def _identity(hidden: Tensor) -> Tensor:
@@ -339,6 +359,8 @@ def entry_point(stock: ModuleType, recipe: type) -> Callable[[], None]:
 
 def _log_probs(logits: Tensor | Scores, labels: Tensor, **how: Any) -> Tensor:
     if isinstance(logits, Scores):
+        if any(how.values()):
+            raise NotImplementedError(f"fused log-probabilities are sums of tokens, not {how}")
         return logits.logprobs
     return rlhf.get_batch_log_probs(logits, labels, **how)
 
@@ -420,7 +442,7 @@ class FusedDPORecipe(LayersRecipe):
             if getattr(self, "_enable_activation_offloading", False):
                 raise HeadNotFused("the projection is not fused: its values would be offloaded")
             for model in filter(None, (self._model, getattr(self, "_ref_model", None))):
-                self._heads[model] = fuse_head(model, self._loss_fn, self._settings, HeadLogProbs)
+                self._heads[model] = fuse_log_probs(model, self._settings)
         except HeadNotFused as reason:
             utils.log_rank_zero(log, str(reason), logging.WARNING)
 

@@ -26,7 +26,7 @@ from liger_fx.passes import linear_cross_entropy
 from omegaconf import OmegaConf
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from torchtune import modules, training
+from torchtune import modules, rlhf, training
 from torchtune.config import instantiate
 from torchtune.models import gemma, gemma2, llama2, llama3, llama3_2, mistral, phi3, qwen2
 from torchtune.modules.loss import CEWithChunkedOutputLoss
@@ -41,6 +41,7 @@ from liger_fx.torchtune import (
     compile_layers,
     flatten,
     fuse_head,
+    fuse_log_probs,
     load_recipe,
 )
 
@@ -70,7 +71,7 @@ FAMILIES = {
 @pytest.fixture(autouse=True)
 def head_alone(monkeypatch):
     """On every device, whatever else auto applies there."""
-    monkeypatch.setenv("LIGER_FX_POLICY", "linear_cross_entropy")
+    monkeypatch.setenv("LIGER_FX_POLICY", "linear_cross_entropy,linear_logprobs")
 
 
 @pytest.fixture
@@ -268,6 +269,40 @@ def test_head_that_is_not_one_op_runs_as_the_recipe_has_it(batch, caplog):
         assert_close(loss_and_gradients(recipe_step(net, head), net, *batch), expected)
     assert caplog.text.count("the projection and the loss are not fused") == 1
     assert "not in the policy's list" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["llama3", "llama3_2", "gemma2", "phi3"])
+def test_log_probs_of_a_head_follow_the_stock_ones(family, batch):
+    net = build(family)
+    tokens, labels = batch
+
+    def outcome(logprobs):
+        net.zero_grad()
+        (logprobs * torch.tensor([1.0, -0.5], device=DEVICE)).sum().backward()
+        return [logprobs.detach(), *(p.grad.clone() for p in net.parameters())]
+
+    logits = net(tokens)
+    expected = outcome(rlhf.get_batch_log_probs(logits, labels))
+    head = fuse_log_probs(net, {"inner": "aot_eager", "policy": "all"})
+    for _ in range(2):
+        scores = head(net(tokens), labels)
+        assert_close(outcome(scores.logprobs), expected)
+    assert relative_error(scores.means, logits.mean((1, 2))) < 1e-4  # of values around zero
+    assert relative_error(scores[1:].detach().mean(), logits[1:].mean()) < 1e-4
+    assert Report.merged(liger_fx.reports()).counts["linear_logprobs"] == 1
+
+
+def test_log_probs_with_lora_on_the_head(batch, caplog):
+    net = llama3.lora_llama3(
+        lora_attn_modules=["q_proj"], apply_lora_to_output=True, lora_rank=4, lora_alpha=8,
+        **SIZES,
+    ).to(DEVICE)  # fmt: skip
+    logits = net(batch[0])
+    expected = rlhf.get_batch_log_probs(logits, batch[1])
+    scores = fuse_log_probs(net, {"inner": "eager"})(net(batch[0]), batch[1])
+    assert relative_error(scores.logprobs, expected) < TOLERANCES[torch.float32]
+    assert relative_error(scores.means, logits.mean((1, 2))) < 1e-4
+    assert "the logits are a sum (LoRA on the head?), not one projection" in caplog.text
 
 
 def test_head_region_of_one_model_leaves_another_alone(batch):
