@@ -321,12 +321,14 @@ class Legality:
         """Nothing may write to what the match reads between there and where the new node reads it,
         which is where the first of the outputs stood."""
         position = self.view.position
+        names = {storage_key(v): v for v in match.bindings.values() if isinstance(v, fx.Node)}
         new, end = min(position[node] for node in match.outputs), position[match.root]
         for key, (read, node) in self._first_reads(match).items():
             for write in self.writes[key]:
                 if write not in match.nodes and min(read, new) <= position[write] < end:
+                    what = names.get(key, node).name
                     raise Reject(
-                        f"{node.name} is written in place by `{name_of(op_name(write))}` "
+                        f"{what} is written in place by `{name_of(op_name(write))}` "
                         f"({write.name}) before `{name_of(op_name(match.root))}`"
                     )
 

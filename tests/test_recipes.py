@@ -76,7 +76,6 @@ QAT = {"baseline": {"compile": False}, "weights_apart": 2e-2}
 
 QUICK = [
     *cases("full_finetune_single_device", default={}),
-    *cases("lora_finetune_single_device", default={}),
     *cases(
         "full_finetune_distributed", untied_sharded={"weights": "untied", "settings": SHARDED_HEAD}
     ),
@@ -87,6 +86,7 @@ REST = [
         "full_finetune_single_device",
         untied={"weights": "untied"},
         optimizer_in_bwd=settings(optimizer_in_bwd=True),
+        varying_lengths=settings(tokenizer={"pad": False}),
         **ON_ONE,
     ),
     *cases(
@@ -97,7 +97,7 @@ REST = [
         no_reshard=settings(fsdp_reshard_after_forward=False),
         **ON_ONE,
     ),
-    *cases("lora_finetune_single_device", **ON_ONE, **ADAPTERS),
+    *cases("lora_finetune_single_device", default={}, **ON_ONE, **ADAPTERS),
     *cases(
         "lora_finetune_distributed",
         default={},
@@ -114,6 +114,7 @@ REST = [
     ),
     *cases(
         "lora_dpo_single_device",
+        varying_lengths={"says": LOGPROBS, **settings(tokenizer={"pad": False})},
         smoothing={"says": LOGPROBS, **settings(loss={"label_smoothing": 0.1})},
         lora_on_the_head=LORA_HEAD,
     ),
