@@ -447,7 +447,8 @@ def test_ranks_that_disagree_all_raise(monkeypatch):
     ("recipe", "says"),
     [
         ("full_finetune_single_device", "`tune run liger_fx/recipes/full_finetune_single_device`"),
-        ("full_dpo_distributed", "its loss starts from logits, which is not fused yet"),
+        ("full_dpo_distributed", "makes them one"),
+        ("ppo_full_finetune_single_device", "which is not fused yet"),
         ("eleuther_eval", None),
     ],
 )
