@@ -12,6 +12,7 @@ the partitioner recomputes only what the backward needs.
 
 from __future__ import annotations
 
+import abc
 import functools
 import importlib.util
 import inspect
@@ -54,7 +55,7 @@ class HeadNotFused(RuntimeError):
     """Projection and loss stay apart, as in torchtune's recipe; the message says why."""
 
 
-class Head(nn.Module):
+class Head(nn.Module, abc.ABC):
     """``_outcome(unembed(hidden), labels)``, compiled as one region around one op.
 
     Where there is no such op (LoRA on the head, say) it runs as in the stock recipe, and the log
@@ -87,8 +88,9 @@ class Head(nn.Module):
                 self._compile_parts()
         return self._outcome(hidden, labels)
 
+    @abc.abstractmethod
     def _outcome(self, hidden: Tensor, labels: Tensor) -> Any:
-        raise NotImplementedError
+        """What is computed, in torchtune's own words."""
 
     def _compile_parts(self) -> None:
         """Compile what torchtune compiles beside the layers."""
@@ -360,7 +362,9 @@ def entry_point(stock: ModuleType, recipe: type) -> Callable[[], None]:
 def _log_probs(logits: Tensor | Scores, labels: Tensor, **how: Any) -> Tensor:
     if isinstance(logits, Scores):
         if any(how.values()):
-            raise NotImplementedError(f"fused log-probabilities are sums of tokens, not {how}")
+            raise ValueError(
+                f"a fused head gives sums of log-probabilities, asked for {how}: use compile=False"
+            )
         return logits.logprobs
     return rlhf.get_batch_log_probs(logits, labels, **how)
 

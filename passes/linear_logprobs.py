@@ -34,9 +34,13 @@ NO_LABEL = -(1 << 31)  # in no vocabulary, and in no data set
 
 
 def _keeps_or_scales_rows(node: fx.Node) -> bool:
-    return keeps_rows(node) or (
-        op_name(node) == "div" and not isinstance(fake(node.args[1]), torch.Tensor)
-    )
+    return keeps_rows(node) or _is_division_by_a_number(node)
+
+
+def _is_division_by_a_number(node: fx.Node) -> bool:
+    if op_name(node) != "div" or node.kwargs or len(node.args) != 2:  # rounding_mode, say
+        return False
+    return not isinstance(fake(node.args[1]), torch.Tensor)
 
 
 rows = chain("rows", _keeps_or_scales_rows)
@@ -102,7 +106,9 @@ def _only_used_where(node: fx.Node) -> fx.Node | None:
 
 def _is_mask(factor: fx.Node, node: fx.Node) -> bool:
     value = fake(factor)
-    if value.dtype != torch.bool or value.shape != fake(node).shape:
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+        return False
+    if value.shape != fake(node).shape:
         return False
     written = (t for n in factor.graph.nodes for t in mutated_arguments(n))
     return all(storage_key(target) != storage_key(factor) for target in written)
@@ -112,7 +118,7 @@ def _temperature(match: Match) -> float | None:
     """What the logits are divided by in all."""
     temperature = 1.0
     for node in match.chains["rows"]:
-        if op_name(node) == "div":
+        if _is_division_by_a_number(node):
             divisor = fake(node.args[1])
             if (hint(divisor) or 0.0) <= 0:
                 return None

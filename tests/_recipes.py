@@ -1,8 +1,8 @@
 """Every torchtune recipe through the real ``tune run``, on tiny models and real text.
 
     data = prepare(folder)  # once per session: text, tokenizer, checkpoints
-    path = config("lora_finetune_single_device", data, tmp_path, gradient_accumulation_steps=4)
-    run("lora_finetune_single_device", path, overrides=["compile=True"], backend="aot_eager")
+    path = config("lora_finetune_single_device", data, tmp_path, compile=True)
+    run("lora_finetune_single_device", path, backend="aot_eager")
 
 The text is the docstrings of Python's standard library (`examples/docstrings.py`). A run gives the
 metrics of each step as torchtune logged them, what the processes printed, and the saved weights.
@@ -22,7 +22,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,21 +39,6 @@ EXAMPLES = HERE.parent / "examples"
 sys.path.append(str(EXAMPLES))
 
 import docstrings  # noqa: E402
-
-RECIPES = (
-    "full_finetune_single_device",
-    "full_finetune_distributed",
-    "lora_finetune_single_device",
-    "lora_finetune_distributed",
-    "qat_distributed",
-    "qat_lora_finetune_distributed",
-    "full_dpo_distributed",
-    "lora_dpo_single_device",
-    "lora_dpo_distributed",
-    "ppo_full_finetune_single_device",
-    "knowledge_distillation_single_device",
-    "knowledge_distillation_distributed",
-)
 
 # -- text ------------------------------------------------------------------------------------------
 
@@ -144,7 +128,6 @@ WEIGHTS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "tied": ("llama3_2", "llama3_2", SMALL),
     "untied": ("llama3", "llama3", SMALL),
     "tied_wide": ("llama3_2", "llama3_2", WIDE),
-    "untied_wide": ("llama3", "llama3", WIDE),
     "teacher": ("llama3", "llama3", SMALL | dict(num_layers=3, embed_dim=128)),
     "classifier": ("llama2", "llama2_classifier", SMALL | dict(num_classes=1)),
 }
@@ -180,7 +163,7 @@ def prepare(folder: Path) -> Path:
 
 # -- configurations --------------------------------------------------------------------------------
 
-STEPS = 12
+STEPS = 20
 # Examples behind one another in sequences of one length; for ``config(..., **PACKED)``.
 PACKED: dict[str, Any] = {
     "tokenizer": {"max_seq_len": SMALL["max_seq_len"], "pad": False},
@@ -381,6 +364,7 @@ def quantizer(groupsize: int) -> Any:
 # -- runs ------------------------------------------------------------------------------------------
 
 METRICS = "metrics.txt"
+TIMEOUT = 600  # seconds
 
 
 class RecipeError(AssertionError):
@@ -404,16 +388,12 @@ class Run:
     output_dir: Path
     output: str
     metrics: list[dict[str, float]]
-    seconds: float
 
     def checkpoint(self) -> dict[str, Tensor]:
         """The weights of the last epoch. Adapters have names of their own; PPO's value model is
         below ``value.``"""
         value = self.output_dir / "value"
         return _saved(self.output_dir) | {f"value.{k}": v for k, v in _saved(value).items()}
-
-    def column(self, name: str) -> list[float]:
-        return [step[name] for step in self.metrics]
 
 
 def _saved(folder: Path) -> dict[str, Tensor]:
@@ -434,41 +414,29 @@ def run(
     *,
     fused: bool = False,
     backend: str | None = None,
-    processes: int | None = None,
     env: Mapping[str, str] | None = None,
-    overrides: Sequence[str] = (),
     resume: Run | None = None,
-    timeout: float = 600,
 ) -> Run:
     """``tune run`` the recipe, torchtune's or with ``fused`` liger_fx's of the same name.
 
-    backend: of torchtune's own calls to compile. processes: 2 for a distributed recipe unless
-    given. overrides: ``key=value`` for the command line. resume: a run of more than one epoch
-    whose last epoch is to be run again, from what it saved before.
+    backend: of torchtune's own calls to compile. resume: a run of more than one epoch whose last
+    epoch is to be run again, from what it saved before. A distributed recipe has two processes.
     """
     distributed = recipe.endswith("_distributed")
     output_dir = Path(tempfile.mkdtemp(prefix=f"{recipe}-", dir=config_path.parent))
-    if resume:
-        overrides = [*_interrupted(resume, output_dir), *overrides]
-    launch = ["--nnodes", "1", "--nproc_per_node", str(processes or 2)] if distributed else []
+    overrides = _interrupted(resume, output_dir) if resume else []
+    launch = ["--nnodes", "1", "--nproc_per_node", "2"] if distributed else []
     variables = environment({"TORCH_COMPILE_BACKEND": backend or "inductor", **(env or {})})
     variables.setdefault("HF_DATASETS_CACHE", str(config_path.parent / "datasets"))
     name = f"liger_fx/recipes/{recipe}" if fused else recipe
-    if distributed and _device(config_path, overrides) == "cpu":
+    if distributed and OmegaConf.load(config_path).device == "cpu":
         variables[ON_CPU], name = name, Path(__file__).stem
     command = [
         str(Path(sys.executable).parent / "tune"), "run", *launch, name,
         "--config", str(config_path), f"output_dir={output_dir}", *overrides,
     ]  # fmt: skip
-    start = time.perf_counter()
-    output = _execute(command, variables, timeout, cwd=output_dir)
-    seconds = time.perf_counter() - start
-    return Run(output_dir, output, _parse((output_dir / METRICS).read_text()), seconds)
-
-
-def _device(config_path: Path, overrides: Sequence[str]) -> str:
-    given = dict(item.split("=", 1) for item in overrides if "=" in item)
-    return given.get("device") or OmegaConf.load(config_path).device
+    output = _execute(command, variables, cwd=output_dir)
+    return Run(output_dir, output, _parse((output_dir / METRICS).read_text()))
 
 
 def _interrupted(run: Run, folder: Path) -> list[str]:
@@ -505,13 +473,13 @@ def environment(changes: Mapping[str, str]) -> dict[str, str]:
     )
 
 
-def _execute(command: list[str], env: Mapping[str, str], timeout: float, cwd: Path) -> str:
+def _execute(command: list[str], env: Mapping[str, str], cwd: Path) -> str:
     with tempfile.TemporaryFile("w+") as printed:
         process = subprocess.Popen(
             command, env=env, cwd=cwd, stdout=printed, stderr=subprocess.STDOUT
         )
         try:
-            code = process.wait(timeout)
+            code = process.wait(TIMEOUT)
         except BaseException as e:
             _end(process)
             if not isinstance(e, subprocess.TimeoutExpired):
@@ -520,7 +488,7 @@ def _execute(command: list[str], env: Mapping[str, str], timeout: float, cwd: Pa
         printed.seek(0)
         output = printed.read()
     if code != 0:
-        how = f"took more than {timeout:.0f} s" if code is None else f"ended with {code}"
+        how = f"took more than {TIMEOUT} s" if code is None else f"ended with {code}"
         raise RecipeError(f"{' '.join(command)}\n{how}", output)
     return output
 

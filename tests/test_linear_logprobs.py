@@ -163,6 +163,11 @@ def other_sum(hidden, weight, labels):
     return chosen - torch.logsumexp(logits / 2, -1)
 
 
+def rounded(hidden, weight, labels):
+    logits = torch.div(F.linear(hidden, weight), 2.0, rounding_mode="floor")
+    return rlhf.logits_to_logprobs(logits, labels.clamp(0))
+
+
 def in_fp64(hidden, weight, labels):
     return dpo(hidden.double(), weight.double(), labels, upcast=torch.Tensor.contiguous)
 
@@ -211,6 +216,21 @@ def test_leaves_logits_that_somebody_else_sees(fn, inputs):
     assert found.reports[0].counts == {}
     for actual, expected in zip(found.value, fn(*inputs), strict=True):
         assert relative_error(actual, expected) < TOLERANCES[torch.float32]
+
+
+def test_leaves_rounded_logits_alone(inputs):
+    found = capture(rounded, *inputs)
+    assert found.reports[0].counts == {}
+    assert "wanted linear, found `div`" in found.reports[0].near_misses[0].reason
+
+
+def test_a_number_is_no_mask(inputs):
+    def fn(hidden, weight, labels):
+        return rlhf.logits_to_logprobs(F.linear(hidden, weight), labels.clamp(0)) * hidden.shape[1]
+
+    found = capture(fn, *inputs, dynamic=True)
+    assert found.reports[0].counts == {"linear_logprobs": 1}
+    assert relative_error(found.value, fn(*inputs)) < TOLERANCES[torch.float32]
 
 
 def test_a_mask_of_numbers_is_multiplied_as_it_is(inputs):
