@@ -183,14 +183,19 @@ def training_step(step: LossStep, optimizer: torch.optim.Optimizer) -> LossStep:
     return train
 
 
-def measure(args: argparse.Namespace) -> Iterator[Row]:
-    """One row for each share of ignored labels; only the first one compiles."""
+def prepare(args: argparse.Namespace) -> tuple[LossStep, Tensor]:
+    """The training step of an arm, and a batch of tokens for it."""
     model = build_model(args)
     step = ARMS[args.arm](model, args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
-    train = training_step(step, optimizer)
     vocabulary = model.tok_embeddings.num_embeddings
     tokens = torch.randint(vocabulary, (args.batch, args.seq)).to(args.device)
+    return training_step(step, optimizer), tokens
+
+
+def measure(args: argparse.Namespace) -> Iterator[Row]:
+    """One row for each share of ignored labels; only the first one compiles."""
+    train, tokens = prepare(args)
     for i, ignored in enumerate(args.ignored):
         call = partial(train, tokens, labels_like(tokens, ignored, args.seq))
         first = seconds(call, args.device)
@@ -237,22 +242,28 @@ def brief(row: Row) -> str:
     return row.get("error") or f"{row['ms']:.1f} ms"
 
 
-def parse_args() -> argparse.Namespace:
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What makes a step: the model, the batch, the arms."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=MODELS, default="llama3_2_1b")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--ignored", type=float, nargs="+", default=[0.0], help="shares of labels")
-    parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS))
     parser.add_argument("--warmup", type=int, default=3, help="steps, the compiling one included")
-    parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--json", type=Path, help="write every row, with each step's time")
+    parser.add_argument("--json", type=Path, help="write every row")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse_args() -> argparse.Namespace:
+    parser = arguments(__doc__)
+    parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS))
+    parser.add_argument("--steps", type=int, default=6)
     return parser.parse_args()
 
 
