@@ -9,7 +9,8 @@ Rules, all decided from each node's ``example_value``:
 
 - a view, cast, slice or device move whose output equals its input is its input;
 - ``float``, ``half``, ``type_as``, ``to(dtype)`` ... are ``cast``;
-- ``view``, ``reshape``, ``flatten``, ``unsqueeze`` ... are ``reshape``;
+- ``view``, ``reshape``, ``flatten``, ``unsqueeze``, ``x[:, None]`` ... are ``reshape``;
+- ``reshape`` and ``expand`` have no sizes: those are in the ``example_value``;
 - ``x * x``, ``square(x)`` and ``x ** 2`` are ``pow``;
 - arguments of known functions are positional, with their defaults filled in;
 - ``item()`` of a number that Dynamo has specialised (``dynamic=True``) is that number.
@@ -54,6 +55,7 @@ _ALIASES = {
     "itruediv": "div_",
 }
 COMMUTATIVE = frozenset({"add", "mul"})
+SIZELESS = frozenset({"reshape", "expand"})  # operations whose sizes are not arguments
 
 
 def op_name(node: fx.Node) -> Target:
@@ -134,7 +136,9 @@ class View:
             return Expr(op, (node,))
         if op == "cast":
             return Expr(op, (self.resolve(node.args[0]), fake(node).dtype))
-        if op == "reshape":
+        if op == "getitem" and _only_inserts(node.args[1]):
+            op = "reshape"
+        if op in SIZELESS:
             return Expr(op, (self.resolve(node.args[0]),))
         return Expr(*as_power(op, tuple(self.resolve(a) for a in positional(node))))
 
@@ -203,6 +207,14 @@ def _only_slices(index: Any) -> bool:
     return all(item is Ellipsis or isinstance(item, slice) for item in items)
 
 
+def _only_inserts(index: Any) -> bool:
+    """``x[:, :, None]``: dimensions of one element are added and nothing else."""
+    items = index if isinstance(index, tuple | list) else (index,)
+    added = [item for item in items if item is None]
+    rest = [item for item in items if item is not None]
+    return bool(added) and all(item is Ellipsis or item == slice(None) for item in rest)
+
+
 def _specialised_number(value: Any) -> float | int | bool | None:
     """The number itself, or the constant behind a Sym value that Dynamo has specialised: its
     expression has no free symbol left. None for a number that may vary."""
@@ -218,6 +230,10 @@ def _specialised_number(value: Any) -> float | int | bool | None:
 _SIGNATURES: dict[Any, dict[str, Any]] = {
     F.linear: dict(input=None, weight=None, bias=None),
     F.gelu: dict(input=None, approximate="none"),
+    F.scaled_dot_product_attention: dict(
+        query=None, key=None, value=None, attn_mask=None, dropout_p=0.0, is_causal=False,
+        scale=None, enable_gqa=False,
+    ),
     torch.log_softmax: dict(input=None, dim=None, _stacklevel=3, dtype=None),  # as F.log_softmax
     torch.logsumexp: dict(input=None, dim=None, keepdim=False),
     torch.gather: dict(input=None, dim=None, index=None),

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from liger_fx.canonical import COMMUTATIVE, Target, as_power, op_name, positional
+from liger_fx.canonical import COMMUTATIVE, SIZELESS, Target, as_power, op_name, positional
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def _term(node: fx.Node, terms: dict[fx.Node, Term]) -> Term:
     op = op_name(node)
     if op == "cast":
         return Cast(sub(node.args[0]), _cast_dtype(node, sub))
-    if op == "reshape":
+    if op in SIZELESS:
         return Op(op, (sub(node.args[0]),))
     return Op(*as_power(op, tuple(sub(a) for a in positional(node))))
 

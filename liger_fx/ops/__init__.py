@@ -15,11 +15,13 @@ from liger_fx.ops.linear_cross_entropy_per_token import (
 from liger_fx.ops.rms_norm import rms_norm
 from liger_fx.ops.rope import rope, rope_interleaved
 from liger_fx.ops.swiglu import swiglu, swiglu_gate_up
+from liger_fx.ops.tiled_mlp import geglu_mlp, swiglu_mlp
 
 __all__ = [
     "add_rms_norm",
     "cross_entropy",
     "geglu",
+    "geglu_mlp",
     "layer_norm",
     "linear_cross_entropy",
     "linear_cross_entropy_per_token",
@@ -29,4 +31,5 @@ __all__ = [
     "rope_interleaved",
     "swiglu",
     "swiglu_gate_up",
+    "swiglu_mlp",
 ]

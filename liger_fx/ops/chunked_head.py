@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from liger_fx.ops.matmul import accumulate_mm
 from liger_fx.ops.token_loss import TokenLoss, check_labels, loss_dtype, write_losses
 
 # Bytes of logits a chunk may take. 1 GiB is 4096 tokens of Llama-3's vocabulary in bf16: beyond it
@@ -162,7 +163,7 @@ def _one_chunk(
         else:
             outcome.grad_input.index_copy_(0, rows, logits @ head.weight)
     if outcome.grad_weight is not None:
-        _accumulate_mm(outcome.grad_weight, logits.t(), x_c, first)
+        accumulate_mm(outcome.grad_weight, logits.t(), x_c, first)
     if outcome.grad_bias is not None:
         total = logits.sum(0, dtype=outcome.grad_bias.dtype)
         outcome.grad_bias.copy_(total) if first else outcome.grad_bias.add_(total)
@@ -177,21 +178,6 @@ def _project(x: Tensor, head: Head, out: Tensor) -> None:
         torch.mm(x, head.weight.t(), out=out)
     else:
         torch.addmm(head.bias, x, head.weight.t(), out=out)
-
-
-def _accumulate_mm(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total (+)= a @ b, summed in total's dtype."""
-    if total.dtype == a.dtype:
-        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
-    elif total.is_cuda:
-        # The GEMM's own fp32 accumulator, without rounding to bf16 in between.
-        if first:
-            torch.mm(a, b, out_dtype=total.dtype, out=total)
-        else:
-            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        a, b = a.to(total.dtype), b.to(total.dtype)
-        torch.mm(a, b, out=total) if first else total.addmm_(a, b)
 
 
 # -- which tokens ----------------------------------------------------------------------

@@ -15,6 +15,7 @@ else reads gate or up.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,59 +24,74 @@ from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
 from liger_fx.ops.library import block_settings, differentiable, kernel, once_differentiable
 
-Formula = Callable[[Tensor], tuple[Tensor, Tensor]]
 
+@dataclass(frozen=True)
+class Activation:
+    """An activation that gates, ``act(gate) * up``, on a CPU and by Liger's kernels.
 
-def gated(
-    name: str,
-    liger: str,
-    *,
-    activation: Callable[[Tensor], Tensor],
-    formula: Formula,
-    forward_kernel: Callable[[Any], Any],
-    backward_kernel: Callable[[Any], Any],
-    scalars: tuple[float, ...] = (),
-) -> torch._ops.OpOverload:
-    """Register ``liger_fx::<name>(gate, up, overwrite=False)``: ``activation(gate) * up``.
+    liger: the name of Liger's module. plain: in PyTorch. formula: x -> (act(x), act'(x)), in the
+    dtype of x. *_kernel: pick Liger's kernel from its module. scalars: what the kernels take
+    between the stride and the number of columns.
 
-    gate, up: of one shape and dtype, float32, bfloat16 or float16 (on a CPU float64 as well). The
-    activation is rounded to that dtype before the product, as in eager. overwrite: the backward may
-    write over gate and up where the compiler finds them dead; nothing but this op may read them.
-    The result is contiguous; the backward is differentiable once.
-
-    activation: in plain PyTorch. formula: x -> (act(x), act'(x)), in the dtype of x. *_kernel: pick
-    Liger's kernel from its module. scalars: what the kernels take between the stride and the number
-    of columns.
+    The activation is rounded to the dtype of the gate before the product, as in eager.
     """
 
-    def forward_torch(gate: Tensor, up: Tensor) -> Tensor:
-        return (activation(gate) * up).contiguous()
+    liger: str
+    plain: Callable[[Tensor], Tensor]
+    formula: Callable[[Tensor], tuple[Tensor, Tensor]]
+    forward_kernel: Callable[[Any], Any]
+    backward_kernel: Callable[[Any], Any]
+    scalars: tuple[float, ...] = ()
 
-    def backward_torch(gate: Tensor, up: Tensor, grad: Tensor) -> None:
+    def gradients(self, gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Of gate and up, in fp32 or wider."""
         wide = torch.promote_types(gate.dtype, torch.float32)
-        value, slope = formula(gate.to(wide))
+        value, slope = self.formula(gate.to(wide))
         grad = grad.to(wide)
-        grad_gate = grad * slope * up
-        up.copy_(grad * value)
-        gate.copy_(grad_gate)
+        return grad * slope * up, grad * value
 
-    def launch(pick: Any, module: Any, tensors: tuple[Tensor, ...]) -> None:
+    def launch_forward(self, module: Any, gate: Tensor, up: Tensor, out: Tensor) -> None:
+        """Write the product. All contiguous; ``out`` may be one of the two."""
+        self._launch(self.forward_kernel(module), gate, up, out)
+
+    def launch_backward(self, module: Any, gate: Tensor, up: Tensor, grad: Tensor) -> None:
+        """Write the gradients of gate and up over them. All contiguous."""
+        self._launch(self.backward_kernel(module), grad, gate, up)
+
+    def _launch(self, liger_kernel: Any, *tensors: Tensor) -> None:
         columns = tensors[0].shape[-1]
         rows = tensors[0].numel() // max(columns, 1)
         if rows:
             block, warps = block_settings(columns)
-            pick(module)[(rows,)](
-                *tensors, columns, *scalars, n_cols=columns, BLOCK_SIZE=block, num_warps=warps
+            liger_kernel[(rows,)](
+                *tensors, columns, *self.scalars, n_cols=columns, BLOCK_SIZE=block, num_warps=warps
             )
+
+
+def gated(name: str, activation: Activation) -> torch._ops.OpOverload:
+    """Register ``liger_fx::<name>(gate, up, overwrite=False)``: ``activation(gate) * up``.
+
+    gate, up: of one shape and dtype, float32, bfloat16 or float16 (on a CPU float64 as well).
+    overwrite: the backward may write over gate and up where the compiler finds them dead; nothing
+    but this op may read them. The result is contiguous; the backward is differentiable once.
+    """
+
+    def forward_torch(gate: Tensor, up: Tensor) -> Tensor:
+        return (activation.plain(gate) * up).contiguous()
+
+    def backward_torch(gate: Tensor, up: Tensor, grad: Tensor) -> None:
+        grad_gate, grad_up = activation.gradients(gate, up, grad)
+        gate.copy_(grad_gate)
+        up.copy_(grad_up)
 
     def forward_liger(module: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
-        launch(forward_kernel, module, (gate, up, out))
+        activation.launch_forward(module, gate, up, out)
         return out
 
     def backward_liger(module: Any, gate: Tensor, up: Tensor, grad: Tensor) -> None:
-        launch(backward_kernel, module, (grad.contiguous(), gate, up))
+        activation.launch_backward(module, gate, up, grad.contiguous())
 
     def on_copies(backward_in_place: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:
         def backward(*args: Any) -> tuple[Tensor, Tensor]:
@@ -91,21 +107,21 @@ def gated(
         fake=lambda gate, up: gate.new_empty(gate.shape),
         cpu=forward_torch,
         cuda=forward_liger,
-        liger=liger,
+        liger=activation.liger,
     )
     backward = kernel(
         f"{name}_backward(Tensor gate, Tensor up, Tensor grad) -> (Tensor, Tensor)",
         fake=lambda gate, up, grad: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
         cpu=on_copies(backward_torch),
         cuda=on_copies(backward_liger),
-        liger=liger,
+        liger=activation.liger,
     )
     backward_ = kernel(
         f"{name}_backward_(Tensor(a!) gate, Tensor(b!) up, Tensor grad) -> ()",
         fake=lambda gate, up, grad: None,
         cpu=backward_torch,
         cuda=backward_liger,
-        liger=liger,
+        liger=activation.liger,
     )
 
     class Gated(torch.autograd.Function):

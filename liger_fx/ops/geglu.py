@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liger_fx.ops.gated import gated
+from liger_fx.ops.gated import Activation, gated
 
 
 def _gelu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,11 +24,11 @@ def _gelu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * half, half + 0.5 * x * (1 - tanh**2) * inner
 
 
-geglu = gated(
-    "geglu",
-    "geglu",
-    activation=functools.partial(F.gelu, approximate="tanh"),
+GELU_TANH = Activation(
+    liger="geglu",
+    plain=functools.partial(F.gelu, approximate="tanh"),
     formula=_gelu_and_slope,
     forward_kernel=lambda liger: liger._geglu_tanh_forward_kernel,
     backward_kernel=lambda liger: liger._geglu_tanh_backward_kernel,
 )
+geglu = gated("geglu", GELU_TANH)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 
-from liger_fx.ops.gated import gated
+from liger_fx.ops.gated import Activation, gated
 from liger_fx.ops.library import block_settings, differentiable, kernel, once_differentiable
 
 
@@ -22,15 +22,15 @@ def _silu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
     return value, sigmoid + value * (1 - sigmoid)
 
 
-swiglu = gated(
-    "swiglu",
-    "swiglu",
-    activation=F.silu,
+SILU = Activation(
+    liger="swiglu",
+    plain=F.silu,
     formula=_silu_and_slope,
     forward_kernel=lambda liger: liger._swiglu_forward_kernel,
     backward_kernel=lambda liger: liger._swiglu_backward_kernel,
     scalars=(1.0,),  # a factor on the gate
 )
+swiglu = gated("swiglu", SILU)
 
 
 # -- gate and up in one tensor --------------------------------------------------------------------
@@ -43,11 +43,9 @@ def _forward_torch(gate_up: Tensor) -> Tensor:
 
 def _backward_torch(gate_up: Tensor, grad: Tensor) -> None:
     gate, up = gate_up.chunk(2, dim=-1)
-    wide = torch.promote_types(gate.dtype, torch.float32)
-    value, slope = _silu_and_slope(gate.to(wide))
-    grad_gate = grad.to(wide) * slope * up
-    up.copy_(grad.to(wide) * value)
+    grad_gate, grad_up = SILU.gradients(gate, up, grad)
     gate.copy_(grad_gate)
+    up.copy_(grad_up)
 
 
 def _forward_liger(liger: Any, gate_up: Tensor) -> Tensor:

@@ -1,0 +1,204 @@
+"""``liger_fx::swiglu_mlp``, ``geglu_mlp``: a gated MLP by tiles of tokens.
+
+    y = (act(x Wg^T) * (x Wu^T)) Wd^T
+
+Gate and up exist for a tile of tokens only, in the forward and in the backward, which computes them
+again: of [tokens, intermediate] nothing is kept (the idea of Liger's and DeepSpeed's tiled MLP).
+Inside an activation checkpoint, where gate and up are recomputed anyway, that costs nothing.
+
+The backward of a tile has three buffers. Gate and up become their gradients; the gradient of their
+product becomes the product, which the gradient of ``Wd`` needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from liger_fx.ops.gated import Activation
+from liger_fx.ops.geglu import GELU_TANH
+from liger_fx.ops.library import differentiable, kernel, once_differentiable
+from liger_fx.ops.matmul import accumulate_mm
+from liger_fx.ops.swiglu import SILU
+
+# Bytes of a tile's three buffers. With 16384 tokens of Llama-3.2-1B to a tile (0.75 GiB), the GEMMs
+# are as fast as with all 65536; the sums over tiles of the weight gradients cost about 1 %.
+TILE_BUDGET = {"cuda": 3 << 29, "cpu": 192 << 20}
+_UNIT = 128
+
+OnBuffers = Callable[..., None]
+
+
+def tile_tokens_for(tokens: int, intermediate: int, itemsize: int, device_type: str) -> int:
+    """Tokens of a tile, as equal as they come: what the budget takes, in multiples of 128."""
+    budget = TILE_BUDGET.get(device_type, TILE_BUDGET["cpu"])
+    most = max(_UNIT, budget // (3 * intermediate * itemsize) // _UNIT * _UNIT)
+    tiles = max(1, -(-tokens // most))
+    return -(-tokens // tiles // _UNIT) * _UNIT if tiles > 1 else max(1, tokens)
+
+
+def _tiles(tokens: int, size: int) -> Iterator[slice]:
+    for start in range(0, tokens, size):
+        yield slice(start, min(start + size, tokens))
+
+
+def _tile_size(rows: Tensor, w_gate: Tensor, tile_tokens: int) -> int:
+    if tile_tokens > 0:
+        return max(1, min(tile_tokens, rows.shape[0]))
+    return tile_tokens_for(rows.shape[0], w_gate.shape[0], rows.element_size(), rows.device.type)
+
+
+def _buffers(count: int, tokens: int, like: Tensor, w_gate: Tensor) -> list[Tensor]:
+    return [like.new_empty(tokens, w_gate.shape[0]) for _ in range(count)]
+
+
+def _forward(
+    product: OnBuffers, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, tile_tokens: int
+) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    out = rows.new_empty(rows.shape[0], w_down.shape[0])
+    size = _tile_size(rows, w_gate, tile_tokens)
+    buffers = _buffers(2, size, rows, w_gate)
+    with torch.autocast(x.device.type, enabled=False):  # every dtype has been decided
+        for part in _tiles(rows.shape[0], size):
+            gate, up = (b[: part.stop - part.start] for b in buffers)
+            torch.mm(rows[part], w_gate.t(), out=gate)
+            torch.mm(rows[part], w_up.t(), out=up)
+            product(gate, up)
+            torch.mm(gate, w_down.t(), out=out[part])
+    return out.view(*x.shape[:-1], w_down.shape[0])
+
+
+def _backward(
+    gradients_and_product: OnBuffers,
+    grad: Tensor,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    wanted: list[bool],
+    tile_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+    tokens, size = rows.shape[0], _tile_size(rows, w_gate, tile_tokens)
+    # A sum over tiles is kept in fp32; a single product is rounded once by its GEMM.
+    accum = torch.promote_types(x.dtype, torch.float32) if size < tokens else x.dtype
+    dx = torch.empty_like(rows, memory_format=torch.contiguous_format) if wanted[0] else None
+    sums = [
+        _accumulator(w, accum, tokens) if want else None
+        for w, want in zip((w_gate, w_up, w_down), wanted[1:], strict=True)
+    ]
+    buffers = _buffers(3, size, rows, w_gate)
+    with torch.autocast(x.device.type, enabled=False):
+        for part in _tiles(tokens, size):
+            gate, up, product = (b[: part.stop - part.start] for b in buffers)
+            torch.mm(rows[part], w_gate.t(), out=gate)
+            torch.mm(rows[part], w_up.t(), out=up)
+            torch.mm(grad[part], w_down, out=product)
+            gradients_and_product(gate, up, product)
+            operands = ((gate, rows[part]), (up, rows[part]), (grad[part], product))
+            for total, (a, b) in zip(sums, operands, strict=True):
+                if total is not None:
+                    accumulate_mm(total, a.t(), b, part.start == 0)
+            if dx is not None:
+                torch.mm(gate, w_gate, out=dx[part])
+                dx[part].addmm_(up, w_up)
+    nothing = x.new_empty(0)
+    dw_gate, dw_up, dw_down = (
+        x.new_empty(0) if total is None else total.to(x.dtype) for total in sums
+    )
+    return nothing if dx is None else dx.view(x.shape), dw_gate, dw_up, dw_down
+
+
+def _accumulator(weight: Tensor, dtype: torch.dtype, tokens: int) -> Tensor:
+    make = torch.empty_like if tokens else torch.zeros_like  # the first tile writes it
+    return make(weight, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def tiled_mlp(name: str, activation: Activation) -> torch._ops.OpOverload:
+    """Register ``liger_fx::<name>(x, w_gate, w_up, w_down, tile_tokens=0)``.
+
+    x: [..., H]. w_gate, w_up: [I, H], w_down: [H', I]. All float32, bfloat16 or float16 alike (on a
+    CPU float64 as well). tile_tokens: 0 chooses by memory budget. Returns [..., H'], contiguous.
+    Weight gradients are summed over tiles in fp32. The backward is differentiable once.
+    """
+
+    def product_torch(gate: Tensor, up: Tensor) -> None:
+        gate.copy_(activation.plain(gate) * up)
+
+    def gradients_and_product_torch(gate: Tensor, up: Tensor, grad: Tensor) -> None:
+        product = activation.plain(gate) * up
+        grad_gate, grad_up = activation.gradients(gate, up, grad)
+        gate.copy_(grad_gate)
+        up.copy_(grad_up)
+        grad.copy_(product)
+
+    def forward_liger(module: Any, x: Tensor, *rest: Any) -> Tensor:
+        def product(gate: Tensor, up: Tensor) -> None:
+            activation.launch_forward(module, gate, up, gate)
+
+        return _forward(product, x, *rest)
+
+    def backward_triton(module: Any, grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        from liger_fx.ops.gated_triton import gradients_and_product
+
+        def on_buffers(gate: Tensor, up: Tensor, grad: Tensor) -> None:
+            gradients_and_product(gate, up, grad, gelu_tanh=activation is GELU_TANH)
+
+        return _backward(on_buffers, grad, *rest)
+
+    forward = kernel(
+        f"{name}_forward(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, int tile_tokens)"
+        " -> Tensor",
+        fake=lambda x, w_gate, w_up, w_down, tile: x.new_empty(*x.shape[:-1], w_down.shape[0]),
+        cpu=lambda x, *rest: _forward(product_torch, x, *rest),
+        cuda=forward_liger,
+        liger=activation.liger,
+    )
+    backward = kernel(
+        f"{name}_backward(Tensor grad, Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down,"
+        " bool[] wanted, int tile_tokens) -> (Tensor, Tensor, Tensor, Tensor)",
+        fake=_fake_gradients,
+        cpu=lambda grad, *rest: _backward(gradients_and_product_torch, grad, *rest),
+        cuda=backward_triton,
+        liger=activation.liger,
+    )
+
+    class TiledMLP(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x, w_gate, w_up, w_down, tile_tokens):
+            ctx.save_for_backward(x, w_gate, w_up, w_down)
+            ctx.tile_tokens = tile_tokens
+            return forward(x, w_gate, w_up, w_down, tile_tokens)
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            wanted = ctx.needs_input_grad[:4]
+            gradients = backward(grad, *ctx.saved_tensors, list(wanted), ctx.tile_tokens)
+            kept = (g if want else None for g, want in zip(gradients, wanted, strict=True))
+            return *kept, None
+
+    def op(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, tile_tokens: int = 0) -> Tensor:
+        return TiledMLP.apply(x, w_gate, w_up, w_down, tile_tokens)
+
+    return differentiable(
+        f"{name}(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, int tile_tokens=0) -> Tensor",
+        op,
+    )
+
+
+def _fake_gradients(
+    grad: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, wanted: Any, tile: int
+) -> tuple[Tensor, ...]:
+    return tuple(
+        t.new_empty(t.shape) if want else t.new_empty(0)
+        for t, want in zip((x, w_gate, w_up, w_down), wanted, strict=True)
+    )
+
+
+swiglu_mlp = tiled_mlp("swiglu_mlp", SILU)
+geglu_mlp = tiled_mlp("geglu_mlp", GELU_TANH)
