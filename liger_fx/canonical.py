@@ -231,8 +231,14 @@ _SIGNATURES: dict[Any, dict[str, Any]] = {
     F.linear: dict(input=None, weight=None, bias=None),
     F.gelu: dict(input=None, approximate="none"),
     F.scaled_dot_product_attention: dict(
-        query=None, key=None, value=None, attn_mask=None, dropout_p=0.0, is_causal=False,
-        scale=None, enable_gqa=False,
+        query=None,
+        key=None,
+        value=None,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+        enable_gqa=False,
     ),
     torch.log_softmax: dict(input=None, dim=None, _stacklevel=3, dtype=None),  # as F.log_softmax
     torch.logsumexp: dict(input=None, dim=None, keepdim=False),

@@ -24,6 +24,7 @@ class Match:
     ``outputs`` are the nodes that a replacement stands in for, the root first; ``bindings`` maps
     each parameter of the pattern to a node or a literal, ``chains`` each wildcard to its nodes
     (outermost first), ``nodes`` holds what a replacement makes superfluous, the outputs among it.
+    ``recomputed``: it lies in the body of an activation checkpoint.
     """
 
     pattern: Pattern
@@ -32,6 +33,7 @@ class Match:
     chains: dict[str, list[fx.Node]]
     nodes: set[fx.Node]
     settings: dict[str, Any] = field(default_factory=dict)
+    recomputed: bool = False
 
     @property
     def root(self) -> fx.Node:

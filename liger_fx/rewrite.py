@@ -135,14 +135,14 @@ class _Application:
         for body in checkpoint_bodies(gm):
             fired = len(self.report.replacements)
             self._bodies(body)
-            self._graph(body)
+            self._graph(body, recomputed=True)
             if self.rewrite.save_ops and len(self.report.replacements) > fired:
                 save_in_checkpoint(body, self.rewrite.save_ops)
 
-    def _graph(self, gm: fx.GraphModule) -> None:
+    def _graph(self, gm: fx.GraphModule, *, recomputed: bool = False) -> None:
         _require_example_values(gm)
         view = View(gm.graph)
-        found = self._find(view)
+        found = self._find(view, recomputed)
         if not found:
             return
         legality = Legality(view)
@@ -161,7 +161,7 @@ class _Application:
             gm.graph.lint()
             gm.recompile()
 
-    def _find(self, view: View) -> list[Match]:
+    def _find(self, view: View, recomputed: bool) -> list[Match]:
         found: dict[fx.Node, Match] = {}
         for pattern in self.rewrite.spellings:
             for node in candidates(view, pattern):
@@ -170,7 +170,7 @@ class _Application:
                 matcher = Matcher(view, pattern)
                 match = matcher.at(node)
                 if match is not None:
-                    match.settings = self.settings
+                    match.settings, match.recomputed = self.settings, recomputed
                     found[node] = match
                 else:
                     self._note_miss(matcher.miss, node)

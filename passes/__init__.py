@@ -10,6 +10,7 @@ from liger_fx.passes.linear_logprobs import linear_logprobs
 from liger_fx.passes.rms_norm import rms_norm
 from liger_fx.passes.rope import rope
 from liger_fx.passes.swiglu import swiglu
+from liger_fx.passes.tiled_mlp import tiled_mlp
 
 DEFAULT = [
     linear_cross_entropy,  # first: it takes the loss together with the projection that feeds it
@@ -20,6 +21,7 @@ DEFAULT = [
     add_rms_norm,  # before rms_norm: it takes the norm together with the sum that feeds it
     rms_norm,  # norms without a sum in their graph
     layer_norm,
+    tiled_mlp,  # before swiglu and geglu: it takes the activation together with its projections
     swiglu,
     geglu,
 ]

@@ -59,16 +59,20 @@ def check_projection(match: Match, weight: torch.Tensor) -> None:
 
 
 def head_arguments(match: Match, hidden: fx.Proxy, weight: fx.Proxy, bias: Any) -> tuple[Any, ...]:
-    """Hidden state, weight and bias as the projection takes them, for the rows that are kept.
-
-    Under autocast it runs in another dtype than its operands: cast as autocast does.
-    """
+    """Hidden state, weight and bias as the projection takes them, for the rows that are kept."""
     given = {"hidden": slice_rows(match, hidden), "weight": weight, "bias": bias}
-    return tuple(_as(p, match.values[name], logits_of(match).dtype) for name, p in given.items())
+    return cast_as_autocast(match, logits_of(match).dtype, given)
 
 
-def _as(proxy: Any, value: torch.Tensor | None, dtype: torch.dtype) -> Any:
-    return proxy if value is None or value.dtype == dtype else proxy.to(dtype)
+def cast_as_autocast(match: Match, dtype: torch.dtype, given: dict[str, Any]) -> tuple[Any, ...]:
+    """The operands of a projection whose result has ``dtype``, by the names of their bindings:
+    under autocast it runs in another dtype than they have."""
+
+    def cast(name: str, proxy: Any) -> Any:
+        value = match.values[name]
+        return proxy if value is None or value.dtype == dtype else proxy.to(dtype)
+
+    return tuple(cast(name, proxy) for name, proxy in given.items())
 
 
 def check_rows(match: Match) -> None:

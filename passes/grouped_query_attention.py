@@ -1,4 +1,4 @@
-"""Keys and values repeated for each query head -> ``scaled_dot_product_attention(enable_gqa=True)``.
+"""Attention over repeated keys and values -> ``scaled_dot_product_attention(enable_gqa=True)``.
 
 Matches      ``scaled_dot_product_attention`` over heads repeated by unsqueeze, expand and reshape:
              torchtune and Hugging Face on [b, h, s, d], torchtitan on [b, s, h, d].

@@ -24,12 +24,13 @@ from test_op_norms import TestRMSNorm as RMSNorm
 from test_op_rope import ANGLES_OF_EACH_SEQUENCE, TABLE_LAYOUTS
 from test_op_rope import TestHalves as Halves
 from test_op_rope import TestPairs as Pairs
+from test_op_tiled_mlp import TestTiledMLP as TiledMLP
 
 from liger_fx.ops import library
 from liger_fx.ops.token_loss import TokenLoss, write_losses_liger, write_losses_torch
 
 CASES = [
-    *((case, (2, 3, 2, 5)) for case in (*NORMS, *Gated.CASES)),
+    *((case, (2, 3, 2, 5)) for case in (*NORMS, *Gated.CASES, *TiledMLP.CASES)),
     *((case, (2, 2, 3, 10)) for case in Halves.CASES),
     *((case, (2, 2, 2, 34)) for case in Pairs.CASES),  # two blocks of 16 pairs
     *((case, (7, 21)) for case in CrossEntropy.CASES),
@@ -44,6 +45,8 @@ MODULES = {
     "swiglu": "swiglu",
     "swiglu_gate_up": "swiglu",
     "geglu": "geglu",
+    "swiglu_mlp": "swiglu",
+    "geglu_mlp": "geglu",
     "rope": "rope",
     "rope_interleaved": "llama4_rope",
     "cross_entropy": "cross_entropy",

@@ -8,8 +8,8 @@ angle of their position, ``(a cos - b sin, b cos + a sin)``:
   Gemma).
 
 A rotation is linear and its transpose is the rotation backwards, so the derivative is the op itself
-with ``inverse`` set, any number of times. Liger's kernels rotate in place; here they do it on a
-copy.
+with ``inverse`` set, any number of times. Liger's kernel for halves rotates in place; here it does
+so on a copy. The one for pairs is our own (`rope_triton`).
 """
 
 from __future__ import annotations
@@ -93,23 +93,12 @@ def _padded(heads: int, size: int, rotary: int) -> tuple[int, ...]:
     return size, power(heads), 1, power(size), power(rotary), rotary, power(heads)
 
 
-def _pairs_liger(liger: Any, x: Tensor, angles: Tensor, inverse: bool) -> Tensor:
-    out = _copy(x)
-    batch, seq, heads, size = out.shape
-    if not out.numel():
-        return out
-    # In fp32 as the models do, and as one row for each position. Positions of their own for each
-    # sequence of the batch (packed data): the batch is one long sequence.
-    angles = angles.float().contiguous()
-    if angles.shape[0] != 1:
-        batch, seq = 1, batch * seq
-    block, warps = liger._select_kernel_meta(size // 2)
-    liger._llama4_rope_kernel[(batch * seq, heads)](
-        *(out, out, angles, heads * size, 0, size, 0, size),
-        *(seq, batch, -1.0 if inverse else 1.0, size // 2, heads, 0, block),
-        num_warps=warps,
-        num_stages=2,  # as Liger launches it
-    )
+def _pairs_triton(liger: Any, x: Tensor, angles: Tensor, inverse: bool) -> Tensor:
+    from liger_fx.ops.rope_triton import rotate_pairs
+
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rotate_pairs(x, angles.float().contiguous(), out, inverse)  # in fp32 as the models do
     return out
 
 
@@ -126,7 +115,7 @@ _pairs = kernel(
     "rope_interleaved_forward(Tensor x, Tensor angles, bool inverse) -> Tensor",
     fake=lambda x, angles, inverse: x.new_empty(x.shape),
     cpu=_pairs_torch,
-    cuda=_pairs_liger,
+    cuda=_pairs_triton,
     liger="llama4_rope",
 )
 

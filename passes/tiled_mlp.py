@@ -1,0 +1,76 @@
+"""A gated MLP -> ``liger_fx::swiglu_mlp`` or ``geglu_mlp``, by tiles of tokens.
+
+Matches      The MLP of Llama-like decoders (SiLU) and of Gemma (GELU's tanh approximation), with
+             gate and up as projections of their own and without biases.
+Leaves alone MLPs with biases, adapters or quantised weights, gate and up in one projection; inside
+             an activation checkpoint those whose output the backward needs: the op computes gate
+             and up again in its backward, and the checkpoint would run the whole op once more.
+Numerics     Each product is rounded as in eager; weight gradients are summed over tiles in fp32.
+"""
+
+import torch.nn.functional as F
+from liger_fx.passes._norms import DTYPES, MAX_COLUMNS
+from liger_fx.passes._rows import cast_as_autocast
+from torch import fx
+
+from liger_fx import ops
+from liger_fx.canonical import op_name, same_sizes
+from liger_fx.matcher import Match, Reject
+from liger_fx.rewrite import Rewrite
+
+
+def swiglu(x, w_gate, w_up, w_down):
+    return F.linear(F.silu(F.linear(x, w_gate)) * F.linear(x, w_up), w_down)
+
+
+def geglu(x, w_gate, w_up, w_down):
+    gate = F.gelu(F.linear(x, w_gate), approximate="tanh")
+    return F.linear(gate * F.linear(x, w_up), w_down)
+
+
+def swiglu_with_biases(x, w_gate, b_gate, w_up, b_up, w_down, b_down):
+    product = F.silu(F.linear(x, w_gate, b_gate)) * F.linear(x, w_up, b_up)
+    return F.linear(product, w_down, b_down)
+
+
+def check(match: Match, w_gate, w_up, w_down):
+    if any(w.dim() != 2 for w in (w_gate, w_up, w_down)):
+        raise Reject("a projection's weight is not 2-D")
+    if not same_sizes(w_gate.shape, w_up.shape):
+        raise Reject(f"the product broadcasts {list(w_gate.shape)} and {list(w_up.shape)}")
+    if match.output.dtype not in DTYPES:
+        raise Reject(f"the output is {match.output.dtype}; the kernel computes in float32")
+    columns = w_gate.shape[0]
+    if isinstance(columns, int) and columns > MAX_COLUMNS:
+        raise Reject(f"gates have {columns} elements; the kernel takes at most {MAX_COLUMNS}")
+    if match.recomputed and not _only_returned(match.root):
+        raise Reject(
+            "the backward needs the MLP's output: in this checkpoint the op would run once more"
+        )
+
+
+def _only_returned(node: fx.Node) -> bool:
+    """Is the value, or a sum with it, read by nothing in the graph?"""
+    return all(
+        user.op == "output"
+        or (op_name(user) in ("add", "reshape", "cast") and _only_returned(user))
+        for user in node.users
+    )
+
+
+def replace(match: Match, x, w_gate, w_up, w_down):
+    op = ops.swiglu_mlp if match.pattern.name == "swiglu" else ops.geglu_mlp
+    given = {"x": x, "w_gate": w_gate, "w_up": w_up, "w_down": w_down}
+    operands = cast_as_autocast(match, match.output.dtype, given)
+    return op(*operands, match.settings["tile_tokens"])
+
+
+tiled_mlp = Rewrite(
+    name="tiled_mlp",
+    patterns=[swiglu, geglu],
+    refuses=[(swiglu_with_biases, "the projections have biases; the op has none")],
+    check=check,
+    replace=replace,
+    settings={"tile_tokens": 0},
+    gains={"cuda inductor checkpoint": "gate and up exist for a tile of tokens only"},
+)
