@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -189,7 +190,7 @@ class Contract:
     CASES: Sequence[Case]
     SHAPES: Sequence[tuple[int, ...]]  # odd ones: of 1 row, of very many, of none
     BIG: tuple[int, ...]  # more than 2**31 elements
-    BIG_TOLERANCE: dict[str, float] = {}
+    BIG_TOLERANCE: Mapping[str, float] = MappingProxyType({})
     OWN_LAYOUT = False  # whether the result lies in memory as the input; else it is contiguous
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:

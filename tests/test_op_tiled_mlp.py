@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -42,7 +44,9 @@ class TestTiledMLP(Contract):
     )
     SHAPES = ((48,), (1, 257), (7, 5), (2, 3, 48), (4, 1), (0, 48), (2, 0, 48), (10_003, 5))
     BIG = (2**31 // 8192 + 3, 8192)
-    BIG_TOLERANCE = {"atol": 1e-3, "rtol": 1.6e-2}  # of few rows another GEMM rounds in its way
+    BIG_TOLERANCE = MappingProxyType(
+        {"atol": 1e-3, "rtol": 1.6e-2}
+    )  # of few rows another GEMM rounds in its way
 
 
 def test_weight_gradients_are_summed_in_fp32():
@@ -64,10 +68,10 @@ def test_weight_gradients_are_summed_in_fp32():
 
 @pytest.mark.parametrize(
     ("tokens", "tile"),
-    [(0, 1), (5, 5), (21760, 21760), (21889, 11008), (65536, 21888), (70000, 17536)],
+    [(0, 1), (5, 5), (24576, 24576), (24577, 12416), (65536, 21888), (75000, 18816)],
 )
 def test_tiles_are_as_equal_as_they_come(tokens, tile):
-    """1 GiB for three [tile, 8192] in bf16."""
+    """9/8 GiB for three [tile, 8192] in bf16."""
     assert tiled_mlp.tile_tokens_for(tokens, 8192, 2, "cuda") == tile
 
 
