@@ -147,7 +147,8 @@ def print_header(device: torch.device) -> Header:
         "date": datetime.date.today().isoformat(),
         "command": f"python {shlex.join(sys.argv)}",
     }
-    print(f"{_origin(header)}\n\n    {header['command']}\n", flush=True)
+    where, versions = header["machine"], _versions(header)
+    print(f"{where}; {versions}; {header['date']}\n\n    {header['command']}\n", flush=True)
     return header
 
 
@@ -196,7 +197,8 @@ def draw(path: Path | None, title: str, panels: Sequence[Panel], header: Header)
     bars = max(len(panel.groups) * (len(panel.series) + 1) for panel in panels)
     size = (6.4 * len(panels), 1.6 + 0.22 * bars)
     figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(f"{title}\n{_origin(header)}", fontsize=10)
+    origin = f"{header['machine']}, {header['date']}\n{_versions(header)}"
+    figure.suptitle(f"{title}\n{origin}", fontsize=9)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _draw_bars(axes, panel)
     entries = {label: bar for axes in figure.axes for bar, label in _legend(axes)}
@@ -242,9 +244,8 @@ def _picture(path: str) -> Path:
     return Path(path)
 
 
-def _origin(header: Header) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in header["versions"].items())
-    return f"{header['machine']}; {versions}; {header['date']}"
+def _versions(header: Header) -> str:
+    return ", ".join(f"{name} {version}" for name, version in header["versions"].items())
 
 
 def _cell(row: Row, column: Column) -> str:

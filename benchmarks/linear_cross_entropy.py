@@ -264,6 +264,7 @@ def error_rows(shape: Shape, args: argparse.Namespace) -> Iterator[list[Row]]:
     wide = inputs.double()
     references = {s: loss_and_gradients(exact, wide.ignoring(s)) for s in args.ignored}
     del wide
+    free_memory()
 
     def measure(head: Head, share: float) -> Row:
         return measure_error(head, inputs.ignoring(share), references[share])
@@ -281,8 +282,12 @@ def arm_rows(
         place = {"arm": arm} | shape._asdict()
         yield [place | {"ignored": s} | row for s, row in zip(args.ignored, rows, strict=True)]
         torch.compiler.reset()
-        gc.collect()
-        torch.cuda.empty_cache()  # does nothing without a GPU
+        free_memory()
+
+
+def free_memory() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def attempt_arm(
