@@ -15,7 +15,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -185,7 +185,10 @@ class Panel(NamedTuple):
 
 # The arms of liger_fx stand out, the others do not compete with each other.
 ACCENTS = ("#d9480f", "#f59f6c")
-OTHERS = ("#5b6b7f", "#8fa7c4", "#b9c3cf", "#3f6ea3", "#d5dbe2", "#75879c", "#a8c0dc", "#4a5568")
+OTHERS = (
+    *("#5b6b7f", "#8fa7c4", "#b9c3cf", "#3f6ea3", "#d5dbe2"),
+    *("#1f3a5f", "#a8c0dc", "#8a8f98", "#2f3640"),
+)
 
 
 def draw(path: Path | None, title: str, panels: Sequence[Panel], header: Header) -> None:
@@ -210,7 +213,7 @@ def draw(path: Path | None, title: str, panels: Sequence[Panel], header: Header)
 
 def _draw_bars(axes: Any, panel: Panel) -> None:
     height = 1 / (len(panel.series) + 0.6)
-    colours = {True: iter(ACCENTS), False: iter(OTHERS)}
+    colours = {True: cycle(ACCENTS), False: cycle(OTHERS)}
     for i, (name, values) in enumerate(panel.series.items()):
         colour = next(colours[name.startswith("liger_fx")])
         places = [group + i * height for group in range(len(panel.groups))]
