@@ -10,12 +10,13 @@ Triton's own launch.
 
 from __future__ import annotations
 
+import argparse
 import timeit
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from _common import Column, Row, markdown, print_header
+from _common import Column, Panel, Row, add_outputs, draw, markdown, print_header, write_json
 
 from liger_fx import ops
 from liger_fx.ops.library import launchers, liger_module
@@ -119,12 +120,31 @@ def measure(name: str, op: Any, arguments: tuple[Any, ...], back: str, given: An
     return row | {"eager": microseconds(lambda: op(*trained))}
 
 
+def panels(rows: list[Row]) -> list[Panel]:
+    titles = {column.title: column.key for column in TABLE[1:]}
+    series = {title: [row[key] for row in rows] for title, key in titles.items()}
+    return [Panel("µs of the host's, a call", [row["op"] for row in rows], series)]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_outputs(parser)
+    return parser.parse_args()
+
+
 def main() -> None:
-    print_header(torch.device(DEVICE))
+    args = parse_args()
+    header = print_header(torch.device(DEVICE))
     # Held until the end: a library takes its implementations with it.
     library = None if DEVICE == "cuda" else without_kernels()
-    print(f"\nOne call, on {DEVICE}" + (", kernels left out" if library else ""))
-    print(markdown([measure(name, *case) for name, case in cases().items()], TABLE))
+    what = f"One call, on {DEVICE}" + (", kernels left out" if library else "")
+    print(f"\n{what}")
+    rows = [measure(name, *case) for name, case in cases().items()]
+    print(markdown(rows, TABLE))
+    write_json(args.json, rows, header)
+    draw(args.picture, what, panels(rows), header)
 
 
 if __name__ == "__main__":

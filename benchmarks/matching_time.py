@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 from _common import (
     Column,
+    Panel,
     Row,
+    add_outputs,
+    draw,
     in_fresh_process,
     markdown,
     print_header,
@@ -60,13 +62,20 @@ def measure(layers: int, inner: str) -> Iterator[Row]:
     }
 
 
+def panels(rows: list[Row]) -> list[Panel]:
+    groups = [row["arm"] for row in rows]
+    parts = {"cold compile": "compile_s", "liger_fx: matching": "matching_s"}
+    series = {name: [row.get(key) for row in rows] for name, key in parts.items()}
+    return [Panel("seconds", groups, series, ",.2f")]
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, nargs="+", default=[16, 32, 80])
     parser.add_argument("--inner", choices=("inductor", "aot_eager", "eager"), default="inductor")
-    parser.add_argument("--json", type=Path, help="write every row")
+    add_outputs(parser)
     parser.add_argument("--arm", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -75,13 +84,14 @@ def main() -> None:
     args = parse_args()
     if args.arm:
         return run_arm(partial(measure, args.arm, args.inner))
-    print_header(torch.device("cpu"))
+    header = print_header(torch.device("cpu"))
     rows: list[Row] = []
     for layers in args.layers:
         rows += [{"arm": f"{layers} layers"} | r for r in in_fresh_process("--arm", str(layers))]
-        write_json(args.json, rows)
+        write_json(args.json, rows, header)
         progress(f"{layers} layers: {rows[-1].get('error', 'done')}")
     print(markdown(rows, COLUMNS))
+    draw(args.picture, "What matching takes of a cold compile", panels(rows), header)
 
 
 if __name__ == "__main__":

@@ -192,11 +192,11 @@ def main() -> None:
     args = parse_args()
     if args.arm:
         return run_arm(partial(measure, args))
-    print_header(args.device)
+    header = print_header(args.device)
     rows: list[Row] = []
     for arm in args.arms:
         rows += [{"arm": arm} | row for row in in_fresh_process("--arm", arm)]
-        write_json(args.json, rows)
+        write_json(args.json, rows, header)
         progress(f"{arm}: {rows[-1].get('error', 'done')}")
     print(markdown(rows, COLUMNS))
     for row in rows:

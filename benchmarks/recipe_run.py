@@ -270,17 +270,17 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    print_header(torch.device(args.device))
+    header = print_header(torch.device(args.device))
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(args, Path(folder))
         for batch in args.batch:
             for name in args.arms:
                 rows.append(measure(args, name, batch, Path(folder)))
-                write_json(args.json, rows)  # a run that is cut off keeps what it has
+                write_json(args.json, rows, header)  # a run that is cut off keeps what it has
                 progress(f"{name}, batch {batch}: {rows[-1].get('error') or 'measured'}")
     print(markdown(compared(rows), COLUMNS))
-    write_json(args.json, compared(rows))
+    write_json(args.json, compared(rows), header)
 
 
 if __name__ == "__main__":

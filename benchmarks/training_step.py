@@ -271,15 +271,17 @@ def main() -> None:
     args = parse_args()
     if args.arm:
         return run_arm(partial(measure, args))
-    print_header(args.device)
+    header = print_header(args.device)
     rows: list[Row] = []
     for arm in args.arms:
         measured = [{"arm": arm} | row for row in in_fresh_process("--arm", arm)]
         rows += measured
-        write_json(args.json, rows)  # after every arm: a run that is cut off keeps what it has
+        write_json(
+            args.json, rows, header
+        )  # after every arm: a run that is cut off keeps what it has
         progress(f"{arm}: {', '.join(brief(row) for row in measured)}")
     print(markdown(compared(rows), COLUMNS))
-    write_json(args.json, compared(rows))
+    write_json(args.json, compared(rows), header)
 
 
 if __name__ == "__main__":

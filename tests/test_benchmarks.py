@@ -1,0 +1,285 @@
+"""The benchmarks on tiny shapes: what they print and what they write."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import compile_time  # noqa: E402
+import host_time  # noqa: E402
+import linear_cross_entropy  # noqa: E402
+import long_context  # noqa: E402
+import matching_time  # noqa: E402
+import profile_step  # noqa: E402
+import recipe_run  # noqa: E402
+import training_step  # noqa: E402
+
+Rows = list[dict[str, Any]]
+Run = Callable[..., tuple[str, Rows]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a benchmark's command in this process. What it prints, and the rows it writes."""
+    monkeypatch.setenv("LIGER_FX_INNER", "aot_eager")  # Inductor would take most of the time
+
+    def call(script: ModuleType, *arguments: str) -> tuple[str, Rows]:
+        path = tmp_path / "rows.json"
+        monkeypatch.setattr(sys, "argv", [script.__file__, *arguments, "--json", str(path)])
+        script.main()
+        written = json.loads(path.read_text())
+        assert list(written) == ["machine", "versions", "date", "command", "rows"]
+        assert written["versions"]["torch"] == torch.__version__
+        assert " ".join(arguments) in written["command"]
+        printed = capsys.readouterr().out
+        assert written["machine"] in printed and written["date"] in printed
+        return printed, written["rows"]
+
+    return call
+
+
+@pytest.fixture
+def children_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What would be a fresh process runs in this one: most of its time would be imports."""
+
+    def in_fresh_process(script: ModuleType, *arguments: str) -> Rows:
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+            patch.setattr(sys, "argv", [*sys.argv, *arguments])
+            script.main()
+        lines = printed.getvalue().splitlines()
+        return [json.loads(s.removeprefix("ROW ")) for s in lines if s.startswith("ROW ")]
+
+    for script in (training_step, profile_step, long_context, matching_time):
+        monkeypatch.setattr(script, "in_fresh_process", partial(in_fresh_process, script))
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    pytest.importorskip("matplotlib")
+    return tmp_path / "picture.png"
+
+
+def table(printed: str, *starts: str) -> list[str]:
+    """The cells of the last line that starts with these."""
+    *_, line = (s for s in printed.splitlines() if s.startswith(f"| {' | '.join(starts)} |"))
+    return line.strip("| ").split(" | ")
+
+
+# -- linear_cross_entropy --------------------------------------------------------------------------
+
+SHAPE = ["--device", "cpu", "--shape", "1024", "32", "512", "--steps", "3"]
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arms that compile nothing: one as exact as Inductor, one inexact, one that needs too much."""
+
+    def rounded(device: torch.device) -> linear_cross_entropy.Head:
+        return lambda hidden, weight, labels: (
+            1.5 * linear_cross_entropy.eager(hidden, weight, labels)
+        )
+
+    def too_large(device: torch.device) -> linear_cross_entropy.Head:
+        raise torch.OutOfMemoryError("Tried to allocate 1 TiB")
+
+    arms = {
+        "inductor": lambda device: linear_cross_entropy.eager,
+        "liger": rounded,
+        "liger_fp32": too_large,
+    }
+    monkeypatch.setattr(linear_cross_entropy, "ARMS", linear_cross_entropy.ARMS | arms)
+
+
+def test_grid_compares_with_the_fastest_exact_peer(
+    run: Run, stand_ins: None, picture: Path
+) -> None:
+    arms = ["inductor", "liger", "liger_fp32", "cut_cross_entropy", "liger_fx"]
+    printed, rows = run(
+        linear_cross_entropy, "--grid", *SHAPE, "--arms", *arms, "--picture", str(picture)
+    )
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    timed = {(row["arm"], row["ignored"]): row for row in rows if "ms" in row}
+    assert timed.keys() == {
+        (a, s) for a in ("inductor", "liger", "liger_fx") for s in (0, 0.5, 0.8)
+    }
+    assert {row["arm"] for row in timed.values() if row["exact"]} == {"inductor", "liger_fx"}
+    for share, shown in {0: "0%", 0.5: "50%", 0.8: "80%"}.items():
+        cells = table(printed, "1024", "32", "512", shown, "inductor")[4:]  # the summary's line
+        peer, ours = timed["inductor", share]["ms"], timed["liger_fx", share]["ms"]
+        assert cells[:4] == ["inductor", f"{peer:.1f}", f"{ours:.1f}", f"{peer / ours:.3f}"]
+    assert "| inductor | (liger) | liger_fx |" in printed
+    assert "- liger_fp32: out of memory\n- cut_cross_entropy: left out: " in printed
+
+
+def test_errors_of_several_shares(run: Run, stand_ins: None) -> None:
+    arms = ["eager", "liger", "liger_fx"]
+    printed, rows = run(
+        linear_cross_entropy, "--error", *SHAPE, "--ignored", "0", "0.5", "--arms", *arms
+    )
+    assert [(row["arm"], row["ignored"]) for row in rows] == [
+        (a, s) for a in arms for s in (0, 0.5)
+    ]
+    for row in rows:
+        assert row["weight_error"] > 0.4 if row["arm"] == "liger" else row["weight_error"] < 0.01
+    assert table(printed, "1024", "32", "512", "50%", "eager")[-3:] == ["1.000"] * 3
+
+
+def test_times_of_several_shares(run: Run, stand_ins: None, picture: Path) -> None:
+    printed, rows = run(
+        linear_cross_entropy, *SHAPE, "--arms", "inductor", "liger_fp32", "--picture", str(picture)
+    )
+    assert [row.get("error") for row in rows] == [None, None, "out of memory", "out of memory"]
+    assert rows[1]["valid_floor_ms"] == rows[0]["valid_floor_ms"] / 2
+    assert len(rows[0]["times"]) == 3 and picture.exists()
+    assert f"{rows[1]['ms']:.1f}" in table(printed, "1024", "32", "512", "50%", "inductor")
+
+
+def test_a_chunker_that_chunks_nothing_is_no_result(run: Run) -> None:
+    if not hasattr(torch._inductor.config, "auto_chunker"):
+        pytest.skip("this torch has no auto-chunker")
+    torch._inductor.metrics.num_auto_chunking = 0
+    with pytest.raises(RuntimeError, match="nothing was chunked"):
+        linear_cross_entropy.check_chunked()
+
+
+# -- whole steps -----------------------------------------------------------------------------------
+
+TINY = ["--model", "tiny", "--device", "cpu"]
+
+
+def test_training_step(run: Run, children_here: None) -> None:
+    arguments = ["--arms", "liger_fx_step", "--batch", "2", "--seq", "16", "--steps", "1"]
+    printed, rows = run(training_step, *TINY, *arguments, "--warmup", "1")
+    assert [(row["arm"], row["rewrites"]) for row in rows] == [
+        ("liger_fx_step", "linear_cross_entropy 1")
+    ]
+    assert f"{rows[0]['ms']:.1f}" in table(printed, "0%", "liger_fx_step")
+
+
+def test_compile_time_in_two_processes(run: Run) -> None:
+    arguments = ["--arms", "liger_fx_step", "--layers", "1", "--batch", "2", "--seq", "16"]
+    printed, (row,) = run(compile_time, *TINY, *arguments)
+    assert row["cold_s"] > 0 and row["warm_s"] > 0
+    assert (row["graphs"], row["rewrites"]) == (1, "linear_cross_entropy 1")
+    assert row["fx_hits"] == row["aot_hits"] == 0  # aot_eager has no cache
+    assert table(printed, "1", "liger_fx_step")[2] == f"{row['cold_s']:.1f}"
+
+
+def test_compile_time_keeps_the_caches(
+    run: Run, monkeypatch: pytest.MonkeyPatch, picture: Path
+) -> None:
+    """The second process finds what the first left, the next arm and depth nothing."""
+
+    def child(caches: Path, *arguments: str) -> Rows:
+        if arguments == ("--arm", "inductor_step", "--depth", "4"):
+            return [{"error": "out of memory"}]
+        first = not list(caches.iterdir())
+        (caches / "compiled").touch()
+        slower = 3 if "inductor_step" in arguments else 1
+        counts = dict.fromkeys(compile_time.COUNTED, 0) | {"fx_hits": 0 if first else 4}
+        return [{"seconds": slower * (8 if first else 2), "rewrites": None} | counts]
+
+    monkeypatch.setattr(compile_time, "in_process", child)
+    arguments = ["--arms", "torchtune", "inductor_step", "--layers", "2", "4"]
+    printed, rows = run(compile_time, *TINY, *arguments, "--picture", str(picture))
+    assert [(r.get("cold_s"), r.get("warm_s"), r.get("fx_hits")) for r in rows] == [
+        (8, 2, 4),
+        (24, 6, 4),
+        (8, 2, 4),
+        (None, None, None),
+    ]
+    cells = ["2", "inductor_step", "24.0", "3.00", "6.0", "3.00", "0", "4"]
+    assert table(printed, "2", "inductor_step")[:8] == cells
+    assert "- inductor_step: 4 layers, cold: out of memory" in printed and picture.exists()
+
+
+def test_long_context_predicts_and_confirms(
+    run: Run, monkeypatch: pytest.MonkeyPatch, picture: Path
+) -> None:
+    def child(*arguments: str) -> Rows:
+        _, arm, _, seq = arguments
+        gib = {"torchtune": 0.25, "liger_fx_recipe": 0.125}[arm] * int(seq) / 1000 + 8
+        return [
+            {"error": "out of memory"} if int(seq) > 100_000 else {"seq": int(seq), "peak_gib": gib}
+        ]
+
+    monkeypatch.setattr(long_context, "in_fresh_process", child)
+    arguments = ["--arms", "torchtune", "liger_fx_recipe", "--lengths", "1000", "2000", "4000"]
+    printed, (stock, ours) = run(
+        long_context, *TINY, *arguments, "--gib", "24", "--confirm", "--picture", str(picture)
+    )
+    assert stock["gib_per_1k"] == pytest.approx(0.25) and stock["off_by_gib"] < 1e-9
+    assert stock["predicted"] in (63_999, 64_000) and ours["predicted"] in (127_999, 128_000)
+    assert stock["ran"] % 256 == 0 and 0.96 < stock["ran"] / 64_000 <= 0.97
+    assert (stock["confirmed"], ours["confirmed"]) == ("yes", "out of memory")
+    cells = table(printed, "liger_fx_recipe")
+    assert cells[1:4] == ["0.1250", "0.500", "8.00"] and cells[6] == "2.00"
+    assert picture.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU does not count its memory")
+def test_long_context_needs_a_gpu(run: Run, children_here: None) -> None:
+    printed, (row,) = run(
+        long_context, *TINY, "--arms", "torchtune", "--lengths", "8", "--gib", "1"
+    )
+    assert row["error"] == "left out: counting memory needs a GPU"
+    assert "- torchtune: left out: counting memory needs a GPU" in printed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU has no kernels to profile")
+def test_profile_step_needs_a_gpu(run: Run, children_here: None) -> None:
+    printed, (row,) = run(profile_step, *TINY, "--arms", "torchtune")
+    assert row == {"arm": "torchtune", "error": "left out: kernels are profiled on a GPU"}
+    assert row["error"] in printed
+
+
+def test_recipe_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of whole recipes are tested in test_recipes.py."""
+
+    def measure(args: Any, name: str, batch: int, folder: Path) -> dict[str, Any]:
+        assert (folder / "w.pt").exists()
+        row = {"arm": name, "batch": batch, "loss": 6.0, "slowest": 1.0, "fastest": 9.0}
+        faster = 2 if name == "liger_fx recipe" else 1
+        return row | {"tokens_per_s": faster * 1000.0, "peak_gib": 8.0 / faster}
+
+    monkeypatch.setattr(recipe_run, "measure", measure)
+    printed, rows = run(recipe_run, *TINY, "--batch", "2")
+    assert [row["speed"] for row in rows] == [1, 1, 2]
+    assert table(printed, "2", "liger_fx recipe")[5:8] == ["2.000", "4.00", "0.500"]
+
+
+# -- what liger_fx costs the host ------------------------------------------------------------------
+
+
+def test_matching_time(run: Run, children_here: None, picture: Path) -> None:
+    printed, (row,) = run(
+        matching_time, "--layers", "1", "--inner", "eager", "--picture", str(picture)
+    )
+    assert row["nodes"] > 50 and 0 < row["matching_s"] < row["compile_s"]
+    assert table(printed, "1")[1] == str(row["nodes"]) and picture.exists()
+
+
+def test_host_time(run: Run, monkeypatch: pytest.MonkeyPatch, picture: Path) -> None:
+    monkeypatch.setattr(host_time, "without_kernels", object)  # tests share their process
+    monkeypatch.setattr(
+        host_time, "microseconds", partial(host_time.microseconds, calls=1, repeats=1)
+    )
+    printed, rows = run(host_time, "--picture", str(picture))
+    assert {"rms_norm", "swiglu", "rope"} < {row["op"] for row in rows}
+    (row,) = (row for row in rows if row["op"] == "swiglu")
+    keys = ("forward", "backward", "eager")
+    assert table(printed, "swiglu")[1:] == [f"{row[key]:.1f}" for key in keys]
+    assert picture.exists()
