@@ -139,12 +139,25 @@ def liger_fx_recipe(model: TransformerDecoder, args: argparse.Namespace) -> Loss
     return recipe_loss(model, fuse_head(model, chunked_loss(model), REQUIRE), args.batch)
 
 
+def spend(
+    model: TransformerDecoder, optimizer: torch.optim.Optimizer, args: argparse.Namespace
+) -> None:
+    """As the recipes' ``liger_fx.memory_gib``."""
+    needs_cuda(args.device, "a memory budget")
+    from liger_fx.activations import MemoryBudget, checkpoints_of
+
+    layers, peak = checkpoints_of(model), torch.cuda.max_memory_allocated
+    budget = MemoryBudget(layers, int(args.gib * GIB), peak, progress)
+    optimizer.register_step_pre_hook(budget)
+
+
 ARMS: dict[str, Callable[[TransformerDecoder, argparse.Namespace], LossStep]] = {
     "torchtune": torchtune,
     "liger_by_hand": liger_by_hand,
     "inductor_step": partial(whole_step, "inductor"),
     "liger_fx_step": partial(whole_step, "liger_fx"),
     "liger_fx_recipe": liger_fx_recipe,
+    "liger_fx_budget": liger_fx_recipe,  # layers keep activations, as many as --gib takes
 }
 
 COLUMNS = [
@@ -188,6 +201,8 @@ def prepare(args: argparse.Namespace) -> tuple[LossStep, Tensor]:
     model = build_model(args)
     step = ARMS[args.arm](model, args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
+    if args.arm == "liger_fx_budget":
+        spend(model, optimizer, args)
     vocabulary = model.tok_embeddings.num_embeddings
     tokens = torch.randint(vocabulary, (args.batch, args.seq)).to(args.device)
     return training_step(step, optimizer), tokens
@@ -253,6 +268,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--ignored", type=float, nargs="+", default=[0.0], help="shares of labels")
     parser.add_argument("--warmup", type=int, default=3, help="steps, the compiling one included")
+    parser.add_argument("--gib", type=float, default=29.87, help="for the arm liger_fx_budget")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--json", type=Path, help="write every row")

@@ -9,7 +9,7 @@ mechanism of ``torch.utils.checkpoint.create_selective_checkpoint_contexts``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -38,12 +38,16 @@ def save_in_checkpoint(body: fx.GraphModule, op_names: Sequence[str]) -> None:
     """
     body.meta.setdefault(
         _CONTEXT_FN,
-        functools.partial(
-            create_selective_checkpoint_contexts, functools.partial(_policy, frozenset(op_names))
-        ),
+        functools.partial(create_selective_checkpoint_contexts, saving_policy(frozenset(op_names))),
     )
 
 
-def _policy(saved: frozenset[str], ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+def saving_policy(names: frozenset[str]) -> Callable[..., CheckpointPolicy]:
+    """For ``create_selective_checkpoint_contexts``: keep what the ops of these names return
+    (``"aten::mm"``), and recompute the rest."""
+    return functools.partial(_policy, names)
+
+
+def _policy(saved: frozenset[str], ctx: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
     name = op.name() if isinstance(op, torch._ops.OpOverload) else ""
     return CheckpointPolicy.MUST_SAVE if name in saved else CheckpointPolicy.PREFER_RECOMPUTE

@@ -39,6 +39,7 @@ from torchtune.modules import (
 )
 
 import liger_fx
+from liger_fx import activations
 from liger_fx.backend import compile_rewritten, environment, parse_options, publish, rewrite
 from liger_fx.report import Report
 
@@ -374,11 +375,14 @@ class LayersRecipe:
     and its losses, compiled by liger_fx. Settings are config keys under ``liger_fx:``, the options
     of the backend."""
 
+    _model: nn.Module
     _loss_fn: Any
+    _device: torch.device
     _output_dir: str
 
     def setup(self, cfg: Any) -> None:
         self._settings = flatten(cfg.get("liger_fx", {}) or {})
+        memory_gib = self._settings.pop("memory_gib", None)
         parse_options(self._settings)  # a mistake should show now, not in the first step
         self._compiles = bool(cfg.get("compile", False))
         super().setup(cfg=cfg)  # type: ignore[misc]
@@ -397,9 +401,36 @@ class LayersRecipe:
         for value in list(vars(self).values()):
             if isinstance(value, nn.Module) and any(_layers(value)):
                 compile_layers(value, self._settings, checkpoint_inside=inside)
+        if memory_gib is not None:
+            self._keep_within(float(memory_gib))
         self._compile_losses()
         # When the first loss is there, all there is has been compiled.
         self._waiting = self._loss_fn.register_forward_hook(self._report)
+
+    def _keep_within(self, gib: float) -> None:
+        """Raises ValueError where no layer can keep more, or nobody can tell what that takes."""
+        trained = getattr(self, "_model", None) or getattr(self, "_policy_model")  # noqa: B009
+        checkpoints = activations.checkpoints_of(trained)
+        if not checkpoints:
+            raise ValueError(
+                "liger_fx.memory_gib chooses how many checkpointed layers keep their activations: "
+                "it needs enable_activation_checkpointing=True"
+            )
+        if self._device.type != "cuda":
+            raise ValueError("liger_fx.memory_gib needs a GPU: elsewhere memory is not counted")
+        optimizer = getattr(self, "_optimizer", None)
+        if optimizer is None:
+            raise ValueError(
+                "liger_fx.memory_gib looks at the memory before each optimizer step: it does not "
+                "go with optimizer_in_bwd=True"
+            )
+        budget = activations.MemoryBudget(
+            checkpoints,
+            int(gib * 2**30),
+            functools.partial(_peak_of_all_ranks, self._device),
+            functools.partial(utils.log_rank_zero, log),
+        )
+        optimizer.register_step_pre_hook(budget)
 
     def _compile_losses(self) -> None:
         for value in (self._loss_fn, getattr(self, "_kd_loss_fn", None)):
@@ -423,8 +454,6 @@ class LayersRecipe:
 class FusedRecipe(LayersRecipe):
     """The same, with the head of ``_model`` fused with the loss."""
 
-    _model: nn.Module
-
     def _compile_losses(self) -> None:
         try:
             self._loss_fn = fuse_head(self._model, self._loss_fn, self._settings)
@@ -436,8 +465,6 @@ class FusedRecipe(LayersRecipe):
 class FusedDPORecipe(LayersRecipe):
     """The same for preference training: of each model the head is fused with the log-probabilities
     that the loss takes of its logits."""
-
-    _model: nn.Module
 
     def _compile_losses(self) -> None:
         self._heads: dict[nn.Module, HeadLogProbs] = {}
@@ -469,6 +496,14 @@ class FusedQATRecipe(FusedRecipe):
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg=OmegaConf.merge(cfg, {"compile": False}))  # type: ignore[call-arg]
+
+
+def _peak_of_all_ranks(device: torch.device) -> int:
+    """Bytes allocated at most, on the rank that needs most."""
+    peak = torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
+    if utils.get_world_size_and_rank()[0] > 1:
+        torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
+    return int(peak)
 
 
 def _check_ranks_agree(compiles: bool, settings: Mapping[str, Any]) -> None:

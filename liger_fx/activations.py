@@ -1,0 +1,117 @@
+"""Spend memory that is free on activations: checkpointed layers that recompute less.
+
+A checkpoint keeps the input of a layer and computes all else again in the backward. A layer that
+*keeps* holds on to the outputs of its matrix products and of its attention as well, and recomputes
+only what is cheap: norms, rotations, activations, and what an op of ours computes again by design
+(`liger_fx.ops.tiled_mlp`).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from liger_fx.checkpoint import saving_policy
+
+KEPT = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "liger_fx::swiglu_mlp_forward",
+    "liger_fx::geglu_mlp_forward",
+)
+
+_recomputing = functools.partial(checkpoint, use_reentrant=False)
+_keeping = functools.partial(
+    _recomputing,
+    context_fn=functools.partial(
+        create_selective_checkpoint_contexts, saving_policy(frozenset(KEPT))
+    ),
+)
+
+
+def _without_checkpoint(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return layer(*args, **kwargs)
+
+
+def keep(checkpoints: Sequence[CheckpointWrapper], count: int) -> None:
+    """Let the last ``count`` of these checkpointed layers keep, and the others recompute.
+
+    May be called between two steps: a compiled layer is compiled again for the other way, once. A
+    checkpoint around a layer that was compiled without it cannot see the products inside; such a
+    layer keeps by having no checkpoint.
+    """
+    first = len(checkpoints) - count
+    for i, wrapper in enumerate(checkpoints):
+        outside = wrapper._checkpoint_wrapped_module._compiled_call_impl is not None
+        keeping: Callable[..., Any] = _without_checkpoint if outside else _keeping
+        wrapper.checkpoint_fn = keeping if i >= first else _recomputing  # type: ignore[assignment]
+
+
+def checkpoints_of(model: nn.Module) -> list[CheckpointWrapper]:
+    """The checkpointed layers of ``model``, in their order."""
+    return [module for module in model.modules() if isinstance(module, CheckpointWrapper)]
+
+
+class MemoryBudget:
+    """As many layers keep as fit a budget: an optimizer's ``register_step_pre_hook``.
+
+    checkpoints: layers as torchtune wraps them, compiled with the checkpoint inside, all of one
+    size. budget: bytes that may be allocated at once. peak: what was allocated at most, so far.
+    say: gets a sentence when the number of layers changes.
+
+    After the first step, which has no optimizer state yet, one step shows the peak without, one
+    with a single layer that keeps; the rest follows. If a larger batch exceeds the budget later,
+    layers are given up again.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Sequence[CheckpointWrapper],
+        budget: int,
+        peak: Callable[[], int],
+        say: Callable[[str], None],
+    ) -> None:
+        self.checkpoints, self.budget, self.peak, self.say = checkpoints, budget, peak, say
+        self.kept = 0
+        self._before: int | None = None  # the peak when no layer kept
+        self._of_a_layer: int | None = None
+        self._settled = False
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not optimizer.state:
+            return
+        peak = self.peak()
+        if self._before is None:
+            self._before = peak
+            self._settled = peak >= self.budget
+            if not self._settled:
+                self._keep(1)
+            return
+        if self._of_a_layer is None and self.kept:
+            self._of_a_layer = max(1, peak - self._before)
+        if self._of_a_layer is None:
+            return
+        more = math.floor((self.budget - peak) / self._of_a_layer)
+        if more < 0 or not self._settled:
+            self._settled = True
+            self._keep(min(len(self.checkpoints), max(0, self.kept + more)))
+            self.say(
+                f"{self.kept} of {len(self.checkpoints)} layers keep their activations: a layer "
+                f"takes {self._of_a_layer / 2**30:.2f} GiB, the peak was {peak / 2**30:.2f} of "
+                f"{self.budget / 2**30:.2f} GiB"
+            )
+
+    def _keep(self, count: int) -> None:
+        self.kept = count
+        keep(self.checkpoints, count)
