@@ -150,7 +150,7 @@ def by_table(device: torch.device, inner: str) -> Judge:
         left = "auto leaves it: not measured on a CPU; policy='measure' measures it on this one"
         return lambda rewrite: Verdict(Where(0), left)
     present = device.type == "cuda" and torch.cuda.is_available()
-    architecture = _architecture(device) if present else DEFAULT_ARCHITECTURE
+    architecture = architecture_of(device) if present else DEFAULT_ARCHITECTURE
     entry = table().get(architecture)
     compiler = "inductor" if inner == "inductor" else "eager"
 
@@ -164,7 +164,7 @@ def by_table(device: torch.device, inner: str) -> Judge:
     return judge
 
 
-def _architecture(device: torch.device) -> str:
+def architecture_of(device: torch.device) -> str:
     """``sm90``; on ROCm, which has capabilities of its own, ``gfx942``."""
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
