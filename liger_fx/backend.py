@@ -7,7 +7,7 @@ import hashlib
 import logging
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from torch._dynamo.utils import counters
 
 from liger_fx import ops
 from liger_fx.advice import advice
-from liger_fx.canonical import fake
+from liger_fx.measure import NotMeasured, measure
 from liger_fx.options import Options
+from liger_fx.policy import Judge, by_measurement, by_table, decide, device_of, instead
 from liger_fx.report import Report
 from liger_fx.rewrite import Rewrite, rewrite_graph
 
@@ -45,7 +46,7 @@ def liger_fx(
     modes. Raises ValueError for unknown options, RequirementError if ``require`` is not met.
     """
     parsed = parse_options(options)
-    publish(rewrite(gm, parsed), parsed)
+    publish(rewrite(gm, parsed, example_inputs, mode), parsed)
     return compile_rewritten(gm, example_inputs, parsed, mode)
 
 
@@ -85,15 +86,22 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     return Report.merged(found)
 
 
-def rewrite(gm: fx.GraphModule, options: Options) -> Report:
+def rewrite(
+    gm: fx.GraphModule,
+    options: Options,
+    example_inputs: Sequence[Any] | None = None,
+    mode: str | None = None,
+) -> Report:
     """The first step of the backend: rewrite ``gm`` in place. After an engine error it is as it was
-    and the error is in the report, unless ``strict``."""
-    device = _device_type(gm)
-    if device == "cpu":
+    and the error is in the report, unless ``strict``.
+
+    example_inputs, mode: for ``policy="measure"``; without inputs nothing is run.
+    """
+    if device_of(gm).type == "cpu":
         _warn_without_cuda()
-    policy = _apply_policy(_rewrites(), options, device)
+    policy = decide(_rewrites(), options, _judge(gm, options, example_inputs, mode))
     try:
-        report = rewrite_graph(gm, policy.chosen, options.settings, policy.checkpoints_only)
+        report = rewrite_graph(gm, policy.chosen, options.settings, policy.where)
     except Exception:
         if options.strict:
             raise
@@ -115,59 +123,39 @@ def _rewrites() -> list[Rewrite]:
     return DEFAULT
 
 
-def _apply_policy(rewrites: Sequence[Rewrite], options: Options, device: str) -> _Policy:
-    """What to try, and a word on each rewrite that the policy decided about."""
-    policy = _Policy()
-    for candidate in rewrites:
-        name = candidate.name
-        if name in options.disable:
-            policy.decisions[name] = "disabled by option"
-        elif options.policy == "auto":
-            _weigh(candidate, options.inner, device, policy)
-        elif options.policy != "all" and name not in options.policy:
-            policy.decisions[name] = "not in the policy's list"
-        else:
-            policy.chosen.append(candidate)
-    return policy
+def _judge(
+    gm: fx.GraphModule, options: Options, example_inputs: Sequence[Any] | None, mode: str | None
+) -> Judge:
+    """What decides about the rewrites that the options leave to evidence."""
+    auto = by_table(device_of(gm), options.inner)
+    if options.policy != "measure":
+        return auto
+    try:
+        return _measured(gm, options, example_inputs, mode)
+    except NotMeasured as why:
+        return instead(auto, str(why))
+    except Exception as failure:
+        if options.strict:
+            raise
+        log.warning("liger_fx could not measure a graph, the table decides", exc_info=True)
+        return instead(auto, f"{type(failure).__name__}: {failure}".splitlines()[0])
 
 
-@dataclass
-class _Policy:
-    """chosen: rewrites to try. checkpoints_only: names of those to try only in checkpoint bodies.
-    decisions: a sentence for each rewrite that the policy decided about."""
-
-    chosen: list[Rewrite] = field(default_factory=list)
-    checkpoints_only: set[str] = field(default_factory=set)
-    decisions: dict[str, str] = field(default_factory=dict)
-
-
-def _weigh(candidate: Rewrite, inner: str, device: str, policy: _Policy) -> None:
-    """``auto``: apply what is measured to pay on this device under this inner compiler."""
-    name, gains, losses = candidate.name, candidate.gains, candidate.losses
-    where = (device, f"{device} {'inductor' if inner == 'inductor' else 'eager'}")
-    why = next((gains[place] for place in where if place in gains), None)
-    if why is not None:
-        policy.chosen.append(candidate)
-        policy.decisions[name] = f"auto applies it on {device}: {why}"
-        return
-    loss = next((losses[place] for place in where if place in losses), "no gain measured")
-    left = f"on {device} under {inner}: {loss}" if device != "cpu" else f"on {device}: {loss}"
-    policy.decisions[name] = f"auto leaves it {left}"
-    inside = next((gains[f"{w} checkpoint"] for w in where if f"{w} checkpoint" in gains), None)
-    if inside is not None:
-        policy.chosen.append(candidate)
-        policy.checkpoints_only.add(name)
-        policy.decisions[name] = f"auto applies it inside activation checkpoints only: {inside}"
-
-
-def _device_type(gm: fx.GraphModule) -> str:
-    """The device the graph computes on. Meta tensors stand for a GPU's."""
-    types = {
-        value.device.type
-        for node in gm.graph.nodes
-        if isinstance(value := fake(node), torch.Tensor)
-    }
-    return "cuda" if types & {"cuda", "meta"} else "cpu"
+def _measured(
+    gm: fx.GraphModule, options: Options, example_inputs: Sequence[Any] | None, mode: str | None
+) -> Judge:
+    relevant = replace(options, require=(), strict=False)
+    if options.inner == "inductor":  # a CUDA graph would keep the copies of the inputs
+        relevant = replace(relevant, inductor=options.inductor | {"triton.cudagraphs": False})
+    measured = measure(
+        gm,
+        [rewrite for rewrite in _rewrites() if rewrite.name not in options.disable],
+        example_inputs,
+        compile_graph=lambda form, inputs: compile_rewritten(form, inputs, relevant, mode),
+        settings=options.settings,
+        conditions=f"{environment()} {relevant} mode={mode}",
+    )
+    return by_measurement(measured, device_of(gm))
 
 
 def publish(report: Report, options: Options) -> None:

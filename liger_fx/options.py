@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+POLICIES = ("auto", "measure", "all")
 INNER = ("inductor", "aot_eager", "eager")
 
 
@@ -16,8 +17,9 @@ INNER = ("inductor", "aot_eager", "eager")
 class Options:
     """What a user can choose.
 
-    policy: "auto" applies what is measured to pay on the device, "all" every legal rewrite, a list
-        of names just these.
+    policy: "auto" applies what the table of measurements says pays on the device, "measure" what
+        pays in this graph, timed at its first compile; "all" every legal rewrite, a list of names
+        just these.
     disable: rewrites never to apply.
     require: rewrites that must have been applied, in some graph of the process so far or in this
         one; else compiling raises.
@@ -101,7 +103,12 @@ class _Parser:
         return options
 
     def _policy(self, key: str, value: Any) -> str | tuple[str, ...]:
-        return value if value in ("auto", "all") else self._names(key, value)
+        if value in POLICIES:
+            return value
+        try:
+            return self._names(key, value)
+        except ValueError as unknown:
+            raise ValueError(f"{unknown}. A {key} is {', '.join(POLICIES)} or such names") from None
 
     def _strict(self, key: str, value: Any) -> bool:
         return _like(key, False, value)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import enum
 import inspect
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,16 @@ from liger_fx.matcher import Legality, Match, Matcher, Miss, Reject, candidates
 from liger_fx.pattern import Pattern
 from liger_fx.report import NearMiss, Place, Rejection, Replacement, Report
 
-__all__ = ["Reject", "Rewrite", "rewrite_graph"]
+__all__ = ["Reject", "Rewrite", "Where", "rewrite_graph"]
+
+
+class Where(enum.Flag):
+    """The parts of a graph in which a rewrite is made: the bodies of activation checkpoints
+    (inside), and all that is in none (outside)."""
+
+    OUTSIDE = enum.auto()
+    INSIDE = enum.auto()
+    ANYWHERE = OUTSIDE | INSIDE
 
 
 @dataclass(frozen=True)
@@ -39,10 +49,8 @@ class Rewrite:
     refuses: near twins, each a pattern and the reason for which it is left alone.
     combine: joins several matches into one where the model cut one computation into pieces.
     settings: the options ``<name>.<setting>`` and their defaults.
-    gains: where ``policy="auto"`` applies the rewrite -> on what evidence. Where is a device type,
-        for any inner compiler; ``"cuda inductor"`` or ``"cuda eager"`` for one (aot_eager counts as
-        eager); with `` checkpoint`` at the end for the bodies of activation checkpoints only.
-    losses: where ``auto`` leaves it -> on what evidence. Elsewhere no gain has been measured.
+    gain: why it is worth making on every device, under every inner compiler. Without one,
+        ``policy="auto"`` and ``"measure"`` decide from measurements.
     save_ops: names of ops that activation checkpointing must keep rather than run again.
     """
 
@@ -53,8 +61,7 @@ class Rewrite:
     refuses: Sequence[tuple[Callable[..., Any], str]] = ()
     combine: Callable[[View, list[Match]], list[Match]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
-    gains: dict[str, str] = field(default_factory=dict)
-    losses: dict[str, str] = field(default_factory=dict)
+    gain: str | None = None
     save_ops: Sequence[str] = ()
     spellings: tuple[Pattern, ...] = field(init=False, repr=False)
     twins: tuple[tuple[Pattern, str], ...] = field(init=False, repr=False)
@@ -69,13 +76,13 @@ def rewrite_graph(
     gm: fx.GraphModule,
     rewrites: Sequence[Rewrite],
     settings: dict[str, dict[str, Any]] | None = None,
-    checkpoints_only: Collection[str] = (),
+    where: Mapping[str, Where] | None = None,
 ) -> Report:
     """Apply ``rewrites`` in order to ``gm``, in place, and to its activation-checkpoint bodies.
 
     gm: a graph as Dynamo gives it to a backend: every node carries ``meta["example_value"]``.
-    settings: per rewrite name, settings that differ from its defaults. checkpoints_only: names of
-    rewrites to make in checkpoint bodies and nowhere else.
+    settings: per rewrite name, settings that differ from its defaults. where: per rewrite name,
+    where in ``gm`` to make it, if not anywhere.
 
     Bodies of custom autograd functions and of flex attention are left alone. Raises ValueError for
     a graph without example values. If anything raises, ``gm`` is as it was.
@@ -85,8 +92,8 @@ def rewrite_graph(
     try:
         for rewrite in rewrites:
             chosen = rewrite.settings | (settings or {}).get(rewrite.name, {})
-            application = _Application(rewrite, chosen, report, undo)
-            application.run(gm, outside=rewrite.name not in checkpoints_only)
+            place = (where or {}).get(rewrite.name, Where.ANYWHERE)
+            _Application(rewrite, chosen, report, undo).run(gm, place)
     except BaseException:
         undo.restore()
         raise
@@ -122,10 +129,10 @@ class _Application:
         self.best: tuple[Miss, Place] | None = None
         self.seen = False  # a match was found, made or refused
 
-    def run(self, gm: fx.GraphModule, *, outside: bool) -> None:
-        """outside: in ``gm`` itself as well, not only in the checkpoint bodies of it."""
-        self._bodies(gm)
-        if outside:
+    def run(self, gm: fx.GraphModule, where: Where) -> None:
+        if Where.INSIDE in where:
+            self._bodies(gm)
+        if Where.OUTSIDE in where:
             self._graph(gm)
         if not self.seen and self.best is not None:
             miss, place = self.best

@@ -285,7 +285,7 @@ def _head_or_nothing(
     Without gradients nothing is kept of the logits, and small ones may stay.
     """
     parsed = parse_options(options)
-    report = rewrite(gm, parsed)
+    report = rewrite(gm, parsed, example_inputs)
     made = rewrite_name in report.counts
     if not made and rewrite_name not in parsed.require and torch.is_grad_enabled():
         why = report.why_not(rewrite_name) or "what the loss does with the logits is not known"

@@ -65,6 +65,4 @@ add_rms_norm = Rewrite(
     patterns=[add_torchtune, add_torch_module, add_gemma, add_huggingface, add_olmo],
     check=check,
     replace=replace,
-    gains={"cuda eager": "one kernel instead of seven"},
-    losses={"cuda": "a step took 0.4 % longer than with Inductor's own fusion, at the same memory"},
 )

@@ -36,9 +36,4 @@ geglu = Rewrite(
     refuses=[(exact, "GELU is exact here; Liger's kernel computes the tanh approximation")],
     check=check,
     replace=replace,
-    gains={
-        "cuda eager": "one kernel instead of two, and less to save",
-        "cuda inductor checkpoint": "the gradients of gate and up overwrite them, as in swiglu",
-    },
-    losses={"cuda": "measured with swiglu: the kernel needs copies where gate and up are saved"},
 )

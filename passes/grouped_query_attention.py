@@ -114,5 +114,4 @@ grouped_query_attention = Rewrite(
     patterns=[heads_first, heads_second],
     check=check,
     replace=replace,
-    gains={"cuda": "keys and values are not repeated in memory"},
 )

@@ -155,6 +155,4 @@ rope = Rewrite(
     patterns=[halves_rounded, halves, partial, partial_of_all, interleaved, complex_numbers],
     check=check,
     replace=replace,
-    gains={"cuda eager": "two kernels instead of a dozen"},
-    losses={"cuda": "published: 0.044 ms against Inductor's 0.025 (pytorch issue 141265)"},
 )

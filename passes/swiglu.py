@@ -47,10 +47,4 @@ swiglu = Rewrite(
     patterns=[gate_up_halves, separate],
     check=check,
     replace=replace,
-    gains={
-        "cuda eager": "one kernel instead of two, and less to save",
-        "cuda inductor checkpoint": "the gradients of gate and up overwrite them; a step of "
-        "Llama-3.2-1B took 16.5 GiB instead of 19.5, and 0.7 % longer in a prototype (H200)",
-    },
-    losses={"cuda": "a step without checkpoints took 0.7 % longer: the kernel needs copies there"},
 )

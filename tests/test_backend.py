@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from _util import DEVICE
 from torch._dynamo.utils import counters
-from torch.utils.checkpoint import checkpoint
 
 import liger_fx
 import liger_fx.backend
@@ -117,50 +116,10 @@ def test_policy(policy, count, model, args):
     report = liger_fx.reports()[-1]
     assert report.counts.get("linear_cross_entropy", 0) == count
     if policy == "auto":
-        decided = f"auto applies it on {DEVICE}: the logits never exist"
-        assert report.decisions["linear_cross_entropy"].startswith(decided)
+        decided = "auto always applies it: the logits never exist"
+        assert report.decisions["linear_cross_entropy"] == decided
     else:
         assert ("linear_cross_entropy" in report.decisions) == (count == 0)
-
-
-def layer(x, weight, gate, up):
-    x = x + torch.rms_norm(x + 1.0, (H,), weight, 1e-6)
-    return F.silu(F.linear(x, gate)) * F.linear(x, up)
-
-
-@pytest.mark.parametrize(
-    ("inner", "checkpointed", "counts"),
-    [
-        ("inductor", False, {}),
-        ("inductor", True, {"swiglu": 1}),
-        ("eager", False, {"rms_norm": 1, "swiglu": 1}),
-        ("aot_eager", True, {"rms_norm": 1, "swiglu": 1}),
-    ],
-)
-def test_auto_weighs_compiler_and_checkpoint(inner, checkpointed, counts, monkeypatch):
-    monkeypatch.setenv("LIGER_FX_INNER", inner)
-
-    def fn(*args):
-        return checkpoint(layer, *args, use_reentrant=False) if checkpointed else layer(*args)
-
-    with torch.device("meta"):  # stands for a GPU
-        shapes = [(N, H), (H,), (H, H), (H, H)]
-        report = liger_fx.explain(fn, *(torch.empty(s, requires_grad=True) for s in shapes))
-    assert report.counts == counts
-    if inner == "inductor":
-        decided = "auto applies it inside activation checkpoints only: the gradients of gate"
-        assert report.decisions["swiglu"].startswith(decided)
-        left = "auto leaves it on cuda under inductor: a step took 2 % longer"
-        assert report.decisions["rms_norm"].startswith(left)
-
-
-def test_on_a_cpu_auto_leaves_all_but_the_head():
-    x, w = torch.randn(N, H), torch.rand(H)
-    options = {"inner": "eager"}
-    torch.compile(layer, backend="liger_fx", options=options)(x, w, x.T @ x, x.T @ x)
-    report = liger_fx.reports()[-1]
-    assert report.counts == {}
-    assert report.decisions["swiglu"] == "auto leaves it on cpu: no gain measured"
 
 
 def test_rows_of_the_report_that_are_the_same_in_each_layer_are_one():
@@ -227,7 +186,7 @@ def failing_rewrites():
         raise ZeroDivisionError("a bug in a rewrite")
 
     rewrite = liger_fx.passes.DEFAULT[0]
-    return [liger_fx.Rewrite(rewrite.name, rewrite.patterns, explode, gains=rewrite.gains)]
+    return [liger_fx.Rewrite(rewrite.name, rewrite.patterns, explode, gain=rewrite.gain)]
 
 
 def test_an_engine_error_leaves_the_graph_untouched(model, args, caplog, monkeypatch):

@@ -1,0 +1,365 @@
+"""What each rewrite changes, on its own: the table that ``policy="auto"`` decides by.
+
+    python benchmarks/rewrites.py --write
+    python benchmarks/rewrites.py --model tiny --device cpu --batch 2 --seq 32 --laps 2
+
+Two decoder layers of torchtune's, in the sizes of real models, forward and backward, with random
+weights in bf16 and without embedding and head: each layer compiled by itself ("layers") or both in
+one graph ("step"), checkpointed or not, under Inductor and without it ("eager"). And the loss on
+logits. Each rewrite is made alone and compared with none: laps in turn, in one process, medians.
+
+A case is a process of its own. First all compile, ``--jobs`` at a time; when the last has, they
+are timed one by one. ``--write`` puts the rows into liger_fx/measured.json, for the architecture of
+this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import importlib.metadata
+import itertools
+import json
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from _common import (
+    _ROW,
+    GIB,
+    Column,
+    Row,
+    lap_times,
+    markdown,
+    peak_bytes,
+    print_header,
+    progress,
+    reset_peak,
+    run_arm,
+    write_json,
+)
+from liger_fx.passes import DEFAULT
+from torch import Tensor, fx, nn
+from torchtune import training
+from torchtune.models.gemma2 import gemma2
+from torchtune.models.llama3_2 import llama3_2
+from torchtune.models.qwen2 import qwen2
+from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+
+from liger_fx import rewrite_graph
+from liger_fx.policy import Row as TableRow
+from liger_fx.policy import architecture_of
+
+TABLE = Path(__file__).parent.parent / "liger_fx" / "measured.json"
+PACKAGES = ("torch", "triton", "liger_kernel", "torchtune")
+
+TURN = 3  # laps
+LAYERS, VOCABULARY = 2, 8  # the vocabulary is that of a head and an embedding that nobody calls
+LOGITS = {"logits [4096, 128256]": (4096, 128_256), "tiny logits [64, 512]": (64, 512)}
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "Llama-3.2-1B": partial(
+        llama3_2,
+        num_heads=32,
+        num_kv_heads=8,
+        embed_dim=2048,
+        intermediate_dim=8192,
+        max_seq_len=131_072,
+    ),
+    "Qwen2.5-1.5B": partial(
+        qwen2,
+        num_heads=12,
+        num_kv_heads=2,
+        embed_dim=1536,
+        intermediate_dim=8960,
+        max_seq_len=131_072,
+        norm_eps=1e-6,
+    ),
+    "Gemma2-2B": partial(
+        gemma2,
+        num_heads=8,
+        head_dim=256,
+        num_kv_heads=4,
+        embed_dim=2304,
+        intermediate_dim=9216,
+        max_seq_len=8192,
+        hidden_capping_value=30.0,
+        final_capping_value=50.0,
+        sliding_window_size=4096,
+    ),
+    "tiny": partial(
+        llama3_2,
+        num_heads=4,
+        num_kv_heads=2,
+        embed_dim=64,
+        intermediate_dim=128,
+        max_seq_len=2048,
+    ),
+}
+
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+Build = Callable[[Compile], Callable[[], object]]  # a forward and backward, some of it compiled
+
+
+class Case(NamedTuple):
+    model: str
+    form: str
+    checkpoint: bool
+    inner: str
+
+    def __str__(self) -> str:
+        checkpoint = "checkpoint" if self.checkpoint else "no checkpoint"
+        return f"{self.model}, {self.form}, {checkpoint}, {self.inner}"
+
+
+def cases(models: Sequence[str]) -> list[Case]:
+    """Those that take longest to compile first."""
+    forms = itertools.product(models, ("step", "layers"), (True, False))
+    logits = [name for name in LOGITS if name.startswith("tiny") == ("tiny" in models)]
+    graphs = [*forms, *((name, "loss", False) for name in logits)]
+    return [Case(*graph, inner) for inner in ("inductor", "eager") for graph in graphs]
+
+
+# -- a case ----------------------------------------------------------------------------------------
+
+
+def forward_and_backward(
+    run: Callable[..., Tensor], trained: Sequence[Tensor], *inputs: Tensor
+) -> Callable[[], object]:
+    upstream = torch.randn_like(run(*inputs).detach())
+    return lambda: torch.autograd.grad(run(*inputs), trained, upstream)
+
+
+def decoder(case: Case, args: argparse.Namespace) -> Build:
+    with training.set_default_dtype(torch.bfloat16), args.device:
+        model = MODELS[case.model](vocab_size=VOCABULARY, num_layers=LAYERS)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02)
+    if case.checkpoint:
+        policy = {TransformerSelfAttentionLayer}
+        training.set_activation_checkpointing(model, auto_wrap_policy=policy)
+    layers: Any = model.layers
+    size = (args.batch, args.seq, model.tok_embeddings.embedding_dim)
+    hidden = torch.randn(size, dtype=torch.bfloat16, device=args.device, requires_grad=True)
+    trained = [hidden, *layers.parameters()]
+
+    def build(compiled: Compile) -> Callable[[], object]:
+        each = [compiled(layer) for layer in layers] if case.form == "layers" else layers
+
+        def run(x: Tensor) -> Tensor:
+            for layer in each:
+                x = layer(x)
+            return x
+
+        whole = compiled(run) if case.form == "step" else run
+        return forward_and_backward(whole, trained, hidden)
+
+    return build
+
+
+def loss_on_logits(case: Case, args: argparse.Namespace) -> Build:
+    """What a stock recipe compiles of its loss."""
+    tokens, classes = LOGITS[case.model]
+    how = {"dtype": torch.bfloat16, "device": args.device, "requires_grad": True}
+    logits = torch.randn(tokens, classes, **how)
+    labels = torch.randint(classes, (tokens,), device=args.device)
+    loss = CEWithChunkedOutputLoss().compute_cross_entropy
+
+    def build(compiled: Compile) -> Callable[[], object]:
+        return forward_and_backward(compiled(loss), [logits], logits, labels)
+
+    return build
+
+
+def possible(build: Build) -> list[str]:
+    """The rewrites that can be made in this case, each on its own."""
+    found: dict[str, None] = {}
+
+    def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        for rewrite in DEFAULT:
+            if rewrite.gain is None and rewrite_graph(copy.deepcopy(gm), [rewrite]).counts:
+                found[rewrite.name] = None
+        return gm.forward
+
+    build(lambda function: torch.compile(function, backend=record))
+    return list(found)
+
+
+def compiled_with(names: Sequence[str], inner: str) -> Compile:
+    options = {"policy": list(names), "inner": inner, "strict": True}
+    return lambda function: torch.compile(function, backend="liger_fx", options=options)
+
+
+def measure(args: argparse.Namespace) -> Iterator[Row]:
+    """A first row when all is compiled; after a line from the parent a row for each rewrite."""
+    torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64  # each arm is one
+    case = Case(*json.loads(args.case))
+    build = (loss_on_logits if case.form == "loss" else decoder)(case, args)
+    arms = {"none": build(compiled_with([], case.inner))}
+    arms |= {name: build(compiled_with([name], case.inner)) for name in possible(build)}
+    for call in arms.values():
+        lap_times(call, args.device, 2)  # compiles the backward, and Triton's kernels
+    if args.device.type == "cuda":
+        torch.cuda.empty_cache()  # for those that compile now
+    yield {"compiled": True}
+    sys.stdin.readline()
+    peaks = {name: peak(call, args.device) for name, call in arms.items()}
+    times = interleaved(arms, args.device, args.laps)
+    for name in list(arms)[1:]:
+        yield case._asdict() | {
+            "rewrite": name,
+            "ms_without": times["none"],
+            "ms_with": times[name],
+            "speed": times["none"] / times[name],
+            "peak_without_gib": peaks["none"] and peaks["none"] / GIB,
+            "memory": peaks[name] and peaks[name] / peaks["none"],
+        }
+
+
+def peak(call: Callable[[], object], device: torch.device) -> Any:
+    reset_peak(device)
+    call()
+    return peak_bytes(device)
+
+
+def interleaved(
+    arms: dict[str, Callable[[], object]], device: torch.device, laps: int
+) -> dict[str, float]:
+    """Milliseconds of each arm, the median of ``laps``. They take turns of a few laps; the one that
+    starts a turn does not count: the host is not ahead yet."""
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    while any(len(found) < laps for found in times.values()):
+        for name, call in arms.items():
+            times[name] += lap_times(call, device, 1 + TURN)[1:]
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+# -- all cases -------------------------------------------------------------------------------------
+
+
+class Child:
+    """The process of a case: compiles, waits for its turn, and is timed."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+
+    def compile(self, threads: int) -> None:
+        """Start it, and return when it has compiled, or failed."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("LIGER_FX_")}
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = str(threads)
+        command = [sys.executable, *sys.argv, "--case", json.dumps(self.case)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=pipe, stdout=pipe, text=True
+        )
+        self.first = next(self._read(), {"error": "failed: ended while compiling"})
+        progress(f"{self.case}: {self.first.get('error', 'compiled')}")
+
+    def time(self) -> list[Row]:
+        if "error" in self.first:
+            rows = [self.first]
+        else:
+            print(file=self.process.stdin, flush=True)
+            rows = list(self._read())
+        self.process.communicate()
+        if self.process.returncode:
+            rows.append({"error": f"failed: exit status {self.process.returncode}"})
+        return [{"arm": str(self.case)} | row for row in rows]
+
+    def _read(self) -> Iterator[Row]:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith(_ROW):
+                yield json.loads(line[len(_ROW) :])
+
+
+def write_table(rows: Sequence[Row], device: torch.device) -> None:
+    """Replace what the table says of this machine's architecture."""
+    table = json.loads(TABLE.read_text())
+    table[architecture_of(device)] = {
+        "machine": torch.cuda.get_device_name(device),
+        "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
+        "date": str(datetime.date.today()),
+        "command": f"python {shlex.join(sys.argv)}",
+        "rows": [{field.name: row[field.name] for field in fields(TableRow)} for row in rows],
+    }
+    TABLE.write_text(as_text(table))
+
+
+def as_text(table: dict[str, Any]) -> str:
+    """JSON with one row a line, and numbers no finer than they can be measured."""
+    rounded = json.loads(json.dumps(table), parse_float=lambda number: round(float(number), 4))
+    text = json.dumps(rounded, indent=1)
+    row = r'{\s+("speed"[^}]*?)\s+}'
+    return re.sub(row, lambda found: f"{{{' '.join(found[1].split())}}}", text) + "\n"
+
+
+COLUMNS = [
+    Column("model", "model"),
+    Column("graph", "form"),
+    Column("checkpoint", "checkpoint"),
+    Column("inner", "inner"),
+    Column("rewrite", "rewrite"),
+    Column("ms without", "ms_without", ".3f"),
+    Column("ms with", "ms_with", ".3f"),
+    Column("speed", "speed", ".3f"),
+    Column("memory", "memory", ".3f"),
+]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    real = [name for name in MODELS if name != "tiny"]
+    parser.add_argument("--model", choices=MODELS, nargs="+", default=real, dest="models")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--seq", type=int, default=2048)
+    parser.add_argument("--laps", type=int, default=15, help="at least, of each arm")
+    parser.add_argument("--jobs", type=int, default=8, help="cases that compile at a time")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--json", type=Path, help="write every row")
+    parser.add_argument("--write", action="store_true", help="into liger_fx/measured.json")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.write and args.device.type != "cuda":
+        parser.error("--write is for a GPU: on a CPU nothing is decided from the table")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    if args.case:
+        return run_arm(partial(measure, args))
+    header = print_header(args.device)
+    children = [Child(case) for case in cases(args.models)]
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda child: child.compile(threads), children))
+    rows: list[Row] = []
+    for child in children:
+        rows += child.time()
+        write_json(
+            args.json, rows, header
+        )  # after every case: a run that is cut off keeps what it has
+    print(markdown(rows, COLUMNS))
+    if args.write:
+        write_table([row for row in rows if "error" not in row], args.device)
+
+
+if __name__ == "__main__":
+    main()
