@@ -108,12 +108,12 @@ def _path(gm: fx.GraphModule, device: torch.device, conditions: str) -> Path:
 
 def _text(gm: fx.GraphModule) -> str:
     """The graph and the bodies in it, with dtypes and shapes; symbols for sizes that may vary."""
-    return "\n".join(
-        f"{name} {node.format_node()} {_kinds(fake(node))}"
-        for name, module in gm.named_modules()
-        if isinstance(module, fx.GraphModule)
-        for node in module.graph.nodes
-    )
+    lines = []
+    for name, module in gm.named_modules():
+        if isinstance(module, fx.GraphModule):
+            lines.append(f"{name} {sorted(map(str, module.meta))}")  # has it a checkpoint policy?
+            lines += [f"{n.format_node()} {_kinds(fake(n))}" for n in module.graph.nodes]
+    return "\n".join(lines)
 
 
 def _kinds(value: Any) -> str:
