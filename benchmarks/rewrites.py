@@ -66,6 +66,7 @@ TABLE = Path(__file__).parent.parent / "liger_fx" / "measured.json"
 PACKAGES = ("torch", "triton", "liger_kernel", "torchtune")
 
 TURN = 3  # laps
+INNER = ("inductor", "eager")
 LAYERS, VOCABULARY = 2, 8  # the vocabulary is that of a head and an embedding that nobody calls
 LOGITS = {"logits [4096, 128256]": (4096, 128_256), "tiny logits [64, 512]": (64, 512)}
 
@@ -125,11 +126,15 @@ class Case(NamedTuple):
 
 
 def cases(models: Sequence[str]) -> list[Case]:
-    """Those that take longest to compile first."""
-    forms = itertools.product(models, ("step", "layers"), (True, False))
-    logits = [name for name in LOGITS if name.startswith("tiny") == ("tiny" in models)]
-    graphs = [*forms, *((name, "loss", False) for name in logits)]
-    return [Case(*graph, inner) for inner in ("inductor", "eager") for graph in graphs]
+    """Those that take longest to compile first. Without Inductor a layer is the same in any form."""
+    small = "tiny" in models
+    logits = [name for name in LOGITS if name.startswith("tiny") == small]
+    found = [
+        Case(model, form, checkpoint, inner)
+        for inner, forms in (("inductor", ("step", "layers")), ("eager", ("layers",)))
+        for model, form, checkpoint in itertools.product(models, forms, (True, False))
+    ]
+    return found + [Case(name, "loss", False, inner) for name in logits for inner in INNER]
 
 
 # -- a case ----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.util
 import logging
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -204,10 +205,16 @@ def compile_rewritten(
 
 
 def _fingerprint() -> str:
-    """A hash over the source of our ops, and Liger's version."""
+    """A hash over the source of our ops and rewrites, and Liger's version."""
     source = hashlib.sha256()
-    for path in sorted(Path(ops.__file__).parent.glob("*.py")):
-        source.update(path.read_bytes())
+    rewrites = importlib.util.find_spec("liger_fx.passes")
+    assert rewrites is not None
+    for folder in (
+        Path(ops.__file__).parent,
+        *map(Path, rewrites.submodule_search_locations or ()),
+    ):
+        for path in sorted(folder.glob("*.py")):
+            source.update(path.read_bytes())
     return f"liger_fx={source.hexdigest()[:16]};liger_kernel={version('liger_kernel')}"
 
 
