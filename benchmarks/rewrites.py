@@ -126,7 +126,7 @@ class Case(NamedTuple):
 
 
 def cases(models: Sequence[str]) -> list[Case]:
-    """Those that take longest to compile first. Without Inductor a layer is the same in any form."""
+    """Those that take longest to compile first. Without Inductor the form makes no difference."""
     small = "tiny" in models
     logits = [name for name in LOGITS if name.startswith("tiny") == small]
     found = [

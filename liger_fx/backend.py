@@ -21,7 +21,7 @@ from liger_fx import ops
 from liger_fx.advice import advice
 from liger_fx.measure import NotMeasured, measure
 from liger_fx.options import Options
-from liger_fx.policy import Judge, by_measurement, by_table, decide, device_of, instead
+from liger_fx.policy import Judge, by_measurement, by_table, decide, device_of, form_of, instead
 from liger_fx.report import Report
 from liger_fx.rewrite import Rewrite, rewrite_graph
 
@@ -128,7 +128,7 @@ def _judge(
     gm: fx.GraphModule, options: Options, example_inputs: Sequence[Any] | None, mode: str | None
 ) -> Judge:
     """What decides about the rewrites that the options leave to evidence."""
-    auto = by_table(device_of(gm), options.inner)
+    auto = by_table(device_of(gm), options.inner, form_of(gm))
     if options.policy != "measure":
         return auto
     try:

@@ -14,6 +14,7 @@ from torch import fx
 
 from liger_fx.canonical import fake
 from liger_fx.options import Options
+from liger_fx.report import Place
 from liger_fx.rewrite import Rewrite, Where
 
 NOISE = 0.995  # as fast, within what such measurements repeat
@@ -141,11 +142,22 @@ def device_of(gm: fx.GraphModule) -> torch.device:
     return torch.device("cpu")
 
 
+def form_of(gm: fx.GraphModule) -> str:
+    """``step`` for a graph that goes through several layers of a model, else ``layers``: then it
+    is one of them, or what is around them."""
+    graphs = (m.graph for m in gm.modules() if isinstance(m, fx.GraphModule))
+    places = {Place.of(node) for graph in graphs for node in graph.nodes}
+    modules = {place.module for place in places}
+    alike = {place.of_any_layer().module for place in places}
+    return "step" if len(alike) < len(modules) else "layers"
+
+
 # -- auto ------------------------------------------------------------------------------------------
 
 
-def by_table(device: torch.device, inner: str) -> Judge:
-    """``auto``: what `table` says of this device under this inner compiler."""
+def by_table(device: torch.device, inner: str, form: str) -> Judge:
+    """``auto``: what `table` says of this device under this inner compiler, for graphs of this
+    form where it knows of any."""
     if device.type == "cpu":
         left = "auto leaves it: not measured on a CPU; policy='measure' measures it on this one"
         return lambda rewrite: Verdict(Where(0), left)
@@ -157,6 +169,7 @@ def by_table(device: torch.device, inner: str) -> Judge:
     def judge(rewrite: Rewrite) -> Verdict:
         rows = [row for row in entry.rows if row.inner == compiler] if entry else []
         rows = [row for row in rows if row.rewrite == rewrite.name]
+        rows = [row for row in rows if row.form == form] or rows
         where, why = _weigh(rows, functools.partial(_evidence, architecture, entry))
         assumed = "" if present else f" [not on a GPU: decided as on {architecture}]"
         return Verdict(where, f"auto {why}{assumed}")

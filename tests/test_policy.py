@@ -73,8 +73,11 @@ def test_rule(measured, worth_it):
 
 
 def table(*rows, architecture=policy.DEFAULT_ARCHITECTURE):
-    """rows: (rewrite, inner, checkpoint, speed, memory)."""
-    made = [Row(s, m, name, i, c, "Llama", "layers") for name, i, c, s, m in rows]
+    """rows: (rewrite, inner, checkpoint, speed, memory), and a form other than "layers"."""
+    made = [
+        Row(speed, memory, name, inner, inside, "Llama", *(form or ["layers"]))
+        for name, inner, inside, speed, memory, *form in rows
+    ]
     entry = Entry("a machine", "torch 2", "2026-11-24", "a command", made)
     return mock.patch.object(policy, "table", lambda: {architecture: entry})
 
@@ -119,13 +122,36 @@ def test_the_table_is_kept_by_compiler(both_forms_measured, monkeypatch):
     )
 
 
+class Normed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.RMSNorm(H)
+
+    def forward(self, x):
+        return x + self.norm(x * 2)
+
+
+@pytest.mark.parametrize(("layers", "count"), [(1, 0), (2, 2)])
+def test_the_table_is_kept_by_form(layers, count, monkeypatch):
+    """A graph of several layers is a step."""
+    monkeypatch.setenv("LIGER_FX_INNER", "inductor")
+    with table(
+        ("rms_norm", "inductor", False, 0.9, 1.0),
+        ("rms_norm", "inductor", False, 1.1, 1.0, "step"),
+    ):
+        stack = torch.nn.Sequential(*(Normed() for _ in range(layers))).to("meta")
+        report = explained(stack, [(N, H)])
+    assert report.counts.get("rms_norm", 0) == count
+    assert ("step" if count else "layers") in report.decisions["rms_norm"]
+
+
 def test_an_architecture_without_measurements():
     with (
         mock.patch("torch.cuda.is_available", return_value=True),
         mock.patch("torch.cuda.get_device_capability", return_value=(8, 0)),
         mock.patch("torch.version.hip", None),
     ):
-        judge = policy.by_table(torch.device("cuda", 0), "inductor")
+        judge = policy.by_table(torch.device("cuda", 0), "inductor", "layers")
         (swiglu,) = (r for r in DEFAULT if r.name == "swiglu")
         where, why = judge(swiglu)
     assert not where
