@@ -1,6 +1,7 @@
 """What each rewrite changes, on its own: the table that ``policy="auto"`` decides by.
 
     python benchmarks/rewrites.py --write
+    python benchmarks/rewrites.py --show sm90
     python benchmarks/rewrites.py --model tiny --device cpu --batch 2 --seq 32 --laps 2
 
 Two decoder layers of torchtune's, in the sizes of real models, forward and backward, with random
@@ -60,7 +61,7 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from liger_fx import rewrite_graph
 from liger_fx.policy import Row as TableRow
-from liger_fx.policy import architecture_of
+from liger_fx.policy import architecture_of, pays, table
 
 TABLE = Path(__file__).parent.parent / "liger_fx" / "measured.json"
 PACKAGES = ("torch", "triton", "liger_kernel", "torchtune")
@@ -294,23 +295,61 @@ class Child:
 
 def write_table(rows: Sequence[Row], device: torch.device) -> None:
     """Replace what the table says of this machine's architecture."""
-    table = json.loads(TABLE.read_text())
-    table[architecture_of(device)] = {
+    entries = json.loads(TABLE.read_text())
+    entries[architecture_of(device)] = {
         "machine": torch.cuda.get_device_name(device),
         "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
         "date": str(datetime.date.today()),
         "command": f"python {shlex.join(sys.argv)}",
         "rows": [{field.name: row[field.name] for field in fields(TableRow)} for row in rows],
     }
-    TABLE.write_text(as_text(table))
+    TABLE.write_text(as_text(entries))
 
 
-def as_text(table: dict[str, Any]) -> str:
+def as_text(entries: dict[str, Any]) -> str:
     """JSON with one row a line, and numbers no finer than they can be measured."""
-    rounded = json.loads(json.dumps(table), parse_float=lambda number: round(float(number), 4))
+    rounded = json.loads(json.dumps(entries), parse_float=lambda number: round(float(number), 4))
     text = json.dumps(rounded, indent=1)
     row = r'{\s+("speed"[^}]*?)\s+}'
     return re.sub(row, lambda found: f"{{{' '.join(found[1].split())}}}", text) + "\n"
+
+
+PLACES = {
+    "Inductor, a layer, checkpoint": ("inductor", "layers", True),
+    "a layer": ("inductor", "layers", False),
+    "several layers, checkpoint": ("inductor", "step", True),
+    "several layers": ("inductor", "step", False),
+    "eager, checkpoint": ("eager", "layers", True),
+    "eager": ("eager", "layers", False),
+}
+
+
+def summary(architecture: str) -> str:
+    """What the table says, as the README shows it: speed from worst to best and the least memory,
+    of those without the rewrite; in bold where ``auto`` applies it."""
+    rows: dict[tuple[str, ...], list[TableRow]] = {}
+    for row in table()[architecture].rows:
+        form = "layers" if row.form == "loss" else row.form
+        rows.setdefault((row.rewrite, row.inner, form, row.checkpoint), []).append(row)
+    names = dict.fromkeys(key[0] for key in rows)
+    columns = [Column("", "rewrite"), *(Column(title, title) for title in PLACES)]
+    lines = [
+        {"rewrite": f"`{name}`"}
+        | {title: cell(rows.get((name, *place), [])) for title, place in PLACES.items()}
+        for name in names
+    ]
+    return markdown(lines, columns)
+
+
+def cell(rows: list[TableRow]) -> str | None:
+    if not rows:
+        return None
+    speeds = [row.speed for row in rows]
+    memory = min(row.memory or 1.0 for row in rows)
+    worst, best = f"{min(speeds):.3f}", f"{max(speeds):.3f}"
+    text = worst if worst == best else f"{worst} to {best}"
+    text = f"**{text}**" if pays(rows) else text
+    return f"{text}; {memory:.2f}"
 
 
 COLUMNS = [
@@ -339,6 +378,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--json", type=Path, help="write every row")
     parser.add_argument("--write", action="store_true", help="into liger_fx/measured.json")
+    parser.add_argument("--show", metavar="sm90", help="only print what measured.json says")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.write and args.device.type != "cuda":
@@ -350,6 +390,8 @@ def main() -> None:
     args = parse_args()
     if args.case:
         return run_arm(partial(measure, args))
+    if args.show:
+        return print(summary(args.show))
     header = print_header(args.device)
     children = [Child(case) for case in cases(args.models)]
     threads = max(1, (os.cpu_count() or 1) // args.jobs)

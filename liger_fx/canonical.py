@@ -135,11 +135,11 @@ class View:
         if node.op not in ("call_function", "call_method"):
             return Expr(op, (node,))
         if op == "cast":
-            return Expr(op, (self.resolve(node.args[0]), fake(node).dtype))
+            return Expr(op, (self.resolve(_first(node)), fake(node).dtype))
         if op == "getitem" and _only_inserts(node.args[1]):
             op = "reshape"
         if op in SIZELESS:
-            return Expr(op, (self.resolve(node.args[0]),))
+            return Expr(op, (self.resolve(_first(node)),))
         return Expr(*as_power(op, tuple(self.resolve(a) for a in positional(node))))
 
     def same(self, a: Any, b: Any) -> bool:
@@ -157,6 +157,11 @@ class View:
         if isinstance(a, tuple) and isinstance(b, tuple):
             return len(a) == len(b) and all(map(self.same, a, b))
         return type(a) is type(b) and bool(a == b)
+
+
+def _first(node: fx.Node) -> Any:
+    """The first argument, or ``input`` where it is given by its name."""
+    return node.args[0] if node.args else node.kwargs.get("input")
 
 
 def as_power(op: Target, args: tuple[Any, ...]) -> tuple[Target, tuple[Any, ...]]:
@@ -340,7 +345,7 @@ def _written(node: fx.Node) -> list[Any]:
     in_place = name.endswith("_") and not name.endswith("__")
     # Of operators, `ior` and its like have no alias: they are not in any pattern.
     in_place |= name in ("setitem", "delitem", "__setitem__") or node.target in _OTHER_INPLACE
-    return [node.args[0] if node.args else node.kwargs.get("input")] if in_place else []
+    return [_first(node)] if in_place else []
 
 
 _OTHER_INPLACE = {

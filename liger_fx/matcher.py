@@ -63,6 +63,7 @@ class Miss:
 
 # A pattern that got no further than these was not near anything.
 _EVERYWHERE = frozenset({"add", "sub", "mul", "div", "neg", "cat", "getitem", "reshape", "cast"})
+_EVERYWHERE |= {"linear", "transpose", "scaled_dot_product_attention"}
 
 
 def size(term: Term) -> int:

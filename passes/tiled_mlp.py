@@ -14,7 +14,7 @@ from liger_fx.passes._rows import cast_as_autocast
 from torch import fx
 
 from liger_fx import ops
-from liger_fx.canonical import op_name, same_sizes
+from liger_fx.canonical import fake, op_name, same_sizes
 from liger_fx.matcher import Match, Reject
 from liger_fx.rewrite import Rewrite
 
@@ -38,6 +38,9 @@ def check(match: Match, w_gate, w_up, w_down):
         raise Reject("a projection's weight is not 2-D")
     if not same_sizes(w_gate.shape, w_up.shape):
         raise Reject(f"the product broadcasts {list(w_gate.shape)} and {list(w_up.shape)}")
+    dtypes = {str(fake(node).dtype) for node in match.nodes if op_name(node) == "linear"}
+    if len(dtypes) > 1:
+        raise Reject(f"the projections run in {' and '.join(sorted(dtypes))}; the op takes one")
     if match.output.dtype not in DTYPES:
         raise Reject(f"the output is {match.output.dtype}; the kernel computes in float32")
     columns = w_gate.shape[0]

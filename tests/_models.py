@@ -96,6 +96,10 @@ n, once = Law(per_layer=1), Law(once=1)
 
 NONE = "the model has none"
 WITH_HEAD = "`linear_cross_entropy` takes the loss together with its projection"
+WITH_PROJECTIONS = "`tiled_mlp` takes the activation together with its projections"
+SOFTCAP = "scores are capped: no `scaled_dot_product_attention`"
+NO_GATE = "QuickGELU has no gate"
+AS_MANY = "there are as many key heads as query heads"
 ENCODER = "an encoder has no loss of its own"
 ELSEWHERE = Refused(
     "an input of this graph: what computes it was traced elsewhere, or runs eagerly"
@@ -105,25 +109,34 @@ LLAMA: Cells = dict(
     linear_cross_entropy=once,
     linear_logprobs=NONE,
     cross_entropy=WITH_HEAD,
+    grouped_query_attention=n,
     rope=2 * n,
     add_rms_norm=2 * n,
     rms_norm=once,  # the first: nothing is added to the embedding
     layer_norm=NONE,
-    swiglu=n,
+    tiled_mlp=n,
+    swiglu=WITH_PROJECTIONS,
     geglu=NONE,
 )
-GEMMA: Cells = LLAMA | dict(swiglu=NONE, geglu=n)
-POST_NORMS: Cells = GEMMA | dict(rms_norm=2 * n + 1)  # Gemma2's, of what attention and MLP give
+SUMS: Cells = dict(tiled_mlp=Refused("wanted linear, found `add`"))  # so are projections then
+ADAPTERS: Cells = LLAMA | SUMS | dict(swiglu=n)
+IN_ONE: Cells = LLAMA | dict(tiled_mlp=Refused("wanted linear, found `getitem`"), swiglu=n)
+GEMMA: Cells = LLAMA | dict(swiglu=NONE, geglu=WITH_PROJECTIONS)
+POST_NORMS: Cells = GEMMA | dict(rms_norm=2 * n + 1)  # of what attention and MLP give
+GEMMA2: Cells = POST_NORMS | dict(grouped_query_attention=SOFTCAP)
 VISION: Cells = LLAMA | dict(  # a layer of self-attention and one of cross-attention, n times
     linear_cross_entropy=ELSEWHERE,  # torchtune's fusion embedding breaks the graph
     cross_entropy=once,
+    grouped_query_attention=2 * n,
     add_rms_norm=4 * n,
     rms_norm=2 * n + 1,
-    swiglu=2 * n,
+    tiled_mlp=2 * n,
 )
 T5: Cells = LLAMA | dict(
     linear_cross_entropy=ENCODER,
     cross_entropy=ENCODER,
+    grouped_query_attention=AS_MANY,
+    tiled_mlp=Refused("wanted 'tanh', found 'none'"),
     swiglu=NONE,
     geglu=Refused("GELU is exact here; Liger's kernel computes the tanh approximation"),
     rope="positions are a bias on the attention scores",
@@ -132,7 +145,8 @@ CLIP: Cells = T5 | dict(
     add_rms_norm=NONE,
     rms_norm=NONE,
     layer_norm=2 * n + 1,
-    geglu="QuickGELU has no gate",
+    tiled_mlp=NO_GATE,
+    geglu=NO_GATE,
     rope="positions are trained embeddings",
 )
 
@@ -426,7 +440,7 @@ FAMILIES = [
     tune("qwen2_5", released(qwen2_5.qwen2_5_7b_base, qwen2.qwen2), LLAMA),
     tune("qwen2_5 (tied)", released(qwen2_5.qwen2_5_0_5b, qwen2.qwen2), LLAMA),
     tune("gemma", sized(gemma.gemma, **HEAD_DIM), GEMMA),
-    tune("gemma2", sized(gemma2.gemma2, sliding_window_size=8, **HEAD_DIM), POST_NORMS),
+    tune("gemma2", sized(gemma2.gemma2, sliding_window_size=8, **HEAD_DIM), GEMMA2),
     tune(
         "llama3_2_vision (decoder)",
         sized(
@@ -443,9 +457,9 @@ FAMILIES = [
     face("Llama", huggingface("Llama"), LLAMA),
     face("Mistral", huggingface("Mistral"), LLAMA),
     face("Qwen2", huggingface("Qwen2"), LLAMA),
-    face("Phi3", huggingface("Phi3"), LLAMA),
+    face("Phi3", huggingface("Phi3"), IN_ONE),
     face("Qwen3", huggingface("Qwen3", **HEAD_DIM), LLAMA | dict(rms_norm=2 * n + 1)),
-    face("Gemma2", huggingface("Gemma2", **HEAD_DIM), POST_NORMS),
+    face("Gemma2", huggingface("Gemma2", **HEAD_DIM), GEMMA2),
     face(
         "Gemma3 (text)",
         huggingface("Gemma3Text", sliding_window_pattern=2, **HEAD_DIM),
@@ -458,14 +472,18 @@ NO_LOSS = "a prompt has no loss"
 PER_LAYER: Cells = LLAMA | dict(  # of any depth: one graph
     linear_cross_entropy=EAGER_HEAD,
     cross_entropy=EAGER_HEAD,
+    grouped_query_attention=once,
     add_rms_norm=once,
     rms_norm=once,
-    swiglu=once,
+    tiled_mlp=once,
     rope=2 * once,
 )
 CHUNKED: Cells = PER_LAYER | dict(linear_cross_entropy=ELSEWHERE, cross_entropy=once)
 PREFILL: Cells = dict(linear_cross_entropy=NO_LOSS, cross_entropy=NO_LOSS)
 CHECKPOINTED: Cells = dict(add_rms_norm=n, rms_norm=n + 1)  # sums of two layers stay outside
+FLEX: Cells = PER_LAYER | dict(
+    grouped_query_attention="torchtune keeps the compiler out of flex attention"
+)
 EVALUATION: Cells = dict(
     linear_cross_entropy=Refused("no gradient is needed and the logits fit one chunk"),
     cross_entropy=once,
@@ -482,7 +500,7 @@ MODES = [
     llama(CHUNKED, mode=checkpoint_outside, graphs=2),
     llama(LLAMA | CHECKPOINTED, mode=checkpoint_inside),
     llama(LLAMA, mode=packed),
-    llama(PER_LAYER, mode=packed_per_layer_with_flex, graphs=4),
+    llama(FLEX, mode=packed_per_layer_with_flex, graphs=4),
     llama(LLAMA, mode=autocast_outside, tolerance=HALF),
     llama(LLAMA, mode=autocast_inside, tolerance=HALF),
     llama(LLAMA, mode=dynamic),
@@ -493,16 +511,31 @@ MODES = [
     gemma_2(
         PER_LAYER
         | dict(
-            add_rms_norm=2 * once, rms_norm=6 * once, swiglu=NONE, geglu=2 * once, rope=4 * once
+            grouped_query_attention=SOFTCAP,
+            add_rms_norm=2 * once,
+            rms_norm=6 * once,
+            tiled_mlp=2 * once,
+            swiglu=NONE,
+            geglu=WITH_PROJECTIONS,
+            rope=4 * once,
         ),
         mode=per_layer,
         graphs=2,
     ),
-    gemma_2(POST_NORMS | CHECKPOINTED | dict(rms_norm=3 * n + 1), mode=checkpoint_inside),
-    gemma_2(POST_NORMS, mode=packed),
-    gemma_2(POST_NORMS, mode=autocast_outside, tolerance=HALF),
-    gemma_2(POST_NORMS, mode=dynamic),
-    gemma_2(POST_NORMS | PREFILL, mode=prefill),
+    gemma_2(
+        GEMMA2
+        | CHECKPOINTED
+        | dict(
+            rms_norm=3 * n + 1,
+            tiled_mlp=Refused("the backward needs the MLP's output"),  # for the norm after it
+            geglu=n,
+        ),
+        mode=checkpoint_inside,
+    ),
+    gemma_2(GEMMA2, mode=packed),
+    gemma_2(GEMMA2, mode=autocast_outside, tolerance=HALF),
+    gemma_2(GEMMA2, mode=dynamic),
+    gemma_2(GEMMA2 | PREFILL, mode=prefill),
     phi_3(LLAMA, mode=packed),
     phi_3(LLAMA, mode=autocast_outside, tolerance=HALF),
     phi_3(twice(LLAMA), mode=second_length, graphs=2),
@@ -515,25 +548,25 @@ MODES = [
         LLAMA | dict(linear_cross_entropy=NONE, linear_logprobs=once, cross_entropy=NONE),
         loss=dpo_loss,
     ),
-    tune("LoRA", lora(), LLAMA),
+    tune("LoRA", lora(), ADAPTERS),
     # The input of the first layer needs no gradient: two graphs.
-    tune("LoRA", lora(), twice(PER_LAYER), mode=per_layer, graphs=2),
+    tune("LoRA", lora(), twice(PER_LAYER | SUMS | dict(swiglu=once)), mode=per_layer, graphs=2),
     tune(
         "LoRA on the head",
         lora(apply_lora_to_output=True),
-        LLAMA
+        ADAPTERS
         | dict(
             linear_cross_entropy=Refused("the logits are a sum (LoRA on the head?)"),
             cross_entropy=once,
         ),
     ),
-    tune("DoRA", lora(use_dora=True), LLAMA),
+    tune("DoRA", lora(use_dora=True), ADAPTERS),
     tune(
         "QLoRA",
         lora(quantize_base=True, embed_dim=128, intermediate_dim=256, num_kv_heads=4),
-        LLAMA,
+        ADAPTERS | dict(grouped_query_attention=AS_MANY),
     ),
-    tune("QAT", fake_quantised, LLAMA),
+    tune("QAT", fake_quantised, LLAMA | dict(tiled_mlp="what is projected is quantised", swiglu=n)),
 ]
 
 

@@ -71,6 +71,11 @@ def reasons(report: Report) -> str:
     return "\n".join(r.reason for r in report.rejections)
 
 
+def words(text: str) -> str:
+    """A report or a log without its columns, whose width the longest name decides."""
+    return " ".join(text.split())
+
+
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     if not torch.isfinite(actual).all():

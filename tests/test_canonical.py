@@ -29,6 +29,19 @@ SAME = {
         x.reshape(-1, 4),
         x.flatten(0, 1),
         torch.flatten(x, 0, 1),
+        torch.reshape(input=x, shape=(6, 4)),
+    ),
+    "new dimensions": lambda x, w: (
+        x[:, None],
+        x.unsqueeze(1),
+        x[:, None, ...],
+        x.view(2, 1, 3, 4),
+    ),
+    "expand": lambda x, w: (x.expand(5, 2, 3, 4), x.expand(5, -1, -1, -1), x.expand(7, 2, 3, 4)),
+    "attention": lambda x, w: (
+        F.scaled_dot_product_attention(x, x, x),
+        F.scaled_dot_product_attention(x, x, x, None, 0.0, False),
+        F.scaled_dot_product_attention(value=x, key=x, query=x, enable_gqa=False),
     ),
     "linear": lambda x, w: (F.linear(x, w), F.linear(x, w, None), F.linear(input=x, weight=w)),
     "relu": lambda x, w: (F.relu(x), torch.relu(x), x.relu(), F.relu(x, False)),
@@ -70,6 +83,8 @@ EFFECTIVE = {
     "transposed shape": lambda x: x.reshape(3, 2, 4),
     "real slice": lambda x: x[:, 1:],
     "index tensor of the same shape": lambda x: x[torch.tensor([1, 0])],
+    "new dimension": lambda x: x[:, None],
+    "expand": lambda x: x.expand(5, 2, 3, 4),
 }
 
 
@@ -77,6 +92,23 @@ EFFECTIVE = {
 def test_what_does_something_is_kept(case):
     view, (y,) = traced(lambda x: EFFECTIVE[case](x) + 1, X)
     assert view.resolve(y.args[0]).op != "placeholder"
+
+
+def test_an_index_that_also_selects_is_no_reshape():
+    view, nodes = traced(lambda x: (x[:, None, 0], x[None, 1:], x[0]), X)
+    assert [view.expr(node).op for node in nodes] == ["getitem"] * 3
+
+
+def test_attention_that_is_told_more_is_another_expression():
+    def fn(x):
+        attention = F.scaled_dot_product_attention
+        return attention(x, x, x), attention(x, x, x, is_causal=True), attention(x, x, x, scale=0.5)
+
+    view, nodes = traced(fn, X)
+    plain, causal, scaled = (view.expr(node) for node in nodes)
+    assert plain.args[3:] == (None, 0.0, False, None, False)
+    assert causal.args[3:] == (None, 0.0, True, None, False)
+    assert scaled.args[3:] == (None, 0.0, False, 0.5, False)
 
 
 def test_specialised_numbers_are_literals():
