@@ -6,11 +6,14 @@ import contextlib
 import io
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,7 +28,10 @@ import long_context  # noqa: E402
 import matching_time  # noqa: E402
 import profile_step  # noqa: E402
 import recipe_run  # noqa: E402
+import rewrites  # noqa: E402
 import training_step  # noqa: E402
+
+from liger_fx import policy  # noqa: E402
 
 Rows = list[dict[str, Any]]
 Run = Callable[..., tuple[str, Rows]]
@@ -283,3 +289,33 @@ def test_host_time(run: Run, monkeypatch: pytest.MonkeyPatch, picture: Path) -> 
     keys = ("forward", "backward", "eager")
     assert table(printed, "swiglu")[1:] == [f"{row[key]:.1f}" for key in keys]
     assert picture.exists()
+
+
+# -- rewrites --------------------------------------------------------------------------------------
+
+
+def test_the_readme_shows_the_table_that_auto_decides_by():
+    assert rewrites.summary("sm90").strip() in (BENCHMARKS.parent / "README.md").read_text()
+
+
+def test_a_measured_case_becomes_a_row_of_the_table():
+    args = Namespace(
+        case=json.dumps(("tiny", "layers", True, "eager")),
+        device=torch.device("cpu"),
+        **{"batch": 2, "seq": 8, "laps": 2},
+    )
+    with mock.patch.object(sys, "stdin", io.StringIO("\n")):
+        first, *rows = rewrites.measure(args)
+    assert first == {"compiled": True}
+    made = {row["rewrite"] for row in rows}
+    assert made == {"grouped_query_attention", "rope", "add_rms_norm", "rms_norm", "swiglu"} | {
+        "tiled_mlp"
+    }
+    for row in rows:
+        assert row["speed"] == row["ms_without"] / row["ms_with"]
+        assert policy.Row(**{field.name: row[field.name] for field in fields(policy.Row)})
+
+
+def test_the_table_as_text_is_the_table():
+    entries = json.loads(rewrites.TABLE.read_text())
+    assert rewrites.as_text(entries) == rewrites.TABLE.read_text()

@@ -205,13 +205,6 @@ def test_autocast_casts_what_it_would_have_cast(spelling):
     assert relative_error(found.value, attention(*tensors)) < TOLERANCES[torch.bfloat16]
 
 
-def test_auto_makes_it_on_a_gpu_under_any_compiler(monkeypatch):
-    for inner in ("inductor", "eager"):
-        monkeypatch.setenv("LIGER_FX_INNER", inner)
-        report = liger_fx.explain(huggingface, *operands("meta"))
-        assert report.counts == {"grouped_query_attention": 1}
-
-
 # -- refuses ---------------------------------------------------------------------------------------
 
 

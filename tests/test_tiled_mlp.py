@@ -267,13 +267,6 @@ def test_gradients_in_a_checkpoint(body, inner, inputs):
         assert relative_error(a, e) < 1e-5
 
 
-def test_auto_makes_it_on_a_gpu_in_checkpoints_only(monkeypatch):
-    monkeypatch.setenv("LIGER_FX_POLICY", "auto")
-    tensors = [torch.empty(shape, device="meta", requires_grad=True) for shape in SHAPES]
-    for fn, counts in ((layer, {}), (in_a_checkpoint(layer), {"tiled_mlp": 1})):
-        assert liger_fx.explain(fn, *tensors).counts == counts
-
-
 # -- refuses ---------------------------------------------------------------------------------------
 
 
