@@ -356,7 +356,8 @@ def test_refuses_where_the_kernels_are_switched_off():
 
 
 @pytest.mark.parametrize(("capability", "count"), [((7, 5), 0), ((8, 0), 1)])
-def test_refuses_gpus_without_the_kernels(capability, count):
+def test_refuses_gpus_without_the_kernels(capability, count, monkeypatch):
+    monkeypatch.setenv("LIGER_FX_POLICY", "all")
     with FakeTensorMode():
         tensors = operands("cuda")
     with mock.patch("torch.cuda.get_device_capability", return_value=capability):
