@@ -28,8 +28,9 @@ from _common import (
     seconds,
     write_json,
 )
+from _llama import llama
 from torch import nn
-from training_step import recipe_loss, tiny_llama
+from training_step import recipe_loss
 
 COLUMNS = [
     Column("layers", "layers", "d"),
@@ -45,7 +46,7 @@ COLUMNS = [
 def measure(layers: int, inner: str) -> Iterator[Row]:
     from liger_fx import reports
 
-    model = tiny_llama(layers)
+    model = llama("tiny", num_layers=layers)
     tokens = torch.randint(model.tok_embeddings.num_embeddings, (2, 16))
     step = recipe_loss(model, nn.CrossEntropyLoss(), len(tokens))
     step = torch.compile(step, backend="liger_fx", fullgraph=True, options={"inner": inner})

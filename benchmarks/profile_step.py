@@ -22,8 +22,10 @@ import torch
 from _common import (
     GIB,
     Column,
+    Panel,
     Row,
     Unavailable,
+    draw,
     in_fresh_process,
     labels_like,
     lap_times,
@@ -178,6 +180,12 @@ KERNELS = [Column("ms", "ms", ".2f"), Column("group", "group"), Column("kernel",
 TENSORS = [Column("GiB", "gib", ".2f"), Column("made by", "tensor")]
 
 
+def panels(rows: list[Row]) -> list[Panel]:
+    groups = [*GROUPS, "other", "idle"]
+    series = {row["arm"]: [row.get(group) for group in groups] for row in rows}
+    return [Panel("milliseconds of a step", groups, series)]
+
+
 def print_details(row: Row, most: int) -> None:
     print(f"{row['arm']}: kernels of a step, and what is alive at the peak of memory\n")
     kernels = [
@@ -199,6 +207,7 @@ def main() -> None:
         write_json(args.json, rows, header)
         progress(f"{arm}: {rows[-1].get('error', 'done')}")
     print(markdown(rows, COLUMNS))
+    draw(args.picture, f"A training step, {args.model}", panels(rows), header)
     for row in rows:
         if "error" not in row:
             print_details(row, args.most)

@@ -40,7 +40,10 @@ from _common import (
     _ROW,
     GIB,
     Column,
+    Panel,
     Row,
+    add_outputs,
+    draw,
     lap_times,
     markdown,
     peak_bytes,
@@ -50,11 +53,11 @@ from _common import (
     run_arm,
     write_json,
 )
+from _llama import llama
 from liger_fx.passes import DEFAULT
 from torch import Tensor, fx, nn
 from torchtune import training
 from torchtune.models.gemma2 import gemma2
-from torchtune.models.llama3_2 import llama3_2
 from torchtune.models.qwen2 import qwen2
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.loss import CEWithChunkedOutputLoss
@@ -72,14 +75,7 @@ LAYERS, VOCABULARY = 2, 8  # the vocabulary is that of a head and an embedding t
 LOGITS = {"logits [4096, 128256]": (4096, 128_256), "tiny logits [64, 512]": (64, 512)}
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "Llama-3.2-1B": partial(
-        llama3_2,
-        num_heads=32,
-        num_kv_heads=8,
-        embed_dim=2048,
-        intermediate_dim=8192,
-        max_seq_len=131_072,
-    ),
+    "Llama-3.2-1B": partial(llama, "llama3_2_1b"),
     "Qwen2.5-1.5B": partial(
         qwen2,
         num_heads=12,
@@ -101,14 +97,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
         final_capping_value=50.0,
         sliding_window_size=4096,
     ),
-    "tiny": partial(
-        llama3_2,
-        num_heads=4,
-        num_kv_heads=2,
-        embed_dim=64,
-        intermediate_dim=128,
-        max_seq_len=2048,
-    ),
+    "tiny": partial(llama, "tiny"),
 }
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -352,6 +341,36 @@ def cell(rows: list[TableRow]) -> str | None:
     return f"{text}; {memory:.2f}"
 
 
+def panels(rows: Sequence[Row]) -> list[Panel]:
+    """A panel for each inner compiler, a group for each case and rewrite."""
+    found = [row for row in rows if "error" not in row]
+    names = list(dict.fromkeys(row["rewrite"] for row in found))
+
+    def worst(inner: str, checkpoint: bool, name: str) -> float | None:
+        place = (inner, checkpoint, name)
+        speeds = [
+            row["speed"]
+            for row in found
+            if (row["inner"], row["checkpoint"], row["rewrite"]) == place
+        ]
+        return min(speeds, default=None)
+
+    return [
+        Panel(
+            "speed with it, of that without, at worst",
+            names,
+            {
+                title: [worst(inner, inside, name) for name in names]
+                for title, inside in (("in a checkpoint", True), ("in none", False))
+            },
+            ".3f",
+            reference=1.0,
+            title=inner,
+        )
+        for inner in INNER
+    ]
+
+
 COLUMNS = [
     Column("model", "model"),
     Column("graph", "form"),
@@ -376,7 +395,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--laps", type=int, default=15, help="at least, of each arm")
     parser.add_argument("--jobs", type=int, default=8, help="cases that compile at a time")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--json", type=Path, help="write every row")
+    add_outputs(parser)
     parser.add_argument("--write", action="store_true", help="into liger_fx/measured.json")
     parser.add_argument("--show", metavar="sm90", help="only print what measured.json says")
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -404,6 +423,7 @@ def main() -> None:
             args.json, rows, header
         )  # after every case: a run that is cut off keeps what it has
     print(markdown(rows, COLUMNS))
+    draw(args.picture, "Each rewrite on its own", panels(rows), header)
     if args.write:
         write_table([row for row in rows if "error" not in row], args.device)
 

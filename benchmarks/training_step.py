@@ -16,7 +16,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,10 @@ from _common import (
     GIB,
     IGNORE,
     Column,
+    Panel,
     Row,
+    add_outputs,
+    draw,
     in_fresh_process,
     labels_like,
     lap_times,
@@ -38,9 +40,10 @@ from _common import (
     seconds,
     write_json,
 )
+from _llama import llama
 from torch import Tensor, nn
 from torchtune import training
-from torchtune.models.llama3_2 import llama3_2, llama3_2_1b
+from torchtune.models.llama3_2 import llama3_2_1b
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
@@ -50,21 +53,9 @@ LossStep = Callable[[Tensor, Tensor], Tensor]
 Loss = Callable[[Any, Tensor], Tensor]
 
 
-def tiny_llama(layers: int = 2) -> TransformerDecoder:
-    return llama3_2(
-        vocab_size=512,
-        num_layers=layers,
-        num_heads=4,
-        num_kv_heads=2,
-        embed_dim=64,
-        intermediate_dim=128,
-        max_seq_len=2048,
-    )
-
-
 MODELS: dict[str, Callable[[], TransformerDecoder]] = {
     "llama3_2_1b": llama3_2_1b,
-    "tiny": tiny_llama,
+    "tiny": partial(llama, "tiny"),
 }
 
 
@@ -253,6 +244,23 @@ def compared(rows: list[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: row.get("ignored", 0))
 
 
+def panels(rows: list[Row], args: argparse.Namespace) -> list[Panel]:
+    found = {(row["arm"], row.get("ignored")): row for row in rows}
+    groups = [f"{share:.0%} ignored" for share in args.ignored]
+    return [
+        Panel(
+            axis,
+            groups,
+            {arm: [found.get((arm, i), {}).get(key) for i in args.ignored] for arm in args.arms},
+            numbers,
+        )
+        for axis, key, numbers in (
+            ("tokens a second", "tokens_per_s", ",.0f"),
+            ("GiB allocated at most", "peak_gib", ".2f"),
+        )
+    ]
+
+
 def brief(row: Row) -> str:
     return row.get("error") or f"{row['ms']:.1f} ms"
 
@@ -271,7 +279,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--gib", type=float, default=29.87, help="for the arm liger_fx_budget")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    parser.add_argument("--json", type=Path, help="write every row")
+    add_outputs(parser)
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     return parser
 
@@ -292,12 +300,11 @@ def main() -> None:
     for arm in args.arms:
         measured = [{"arm": arm} | row for row in in_fresh_process("--arm", arm)]
         rows += measured
-        write_json(
-            args.json, rows, header
-        )  # after every arm: a run that is cut off keeps what it has
+        write_json(args.json, rows, header)  # a run that is cut off keeps what it has
         progress(f"{arm}: {', '.join(brief(row) for row in measured)}")
     print(markdown(compared(rows), COLUMNS))
     write_json(args.json, compared(rows), header)
+    draw(args.picture, f"A training step, {args.model}", panels(rows, args), header)
 
 
 if __name__ == "__main__":

@@ -465,6 +465,48 @@ def test_no_advice_elsewhere():
     assert advice() is None
 
 
+def recipe_on(device, *, checkpointed, optimizer=True):
+    """What a torchtune recipe has set up when it is asked to keep within a budget."""
+    recipe = object.__new__(LayersRecipe)
+    recipe._model, recipe._device = model(), torch.device(device)
+    if checkpointed:
+        training.set_activation_checkpointing(
+            recipe._model, auto_wrap_policy={modules.TransformerSelfAttentionLayer}
+        )
+    if optimizer:
+        recipe._optimizer = torch.optim.AdamW(recipe._model.parameters())
+    return recipe
+
+
+@pytest.mark.parametrize(
+    ("recipe", "says"),
+    [
+        (
+            functools.partial(recipe_on, "cuda", checkpointed=False),
+            "needs enable_activation_checkpointing=Tr",
+        ),
+        (
+            functools.partial(recipe_on, "cpu", checkpointed=True),
+            "needs a GPU: elsewhere memory is not count",
+        ),
+        (
+            functools.partial(recipe_on, "cuda", checkpointed=True, optimizer=False),
+            "optimizer_in_bwd=True",
+        ),
+    ],
+)
+def test_a_memory_budget_says_what_it_needs(recipe, says):
+    with pytest.raises(ValueError, match=says):
+        recipe()._keep_within(20.0)
+
+
+def test_a_memory_budget_looks_before_each_optimizer_step():
+    recipe = recipe_on("cuda", checkpointed=True)
+    recipe._keep_within(20.0)
+    (budget,) = recipe._optimizer._optimizer_step_pre_hooks.values()
+    assert budget.budget == 20 * 2**30 and len(budget.checkpoints) == 2
+
+
 def recipe_config(folder, **overrides):
     source = folder / "initial"
     if not source.exists():
@@ -678,6 +720,8 @@ def test_recipe_takes_its_settings_from_the_config(recipes, tmp_path, caplog):
         run_recipe(
             recipes[0], recipe_config(tmp_path, liger_fx={"linear_cross_entropy": {"tokens": 1}})
         )
+    with pytest.raises(ValueError, match=r"liger_fx\.memory_gib"):
+        run_recipe(recipes[0], recipe_config(tmp_path, liger_fx={"memory_gib": 20}))
 
 
 def test_recipe_through_tune_run_from_any_folder(tmp_path):
