@@ -100,6 +100,15 @@ class View:
         self._exprs: dict[fx.Node, Expr] = {}
         self._resolved: dict[fx.Node, Any] = {}
 
+    @functools.cached_property
+    def calls(self) -> dict[Target, list[fx.Node]]:
+        """The calls in the graph, by their `op_name`."""
+        found: dict[Target, list[fx.Node]] = {}
+        for node in self.position:
+            if node.op.startswith("call_"):
+                found.setdefault(op_name(node), []).append(node)
+        return found
+
     def resolve(self, arg: Any) -> Any:
         """The node that really produces the value ``arg``, or the literal that it is.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -217,11 +216,9 @@ def root_ops(term: Term) -> set[Any]:
     raise TypeError(f"a pattern must end in an operation, not in {term!r}")
 
 
-def candidates(view: View, pattern: Pattern) -> Iterator[fx.Node]:
-    wanted = root_ops(pattern.term)
-    for node in view.position:
-        if node.op.startswith("call_") and op_name(node) in wanted and not does_nothing(node):
-            yield node
+def candidates(view: View, pattern: Pattern) -> list[fx.Node]:
+    found = [node for op in root_ops(pattern.term) for node in view.calls.get(op, ())]
+    return sorted((n for n in found if not does_nothing(n)), key=view.position.__getitem__)
 
 
 def interior(view: View, root: fx.Node, bindings: dict[str, Any]) -> set[fx.Node]:
