@@ -37,7 +37,7 @@ from _common import (
 )
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from training_step import ARMS, arguments, prepare
+from training_step import ARMS, MODELS, arguments, prepare
 
 STEPS = 2  # that are profiled
 
@@ -130,8 +130,6 @@ def summed(blocks: list[Block]) -> list[Row]:
 def gemm_floor(args: argparse.Namespace, tokens: torch.Tensor) -> float:
     """Milliseconds of the matrix products of a step without checkpoints: 6 operations a weight and
     token, the valid tokens only for the head; attention left out."""
-    from training_step import MODELS
-
     with torch.device("meta"):
         model = MODELS[args.model]()
     head = model.tok_embeddings.weight.numel()  # tied

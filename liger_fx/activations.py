@@ -31,9 +31,9 @@ KEPT = (
     "liger_fx::geglu_mlp_forward",
 )
 
-_recomputing = functools.partial(checkpoint, use_reentrant=False)
 _keeping = functools.partial(
-    _recomputing,
+    checkpoint,
+    use_reentrant=False,
     context_fn=functools.partial(
         create_selective_checkpoint_contexts, saving_policy(frozenset(KEPT))
     ),
@@ -53,9 +53,10 @@ def keep(checkpoints: Sequence[CheckpointWrapper], count: int) -> None:
     """
     first = len(checkpoints) - count
     for i, wrapper in enumerate(checkpoints):
+        recomputing = vars(wrapper).setdefault("_recomputing", wrapper.checkpoint_fn)
         outside = wrapper._checkpoint_wrapped_module._compiled_call_impl is not None
         keeping: Callable[..., Any] = _without_checkpoint if outside else _keeping
-        wrapper.checkpoint_fn = keeping if i >= first else _recomputing  # type: ignore[assignment]
+        wrapper.checkpoint_fn = keeping if i >= first else recomputing  # type: ignore[assignment]
 
 
 def checkpoints_of(model: nn.Module) -> list[CheckpointWrapper]:

@@ -50,6 +50,7 @@ def test_layers_keep_and_let_go(checkpoint_inside):
     compile_layers(model, options, checkpoint_inside=checkpoint_inside)
     checkpoints = activations.checkpoints_of(model)
     assert len(checkpoints) == LAYERS
+    as_wrapped = [wrapper.checkpoint_fn for wrapper in checkpoints]
     before = len(liger_fx.reports())
     sizes, gradients = [], []
     for kept in (0, 1, 3, 0):
@@ -57,6 +58,7 @@ def test_layers_keep_and_let_go(checkpoint_inside):
         saved, found = saved_and_gradients(model)
         sizes.append(sum(torch.Size(shape).numel() for shape in saved))
         gradients.append(found)
+    assert [wrapper.checkpoint_fn for wrapper in checkpoints] == as_wrapped
     of_a_layer = sizes[1] - sizes[0]
     assert of_a_layer > 0 and sizes == [sizes[0] + kept * of_a_layer for kept in (0, 1, 3, 0)]
     for found in gradients[1:]:
