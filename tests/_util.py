@@ -60,6 +60,7 @@ def show(gm: fx.GraphModule) -> str:
     """The graph as readable code, without devices, comments and trailing clean-up."""
     text = gm.print_readable(print_output=False)
     text = re.sub(r", device = device\([^)]*\)", "", text)
+    text = re.sub(r"(\w+)\.__eq__\(([^()]*)\)", r"\1 == \2", text)  # as torch 2.11 records it
     lines = [
         re.sub(r";  [\w ,=]+ = None$|\s+#.*$", "", line).rstrip() for line in text.splitlines()
     ]
