@@ -10,8 +10,9 @@ export TORCHAO_FORCE_SKIP_LOADING_SO_FILES = 1
 demo: .venv/installed
 	@$(BIN)/python examples/finetune_docstrings.py
 
+# A file is a unit: what it compiles and what it trains is shared within.
 test: lint
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n auto --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .
