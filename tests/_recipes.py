@@ -425,7 +425,7 @@ def run(
     distributed = recipe.endswith("_distributed")
     output_dir = Path(tempfile.mkdtemp(prefix=f"{recipe}-", dir=config_path.parent))
     overrides = _interrupted(resume, output_dir) if resume else []
-    launch = ["--standalone", "--nproc_per_node", "2"] if distributed else []
+    launch = ["--nnodes", "1", "--nproc_per_node", "2"] if distributed else []
     variables = environment({"TORCH_COMPILE_BACKEND": backend or "inductor", **(env or {})})
     variables.setdefault("HF_DATASETS_CACHE", str(config_path.parent / "datasets"))
     name = f"liger_fx/recipes/{recipe}" if fused else recipe
