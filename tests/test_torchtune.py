@@ -454,7 +454,7 @@ def test_ranks_that_disagree_all_raise(monkeypatch):
 )
 def test_advice_in_a_stock_recipe(recipe, says, monkeypatch):
     path = Path(torchtune.__file__).parent.parent / "recipes" / f"{recipe}.py"
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(path))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(path), raising=False)
     advice.cache_clear()
     found = advice()
     advice.cache_clear()
