@@ -9,7 +9,6 @@ only what is cheap: norms, rotations, activations, and what an op of ours comput
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -67,12 +66,13 @@ def checkpoints_of(model: nn.Module) -> list[CheckpointWrapper]:
 class MemoryBudget:
     """As many layers keep as fit a budget: an optimizer's ``register_step_pre_hook``.
 
-    checkpoints: layers as torchtune wraps them, compiled with the checkpoint inside, all of one
-    size. budget: bytes that may be allocated at once. peak: what was allocated at most, so far.
-    say: gets a sentence when the number of layers changes.
+    checkpoints: layers as torchtune wraps them, all of one size. budget: bytes that may be
+    allocated at once. peak: what was allocated at most, so far. say: gets a sentence when the
+    number of layers is settled.
 
-    After the first step, which has no optimizer state yet, one step shows the peak without, one
-    with a single layer that keeps; the rest follows. If a larger batch exceeds the budget later,
+    After the first step, which has no optimizer state yet, one layer keeps, and from step to step
+    up to twice as many, while there is room for what the last ones took: where something else sets
+    the peak at first, a layer seems to take nothing. If a larger batch exceeds the budget later,
     layers are given up again.
     """
 
@@ -85,33 +85,35 @@ class MemoryBudget:
     ) -> None:
         self.checkpoints, self.budget, self.peak, self.say = checkpoints, budget, peak, say
         self.kept = 0
-        self._before: int | None = None  # the peak when no layer kept
-        self._of_a_layer: int | None = None
+        self._last: tuple[int, int] | None = None  # layers that kept, and the peak with them
+        self._of_a_layer = 0  # bytes, the most that any took
         self._settled = False
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if not optimizer.state:
             return
         peak = self.peak()
-        if self._before is None:
-            self._before = peak
-            self._settled = peak >= self.budget
-            if not self._settled:
-                self._keep(1)
-            return
-        if self._of_a_layer is None and self.kept:
-            self._of_a_layer = max(1, peak - self._before)
-        if self._of_a_layer is None:
-            return
-        more = math.floor((self.budget - peak) / self._of_a_layer)
-        if more < 0 or not self._settled:
-            self._settled = True
-            self._keep(min(len(self.checkpoints), max(0, self.kept + more)))
-            self.say(
-                f"{self.kept} of {len(self.checkpoints)} layers keep their activations: a layer "
-                f"takes {self._of_a_layer / 2**30:.2f} GiB, the peak was {peak / 2**30:.2f} of "
-                f"{self.budget / 2**30:.2f} GiB"
-            )
+        if self._last is not None and self.kept > self._last[0]:
+            kept, before = self._last
+            self._of_a_layer = max(self._of_a_layer, (peak - before) // (self.kept - kept))
+        self._last = self.kept, peak
+        room = self.budget - peak
+        fits = room // self._of_a_layer if self._of_a_layer else len(self.checkpoints)
+        if room < 0:
+            self._settle(max(0, self.kept + fits) if self._of_a_layer else 0, peak)
+        elif not self._settled:
+            more = min(fits, max(1, self.kept), len(self.checkpoints) - self.kept)
+            self._keep(self.kept + more) if more else self._settle(self.kept, peak)
+
+    def _settle(self, count: int, peak: int) -> None:
+        """From here on there are only ever fewer."""
+        self._keep(count)
+        self._settled = True
+        self.say(
+            f"{self.kept} of {len(self.checkpoints)} layers keep their activations: a layer takes "
+            f"{self._of_a_layer / 2**30:.2f} GiB, the peak was {peak / 2**30:.2f} of "
+            f"{self.budget / 2**30:.2f} GiB"
+        )
 
     def _keep(self, count: int) -> None:
         self.kept = count

@@ -376,6 +376,7 @@ class LayersRecipe:
     of the backend."""
 
     _model: nn.Module
+    _policy_model: nn.Module
     _loss_fn: Any
     _device: torch.device
     _output_dir: str
@@ -409,7 +410,7 @@ class LayersRecipe:
 
     def _keep_within(self, gib: float) -> None:
         """Raises ValueError where no layer can keep more, or nobody can tell what that takes."""
-        trained = getattr(self, "_model", None) or getattr(self, "_policy_model")  # noqa: B009
+        trained = self._policy_model if hasattr(self, "_policy_model") else self._model  # PPO's
         checkpoints = activations.checkpoints_of(trained)
         if not checkpoints:
             raise ValueError(

@@ -106,11 +106,10 @@ def _backward(
             if dx is not None:
                 torch.mm(gate, w_gate, out=dx[part])
                 dx[part].addmm_(up, w_up)
-    nothing = x.new_empty(0)
     dw_gate, dw_up, dw_down = (
         x.new_empty(0) if total is None else total.to(x.dtype) for total in sums
     )
-    return nothing if dx is None else dx.view(x.shape), dw_gate, dw_up, dw_down
+    return x.new_empty(0) if dx is None else dx.view(x.shape), dw_gate, dw_up, dw_down
 
 
 def _accumulator(weight: Tensor, dtype: torch.dtype, tokens: int) -> Tensor:
