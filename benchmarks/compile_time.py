@@ -34,7 +34,7 @@ from _common import (
 )
 from _llama import SIZES, llama
 from torch._dynamo.utils import counters
-from training_step import ARMS, MODELS, prepare, rewrites
+from training_step import MODELS, UNBUDGETED, prepare, rewrites
 
 BASE = "torchtune"  # what the others are compared with
 
@@ -116,7 +116,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     arms = ["torchtune", "inductor_step", "liger_fx_step", "liger_fx_recipe"]
-    parser.add_argument("--arms", choices=ARMS, nargs="+", default=arms)
+    parser.add_argument("--arms", choices=UNBUDGETED, nargs="+", default=arms)
     parser.add_argument("--layers", type=int, nargs="+", default=[16, 32, 80])
     parser.add_argument("--model", choices=SIZES, default="llama3_2_1b", help="whose widths")
     parser.add_argument("--batch", type=int, default=2)
@@ -124,7 +124,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     add_outputs(parser)
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--arm", choices=UNBUDGETED, help=argparse.SUPPRESS)
     parser.add_argument("--depth", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(lr=1e-4)
     return parser.parse_args()

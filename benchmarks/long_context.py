@@ -38,7 +38,7 @@ from _common import (
     write_json,
 )
 from _llama import SIZES, llama
-from training_step import ARMS, MODELS, prepare
+from training_step import MODELS, UNBUDGETED, prepare
 
 BASE = "torchtune"  # what the others are compared with
 SAFE = 0.97  # of the prediction: the allocator cannot use every byte
@@ -144,14 +144,14 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     arms = ["torchtune", "liger_by_hand", "liger_fx_recipe"]
-    parser.add_argument("--arms", choices=ARMS, nargs="+", default=arms)
+    parser.add_argument("--arms", choices=UNBUDGETED, nargs="+", default=arms)
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 98304])
     parser.add_argument("--gib", type=float, help="memory to fill; the card's if left out")
     parser.add_argument("--confirm", action="store_true", help="run 0.97 of the predicted length")
     parser.add_argument("--model", choices=SIZES, default="llama3_2_1b")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     add_outputs(parser)
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--arm", choices=UNBUDGETED, help=argparse.SUPPRESS)
     parser.add_argument("--seq", type=int, help=argparse.SUPPRESS)
     parser.set_defaults(batch=1, checkpoint=True, lr=1e-4)
     return parser.parse_args()

@@ -151,6 +151,8 @@ ARMS: dict[str, Callable[[TransformerDecoder, argparse.Namespace], LossStep]] = 
     "liger_fx_budget": liger_fx_recipe,  # layers keep activations, as many as --gib takes
 }
 
+UNBUDGETED = [arm for arm in ARMS if arm != "liger_fx_budget"]  # what needs no --gib
+
 COLUMNS = [
     Column("ignored", "ignored", ".0%"),
     Column("arm", "arm"),
