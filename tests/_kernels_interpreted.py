@@ -26,7 +26,7 @@ from test_op_rope import TestHalves as Halves
 from test_op_rope import TestPairs as Pairs
 from test_op_tiled_mlp import TestTiledMLP as TiledMLP
 
-from liger_fx.ops import library
+from liger_fx.ops import kl_loss, kl_triton, library
 from liger_fx.ops.token_loss import TokenLoss, write_losses_liger, write_losses_torch
 
 CASES = [
@@ -195,3 +195,28 @@ def test_losses_of_a_head(options, differentiate, dtype):
     if not differentiate:
         plain[target == 3] = 0  # the kernel clears them even so
     torch.testing.assert_close(liger, plain, **TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("differentiate", [True, False])
+@pytest.mark.parametrize("direction", [(1.0, 0.0), (0.0, 1.0), (0.3, 0.7)])
+@pytest.mark.parametrize("weights", [None, [0.6, -2.0]])
+@pytest.mark.parametrize("infinite", [False, True])
+def test_divergences_of_a_head(direction, weights, differentiate, infinite, dtype, monkeypatch):
+    monkeypatch.setattr(kl_triton, "_BLOCK", 16)
+    loss = kl_loss.Divergence(3, *direction)
+    logits, target = CrossEntropy.CASES[3].make((7, 53), dtype)
+    teacher = torch.randn(7, 53).to(dtype)
+    target[1] = 3
+    if infinite:  # a whole block, single ones, another block of the teacher's, everything
+        logits = logits.detach().clone()
+        logits[0, :16] = logits[2, 5] = logits[4] = -torch.inf
+        teacher[2, 32:48] = teacher[5, 7] = -torch.inf
+        logits[6, 20] = torch.inf
+    weights = weights and torch.tensor(weights)
+    plain, triton = (torch.zeros(7, 64, dtype=dtype)[:, :53].copy_(logits.detach()) for _ in "ab")
+    losses = torch.zeros(2, 2, 7)
+    kl_loss.write_losses_torch(plain, teacher, target, losses[0], loss, weights, differentiate)
+    kl_triton.write_losses_triton(triton, teacher, target, losses[1], loss, weights, differentiate)
+    torch.testing.assert_close(losses[1], losses[0], equal_nan=True)
+    torch.testing.assert_close(triton, plain, equal_nan=True, **TOLERANCES[dtype])

@@ -12,6 +12,7 @@ from liger_fx.ops.linear_cross_entropy_per_token import (
     linear_cross_entropy_per_token,
     linear_cross_entropy_per_token_backward,
 )
+from liger_fx.ops.linear_kl import linear_kl
 from liger_fx.ops.rms_norm import rms_norm
 from liger_fx.ops.rope import rope, rope_interleaved
 from liger_fx.ops.swiglu import swiglu, swiglu_gate_up
@@ -26,6 +27,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_per_token",
     "linear_cross_entropy_per_token_backward",
+    "linear_kl",
     "rms_norm",
     "rope",
     "rope_interleaved",

@@ -93,13 +93,13 @@ def run(
     if size <= 0:
         size = chunk_tokens_for(head.vocab, x.element_size(), x.device.type)
     size = max(1, min(size, tokens))
-    skip_ignored = skip_ignored and not _capturing(x)
-    first_size = _first_chunk(tokens, size) if skip_ignored and x.is_cuda else size
+    skip_ignored = skip_ignored and not capturing(x)
+    first_size = first_chunk(tokens, size) if skip_ignored and x.is_cuda else size
     # If one chunk holds all there is to sum up, no accumulator is needed.
     accum = wanted.accum_dtype if first_size < tokens else x.dtype
-    outcome = _allocate(x, head, wanted, accum, tokens)
+    outcome = allocate(x, head, wanted, accum, tokens)
     exact = upstream is not None or head.loss.temperature != 1.0
-    logits = _logits_buffer(size, head.vocab, x, exact)
+    logits = logits_buffer(size, head.vocab, x, exact)
     first = True
     # Autocast is still on inside an op that runs eagerly; here every dtype has been decided.
     with torch.autocast(x.device.type, enabled=False):
@@ -109,7 +109,7 @@ def run(
     return outcome
 
 
-def _allocate(x: Tensor, head: Head, wanted: Wanted, accum: torch.dtype, tokens: int) -> Outcome:
+def allocate(x: Tensor, head: Head, wanted: Wanted, accum: torch.dtype, tokens: int) -> Outcome:
     # Parameter gradients are written by the first chunk and need zeros only if there is none.
     def accumulator(like: Tensor) -> Tensor:
         make = torch.empty_like if tokens else torch.zeros_like
@@ -124,7 +124,7 @@ def _allocate(x: Tensor, head: Head, wanted: Wanted, accum: torch.dtype, tokens:
     )
 
 
-def _logits_buffer(rows: int, vocab: int, x: Tensor, exact: bool) -> Tensor:
+def logits_buffer(rows: int, vocab: int, x: Tensor, exact: bool) -> Tensor:
     # Scaled in place, 16-bit logits, or their gradients, would be rounded twice.
     dtype = torch.float32 if exact and x.is_cuda else x.dtype
     # Rows padded to 128 bytes: without, a vocabulary like 32001 misses the GEMMs for aligned rows.
@@ -146,7 +146,7 @@ def _one_chunk(
     x_c, y_c = x[rows], target[rows]
     factor = None if upstream is None else upstream[rows].unsqueeze(1)
     logits = buffer[: y_c.numel()]
-    _project(x_c, head, logits)
+    project(x_c, head, logits)
 
     differentiate = any(
         g is not None for g in (outcome.grad_input, outcome.grad_weight, outcome.grad_bias)
@@ -156,20 +156,32 @@ def _one_chunk(
     outcome.losses[rows] = losses
     if not differentiate:
         return
-    logits = logits.to(x.dtype)
+    add_gradients(outcome, rows, x_c, head.weight, logits.to(x.dtype), first)
+
+
+def add_gradients(
+    outcome: Outcome,
+    rows: slice | Tensor,
+    x: Tensor,
+    weight: Tensor,
+    grad_logits: Tensor,
+    first: bool,
+) -> None:
+    """What a chunk gives to those gradients that are wanted; ``x`` and ``grad_logits`` are its
+    own ``rows``. The ``first`` chunk writes the parameters' gradients."""
     if outcome.grad_input is not None:
         if isinstance(rows, slice):
-            torch.mm(logits, head.weight, out=outcome.grad_input[rows])
+            torch.mm(grad_logits, weight, out=outcome.grad_input[rows])
         else:
-            outcome.grad_input.index_copy_(0, rows, logits @ head.weight)
+            outcome.grad_input.index_copy_(0, rows, grad_logits @ weight)
     if outcome.grad_weight is not None:
-        accumulate_mm(outcome.grad_weight, logits.t(), x_c, first)
+        accumulate_mm(outcome.grad_weight, grad_logits.t(), x, first)
     if outcome.grad_bias is not None:
-        total = logits.sum(0, dtype=outcome.grad_bias.dtype)
+        total = grad_logits.sum(0, dtype=outcome.grad_bias.dtype)
         outcome.grad_bias.copy_(total) if first else outcome.grad_bias.add_(total)
 
 
-def _project(x: Tensor, head: Head, out: Tensor) -> None:
+def project(x: Tensor, head: Head, out: Tensor) -> None:
     if out.dtype != x.dtype:
         torch.mm(x, head.weight.t(), out_dtype=out.dtype, out=out)
         if head.bias is not None:
@@ -202,12 +214,12 @@ def token_chunks(
         yield from _valid_chunks_cpu(target, ignore_index, size)
 
 
-def _capturing(x: Tensor) -> bool:
+def capturing(x: Tensor) -> bool:
     """While a CUDA graph is captured nothing may depend on the host: no token is skipped then."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _first_chunk(tokens: int, size: int) -> int:
+def first_chunk(tokens: int, size: int) -> int:
     """The first chunk's work is done whatever the count: a small one where few may be valid."""
     return size if tokens >= 4 * size else min(size, max(_MIN_CHUNK, tokens // 8))
 

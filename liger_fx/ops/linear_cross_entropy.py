@@ -56,7 +56,7 @@ def linear_cross_entropy(
         chunk_tokens=chunk_tokens,
         skip_ignored=skip_ignored,
     )
-    kept = _kept_dtype(weight.dtype)
+    kept = kept_dtype(weight.dtype)
 
     def parameter_gradient(gradient: Tensor | None) -> Tensor:
         return input.new_empty(0) if gradient is None else gradient.to(kept)
@@ -70,7 +70,7 @@ def linear_cross_entropy(
     )
 
 
-def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
@@ -79,7 +79,7 @@ def _(
     input, weight, bias, target, ignore_index, label_smoothing, softcap,
     input_grad, weight_grad, bias_grad, chunk_tokens, accum_dtype, skip_ignored,
 ):  # fmt: skip
-    kept = _kept_dtype(weight.dtype)
+    kept = kept_dtype(weight.dtype)
     return (
         input.new_empty((), dtype=loss_dtype(input.dtype)),
         input.new_empty(input.shape) if input_grad else input.new_empty(0),
@@ -103,12 +103,12 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
     if grad_loss is not None:
         for i, (gradient, wanted) in enumerate(zip(ctx.saved_tensors, ctx.wanted, strict=True)):
             if wanted:
-                gradients[i] = _scaled(gradient, grad_loss).to(ctx.dtype)
+                gradients[i] = scaled(gradient, grad_loss).to(ctx.dtype)
     grad_input, grad_weight, grad_bias = gradients
     return grad_input, grad_weight, grad_bias, *(None,) * 10
 
 
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
+def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     # In fp32: a bf16 product would round the upstream gradient, say 1/n, first.
     scale = upstream.to(torch.promote_types(gradient.dtype, torch.float32))
     # 0 stays 0 whatever the upstream: with no valid token that is 1/0, and eager's gradients are 0.
