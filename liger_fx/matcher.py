@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +23,8 @@ class Match:
 
     ``outputs`` are the nodes that a replacement stands in for, the root first; ``bindings`` maps
     each parameter of the pattern to a node or a literal, ``chains`` each wildcard to its nodes
-    (outermost first), ``nodes`` holds what a replacement makes superfluous, the outputs among it.
+    (outermost first) and ``sources`` to what lies below them, ``nodes`` holds what a replacement
+    makes superfluous, the outputs among it.
     ``recomputed``: it lies in the body of an activation checkpoint.
     """
 
@@ -30,6 +32,7 @@ class Match:
     outputs: tuple[fx.Node, ...]
     bindings: dict[str, Any]
     chains: dict[str, list[fx.Node]]
+    sources: dict[str, fx.Node]
     nodes: set[fx.Node]
     settings: dict[str, Any] = field(default_factory=dict)
     recomputed: bool = False
@@ -80,6 +83,7 @@ def size(term: Term) -> int:
 class _State:
     bindings: dict[str, Any] = field(default_factory=dict)
     chains: dict[str, list[fx.Node]] = field(default_factory=dict)
+    sources: dict[str, Any] = field(default_factory=dict)
     dtypes: list[tuple[Binding | Op, torch.dtype]] = field(default_factory=list)  # what casts say
     values: dict[int, fx.Node] = field(default_factory=dict)  # by the identity of the operation
     matched: int = 0
@@ -89,6 +93,7 @@ class _State:
         return _State(
             dict(self.bindings),
             dict(self.chains),
+            dict(self.sources),
             list(self.dtypes),
             dict(self.values),
             self.matched,
@@ -111,7 +116,7 @@ class Matcher:
         # An optional parameter that the pattern never uses binds nothing; the rest are all bound.
         nodes = interior(self.view, root, state.bindings)
         outputs = (root, *(state.values[id(term)] for term in self.pattern.also))
-        return Match(self.pattern, outputs, state.bindings, state.chains, nodes)
+        return Match(self.pattern, outputs, state.bindings, state.chains, state.sources, nodes)
 
     def _match(self, term: Term, value: Any, state: _State) -> _State | None:
         if isinstance(term, Binding):
@@ -177,11 +182,22 @@ class Matcher:
         return self._match(term.source, value, state)
 
     def _match_chain(self, term: Chain, value: Any, state: _State) -> _State | None:
-        passed = []
-        while isinstance(value, fx.Node) and term.step(value):
+        if id(term) in state.values:  # one value, used several times
+            if self.view.same(state.values[id(term)], value):
+                return state
+            return self._missed(f"the same {term.name} as before", value, state)
+        state.values[id(term)] = value
+        passed = state.chains.setdefault(term.name, [])
+        state.chains[term.name] = passed = list(passed)
+        others: list[fx.Node] = []
+        while isinstance(value, fx.Node) and (source := term.step(value)):
             passed.append(value)
-            value = self.view.resolve(value.args[0])
-        state.chains[term.name] = [*state.chains.get(term.name, []), *passed]
+            source = value.args[0] if source is True else source
+            others += (node for node in data_inputs(value) if node is not source)
+            value = self.view.resolve(source)
+        state.sources[term.name] = value
+        for i, node in enumerate(others):
+            state.bindings[f"{term.name}[{i}]"] = self.view.resolve(node)
         return self._match(term.source, value, state)
 
     def _dtypes_agree(self, state: _State) -> bool:
@@ -282,12 +298,15 @@ class Legality:
             if node.target in _GRAD_MODE:
                 self.grad_mode.append(node)
 
-    def check(self, match: Match) -> None:
-        """Raise `Reject` if somebody could notice that the interior values are gone."""
+    def check(self, match: Match, constants: Sequence[str] = ()) -> None:
+        """Raise `Reject` if somebody could notice that the interior values are gone.
+
+        constants: names of bindings to which the replacement gives no gradient.
+        """
         self._no_escape(match)
         self._inputs_in_time(match)
         self._no_mutation(match)
-        self._one_grad_mode(match)
+        self._one_grad_mode(match, constants)
         for name, value in match.values.items():
             if isinstance(value, torch.Tensor) and _is_wrapper(value):
                 raise Reject(
@@ -314,7 +333,7 @@ class Legality:
         for name, value in match.bindings.items():
             if not isinstance(fake(value), torch.Tensor) or not isinstance(value, fx.Node):
                 continue  # a number is resolved before it is recorded
-            if position[value] > position[first]:
+            if position[value] >= position[first]:
                 raise Reject(f"{name} ({value.name}) is computed only after {first.name}")
 
     def _no_mutation(self, match: Match) -> None:
@@ -344,8 +363,13 @@ class Legality:
                     reads.setdefault(key, (position[node], value))
         return reads
 
-    def _one_grad_mode(self, match: Match) -> None:
-        if len({self._grad_mode(node) for node in match.nodes}) > 1:
+    def _one_grad_mode(self, match: Match, constants: Sequence[str]) -> None:
+        constant = {match.bindings.get(name) for name in constants}
+        for node in sorted(match.nodes, key=self.view.position.__getitem__):
+            inputs = [self.view.resolve(value) for value in data_inputs(node)]
+            if inputs and constant.issuperset(inputs):
+                constant.add(node)
+        if len({self._grad_mode(node) for node in match.nodes - constant}) > 1:
             raise Reject("grad mode is switched in the middle of it")
 
     def _grad_mode(self, node: fx.Node) -> Any:

@@ -49,23 +49,27 @@ class Op:
         return self.op in COMMUTATIVE and len(self.args) == 2
 
 
+Step = Callable[[fx.Node], fx.Node | bool | None]
+
+
 @dataclass(frozen=True)
 class Chain:
     """Any number of nodes, none as well, that ``step`` lets pass (see `chain`)."""
 
     name: str
-    step: Callable[[fx.Node], bool]
+    step: Step
     source: Term
 
 
 Term = Binding | Cast | Op | Chain | Any  # anything else is a literal, matched by equality
 
 
-def chain(name: str, step: Callable[[fx.Node], bool]) -> Callable[[Any], Any]:
+def chain(name: str, step: Step) -> Callable[[Any], Any]:
     """A wildcard for patterns: ``rows = chain("rows", keeps_rows)``, then ``rows(x)``.
 
-    It matches ``x`` below any number of one-input nodes for which ``step(node)`` is true; the
-    nodes are the match's ``chains[name]``, outermost first.
+    It matches ``x`` below any number of nodes for which ``step(node)`` is true, or the input to go
+    on with where that need not be the first. The nodes are the match's ``chains[name]``, outermost
+    first; ``x`` is its ``sources[name]``; their other inputs are bound as ``name[0]`` and so on.
     """
 
     def wildcard(x: fx.Proxy) -> fx.Proxy:

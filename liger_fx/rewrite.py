@@ -47,7 +47,11 @@ class Rewrite:
         it calls is recorded into the graph.
     check: ``check(match, **values)`` gets fake tensors and literals, and raises `Reject`.
     refuses: near twins, each a pattern and the reason for which it is left alone.
+    also: further outputs of a match, beyond those of its pattern: nodes whose values ``replace``
+        returns as well, after the others.
     combine: joins several matches into one where the model cut one computation into pieces.
+    constants: names of bindings to which the replacement gives no gradient: what is computed of
+        them may run without grad mode.
     settings: the options ``<name>.<setting>`` and their defaults.
     gain: why it is worth making on every device, under every inner compiler. Without one,
         ``policy="auto"`` and ``"measure"`` decide from measurements.
@@ -59,7 +63,9 @@ class Rewrite:
     replace: Callable[..., fx.Proxy]
     check: Callable[..., None] | None = None
     refuses: Sequence[tuple[Callable[..., Any], str]] = ()
+    also: Callable[[Match], Sequence[fx.Node]] | None = None
     combine: Callable[[View, list[Match]], list[Match]] | None = None
+    constants: Sequence[str] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     gain: str | None = None
     save_ops: Sequence[str] = ()
@@ -178,6 +184,9 @@ class _Application:
                 match = matcher.at(node)
                 if match is not None:
                     match.settings, match.recomputed = self.settings, recomputed
+                    if self.rewrite.also is not None:
+                        match.outputs += tuple(self.rewrite.also(match))
+                        match.nodes.update(match.outputs)
                     found[node] = match
                 else:
                     self._note_miss(matcher.miss, node)
@@ -195,7 +204,7 @@ class _Application:
 
     def _is_legal(self, match: Match, legality: Legality, checked: bool = False) -> bool:
         try:
-            legality.check(match)
+            legality.check(match, self.rewrite.constants)
             if self.rewrite.check is not None and not checked:
                 self.rewrite.check(match, **_wanted(self.rewrite.check, match.values))
         except Reject as reject:
@@ -257,7 +266,7 @@ def _substitute(
         name: fx.Proxy(renamed.get(value, value), tracer) if isinstance(value, fx.Node) else value
         for name, value in match.bindings.items()
     }
-    anchor = _first_output(match)
+    anchor = min(match.outputs)
     before = anchor.prev
     with graph.inserting_before(anchor):
         made = replace(match, **_wanted(replace, proxies))
@@ -268,17 +277,6 @@ def _substitute(
         renamed[old] = new
         old.replace_all_uses_with(new)
     _erase(graph, match.nodes)
-
-
-def _first_output(match: Match) -> fx.Node:
-    """The first in the graph: every other output lies shortly before the root."""
-    missing, node, first = set(match.outputs), match.root, match.root
-    while missing:
-        if node in missing:
-            missing.remove(node)
-            first = node
-        node = node.prev
-    return first
 
 
 def _annotate(node: fx.Node, end: fx.Node, like: fx.Node) -> None:

@@ -6,6 +6,7 @@ from liger_fx.passes.geglu import geglu
 from liger_fx.passes.grouped_query_attention import grouped_query_attention
 from liger_fx.passes.layer_norm import layer_norm
 from liger_fx.passes.linear_cross_entropy import linear_cross_entropy
+from liger_fx.passes.linear_kl import linear_kl
 from liger_fx.passes.linear_logprobs import linear_logprobs
 from liger_fx.passes.rms_norm import rms_norm
 from liger_fx.passes.rope import rope
@@ -13,7 +14,8 @@ from liger_fx.passes.swiglu import swiglu
 from liger_fx.passes.tiled_mlp import tiled_mlp
 
 DEFAULT = [
-    linear_cross_entropy,  # first: it takes the loss together with the projection that feeds it
+    linear_kl,  # first: it takes the cross-entropy of a student together with its divergence
+    linear_cross_entropy,  # takes the loss together with the projection that feeds it
     linear_logprobs,  # what preference and RL losses take of the logits
     cross_entropy,  # losses whose logits exist
     grouped_query_attention,

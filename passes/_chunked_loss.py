@@ -7,6 +7,8 @@ would keep eight weight gradients; the matches are merged into one, over the who
 
 from __future__ import annotations
 
+from collections.abc import Container
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import fx
@@ -14,7 +16,7 @@ from torch import fx
 from liger_fx.canonical import View, fake, op_name
 from liger_fx.matcher import Match, interior
 
-_SHARED = ("weight", "bias", "softcap", "class_weight", "ignore_index", "label_smoothing")
+_HIDDEN = ("hidden", "teacher_hidden")  # cut as the target is; all else is common to the chunks
 
 
 def merge_chunked_losses(view: View, matches: list[Match]) -> list[Match]:
@@ -24,7 +26,7 @@ def merge_chunked_losses(view: View, matches: list[Match]) -> list[Match]:
     for node in reversed(view.position):  # a sum comes after its terms: the whole sum first
         if op_name(node) not in ("add", "add_"):
             continue
-        terms = _terms(node)
+        terms = _terms(node, by_root.keys())
         if len(terms) > 1 and all(term in by_root for term in terms):
             whole = _merge(view, node, [by_root[term] for term in terms])
             if whole is not None:
@@ -34,10 +36,16 @@ def merge_chunked_losses(view: View, matches: list[Match]) -> list[Match]:
     return sorted([*merged, *by_root.values()], key=lambda m: view.position[m.root])
 
 
-def _terms(node: fx.Node) -> list[fx.Node]:
-    """``((0.0 + a) + b) + c`` -> [a, b, c]; [] if anything else uses a term or a partial sum."""
+def _terms(node: fx.Node, losses: Container[fx.Node]) -> list[fx.Node]:
+    """``((0.0 + a) + b) + c`` -> [a, b, c], where each may be a sum itself; [] if anything else
+    uses a term or a partial sum."""
     terms: list[fx.Node] = []
-    while isinstance(node, fx.Node) and op_name(node) in ("add", "add_") and not node.kwargs:
+    while (
+        isinstance(node, fx.Node)
+        and node not in losses
+        and op_name(node) in ("add", "add_")
+        and not node.kwargs
+    ):
         left, right = node.args
         if not isinstance(right, fx.Node) or len(right.users) != 1:
             return []
@@ -54,30 +62,27 @@ def _terms(node: fx.Node) -> list[fx.Node]:
 
 def _merge(view: View, root: fx.Node, parts: list[Match]) -> Match | None:
     first = parts[0]
-    if any(part.bindings["reduction"] != "sum" for part in parts):
+    if first.bindings.get("reduction", "sum") != "sum":
         return None
+    cut = [name for name in (*_HIDDEN, "target") if name in first.bindings]
     for part in parts[1:]:
         if part.pattern is not first.pattern:
             return None
-        for name in _SHARED:
-            if not view.same(first.bindings.get(name), part.bindings.get(name)):
+        for name in first.bindings.keys() - cut:
+            if not view.same(first.bindings[name], part.bindings[name]):
                 return None
-    hidden = _whole(view, [part.bindings["hidden"] for part in parts])
-    target = _whole(view, [part.bindings["target"] for part in parts])
-    if hidden is None or target is None or not _rows_agree(hidden, target):
+    chunks = {name: _whole(view, [part.bindings[name] for part in parts]) for name in cut}
+    wholes = {name: chunk.whole for name, chunk in chunks.items() if chunk is not None}
+    target = chunks.pop("target")
+    if target is None or not all(c and _rows_agree(c, target) for c in chunks.values()):
         return None
     # Slices of the rows of one chunk are not slices of the whole.
-    if any(op_name(node) == "getitem" for part in parts for node in part.chains["rows"]):
+    passed = [node for part in parts for nodes in part.chains.values() for node in nodes]
+    if any(op_name(node) not in ("cast", "reshape", "detach") for node in passed):
         return None
-    bindings = first.bindings | {"hidden": hidden.whole, "target": target.whole}
-    return Match(
-        first.pattern,
-        (root,),
-        bindings,
-        first.chains,
-        interior(view, root, bindings),
-        first.settings,
-    )
+    bindings = first.bindings | wholes
+    nodes = interior(view, root, bindings)
+    return replace(first, outputs=(root,), bindings=bindings, nodes=nodes)
 
 
 class _Chunks(NamedTuple):

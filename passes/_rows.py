@@ -42,14 +42,36 @@ def _is_row_slice(index: Any, dims: int) -> bool:
 rows = chain("rows", keeps_rows)
 
 
-def logits_of(match: Match) -> torch.Tensor:
+# Of a match with two heads, the other's bindings and rows have names with a prefix: "teacher_".
+
+
+def logits_of(match: Match, prefix: str = "") -> torch.Tensor:
     """The fake logits, as the projection makes them."""
-    return next(fake(n) for n in match.nodes if op_name(n) == "linear")
+    return fake(match.sources[f"{prefix}rows"])
 
 
-def check_projection(match: Match, weight: torch.Tensor) -> None:
+def kept_rows(match: Match, prefix: str = "") -> torch.Tensor:
+    """The fake logits, as the loss takes them."""
+    name = f"{prefix}rows"
+    return fake([*match.chains[name], match.sources[name]][0])
+
+
+def needs_gradient(match: Match, name: str) -> bool:
+    # The logits' own flag is false where grad mode is off.
+    value = match.values[name]
+    return value is not None and value.requires_grad and logits_of(match).requires_grad
+
+
+def check_gain(match: Match, tokens: int | torch.SymInt, limit: int) -> None:
+    """Raise `Reject` where the logits are those of few tokens, at most ``limit``, and nobody needs
+    them for a gradient."""
+    if not logits_of(match).requires_grad and isinstance(tokens, int) and tokens <= limit:
+        raise Reject("no gradient is needed and the logits fit one chunk: nothing would be saved")
+
+
+def check_projection(match: Match, weight: torch.Tensor, prefix: str = "") -> None:
     """Raise `Reject` for a projection that the head ops do not compute."""
-    logits = logits_of(match)
+    logits = logits_of(match, prefix)
     if weight.dim() != 2:
         raise Reject(f"the projection's weight is {weight.dim()}-D, expected 2-D [classes, hidden]")
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -58,10 +80,13 @@ def check_projection(match: Match, weight: torch.Tensor) -> None:
         raise Reject("the loss is computed in torch.float64; the kernel computes in float32")
 
 
-def head_arguments(match: Match, hidden: fx.Proxy, weight: fx.Proxy, bias: Any) -> tuple[Any, ...]:
+def head_arguments(
+    match: Match, hidden: fx.Proxy, weight: fx.Proxy, bias: Any, prefix: str = ""
+) -> tuple[Any, ...]:
     """Hidden state, weight and bias as the projection takes them, for the rows that are kept."""
-    given = {"hidden": slice_rows(match, hidden), "weight": weight, "bias": bias}
-    return cast_as_autocast(match, logits_of(match).dtype, given)
+    given = {"hidden": slice_rows(match, hidden, prefix), "weight": weight, "bias": bias}
+    named = {f"{prefix}{name}": value for name, value in given.items()}
+    return cast_as_autocast(match, logits_of(match, prefix).dtype, named)
 
 
 def cast_as_autocast(match: Match, dtype: torch.dtype, given: dict[str, Any]) -> tuple[Any, ...]:
@@ -75,17 +100,17 @@ def cast_as_autocast(match: Match, dtype: torch.dtype, given: dict[str, Any]) ->
     return tuple(cast(name, proxy) for name, proxy in given.items())
 
 
-def check_rows(match: Match) -> None:
+def check_rows(match: Match, prefix: str = "") -> None:
     """Raise `Reject` for rows that cannot be dropped from the hidden state in the same way."""
-    for node in _until_last_slice(match):
+    for node in _until_last_slice(match, prefix):
         if op_name(node) == "reshape" and fake(node).dim() != 2:
             raise Reject("logits are reshaped to more than two dimensions and sliced afterwards")
 
 
-def slice_rows(match: Match, hidden: fx.Proxy) -> fx.Proxy:
+def slice_rows(match: Match, hidden: fx.Proxy, prefix: str = "") -> fx.Proxy:
     """Drop from the hidden state the rows that the model drops from the logits."""
     tracer = hidden.tracer
-    for node in _until_last_slice(match):
+    for node in _until_last_slice(match, prefix):
         if op_name(node) == "reshape":
             hidden = hidden.flatten(0, -2)
         elif op_name(node) == "getitem":
@@ -94,9 +119,9 @@ def slice_rows(match: Match, hidden: fx.Proxy) -> fx.Proxy:
     return hidden
 
 
-def _until_last_slice(match: Match) -> list[fx.Node]:
+def _until_last_slice(match: Match, prefix: str) -> list[fx.Node]:
     """The steps on the rows, innermost first, as far as they matter: the op takes any leading
     dimensions, so reshapes after the last slice do not."""
-    outermost_first = match.chains["rows"]
+    outermost_first = match.chains[f"{prefix}rows"]
     names = [op_name(node) for node in outermost_first]
     return outermost_first[names.index("getitem") :][::-1] if "getitem" in names else []

@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from liger_fx.passes._chunked_loss import merge_chunked_losses
 from liger_fx.passes._rows import (
+    check_gain,
     check_projection,
     check_rows,
     head_arguments,
     logits_of,
+    needs_gradient,
     rows,
 )
 from torch import fx
@@ -80,7 +82,9 @@ def check(match: Match, weight, target, class_weight, ignore_index, softcap=1.0)
     cap = hint(softcap)
     if cap is None or cap <= 0:
         raise Reject("the softcap is computed in the graph or not positive, expected a constant")
-    _check_gain(match, target.numel())
+    logits = logits_of(match)
+    fitting = chunk_tokens_for(logits.shape[-1], logits.element_size(), logits.device.type)
+    check_gain(match, target.numel(), match.settings["chunk_tokens"] or fitting)
 
 
 def replace(
@@ -104,27 +108,11 @@ def replace(
     if reduction == "none":
         loss = ops.linear_cross_entropy_per_token(*head, 1.0, *chunking)
     else:
-        needed = (_needs_gradient(match, name) for name in ("hidden", "weight", "bias"))
+        needed = (needs_gradient(match, name) for name in ("hidden", "weight", "bias"))
         loss = ops.linear_cross_entropy(*head, *needed, *chunking)[0]
     if reduction == "mean":
         loss = loss / (target != ignore_index).sum()
     return loss if match.output.dtype == torch.float32 else loss.to(match.output.dtype)
-
-
-def _check_gain(match: Match, tokens: int | torch.SymInt) -> None:
-    """Raise `Reject` where the logits are small and nobody needs them for a gradient."""
-    logits = logits_of(match)
-    limit = match.settings["chunk_tokens"] or chunk_tokens_for(
-        logits.shape[-1], logits.element_size(), logits.device.type
-    )
-    if not logits.requires_grad and isinstance(tokens, int) and tokens <= limit:
-        raise Reject("no gradient is needed and the logits fit one chunk: nothing would be saved")
-
-
-def _needs_gradient(match: Match, name: str) -> bool:
-    # The logits' own flag is false where grad mode is off.
-    value = match.values[name]
-    return value is not None and value.requires_grad and logits_of(match).requires_grad
 
 
 def _classes_are_where_expected(match: Match, target: torch.Tensor) -> bool:

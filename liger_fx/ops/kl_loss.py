@@ -6,10 +6,10 @@ For a row of student logits ``s`` and of teacher logits ``t``, with ``q = softma
     forward    - sum_c p[c] log q[c]                    the part of KL(p || q) that depends on q
     reverse      sum_c q[c] (log q[c] - log p[c])       KL(q || p)
 
-as torchtune defines both (ForwardKLLoss, ReverseKLLoss): classes with an infinite student logit are
-left out of the sum, for the reverse those with an infinite teacher logit as well. With ``P`` the sum
-of ``p`` over the classes that are left, ``Q`` that of ``q``, and ``r`` the reverse, the gradients
-are::
+as torchtune defines both (ForwardKLLoss, ReverseKLLoss): classes with an infinite student logit
+are left out of the sum, for the reverse those with an infinite teacher logit as well. With ``P``
+the sum of ``p`` over the classes that are left, ``Q`` that of ``q``, and ``r`` the reverse, the
+gradients are::
 
     forward    q[c] P - p[c]                                           where c is left out: q[c] P
     reverse    q[c] (log q[c] - log p[c] + 1) - q[c] (r + Q)           where c is left out: the last
