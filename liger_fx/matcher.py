@@ -187,14 +187,14 @@ class Matcher:
                 return state
             return self._missed(f"the same {term.name} as before", value, state)
         state.values[id(term)] = value
-        passed = state.chains.setdefault(term.name, [])
-        state.chains[term.name] = passed = list(passed)
+        passed: list[fx.Node] = []
         others: list[fx.Node] = []
-        while isinstance(value, fx.Node) and (source := term.step(value)):
+        while isinstance(value, fx.Node) and (step := term.step(value)):
+            source = value.args[0] if step is True else step
             passed.append(value)
-            source = value.args[0] if source is True else source
             others += (node for node in data_inputs(value) if node is not source)
             value = self.view.resolve(source)
+        state.chains[term.name] = [*state.chains.get(term.name, []), *passed]
         state.sources[term.name] = value
         for i, node in enumerate(others):
             state.bindings[f"{term.name}[{i}]"] = self.view.resolve(node)

@@ -13,6 +13,9 @@ Numerics     Logits in each projection's dtype, softmax in fp32, parameter gradi
              The weights of the sum are multiplied in fp32, before the gradient is rounded.
 """
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from liger_fx.passes._chunked_loss import merge_chunked_losses
@@ -38,30 +41,29 @@ from liger_fx.rewrite import Rewrite
 
 
 def _scaled_loss(node: fx.Node) -> fx.Node | None:
-    """The loss that ``node`` multiplies or divides by a number that needs no gradient."""
+    """The loss that ``node`` multiplies or divides by a number."""
     if op_name(node) not in ("mul", "div") or node.kwargs or len(node.args) != 2:
         return None
-    loss, factor = node.args
-    if op_name(node) == "mul" and (_is_number(loss) or not _is_factor(factor)):
-        loss, factor = factor, loss
-    return loss if isinstance(loss, fx.Node) and _is_factor(factor) else None
+    operands = node.args if op_name(node) == "mul" else node.args[:1]
+    tensors = [n for n in operands if isinstance(n, fx.Node) and _dims(n) is not None]
+    if not tensors or any(_dims(operand) for operand in node.args):
+        return None
+    # Weights are of labels, and were there before.
+    return max(tensors, key=lambda n: (fake(n).requires_grad, n))
 
 
-def _is_number(value: fx.node.Argument) -> bool:
-    return not isinstance(fake(value), torch.Tensor)
-
-
-def _is_factor(value: fx.node.Argument) -> bool:
-    return _is_number(value) or (fake(value).dim() == 0 and not fake(value).requires_grad)
+def _dims(value: fx.node.Argument) -> int | None:
+    value = fake(value)
+    return value.dim() if isinstance(value, torch.Tensor) else None
 
 
 teacher_rows = chain("teacher_rows", lambda node: keeps_rows(node) or op_name(node) == "detach")
 ce_rows = chain("ce_rows", keeps_rows)
-ce_factors = chain("ce_factors", _scaled_loss)
-kl_factors = chain("kl_factors", _scaled_loss)
+ce_weight = chain("ce_weight", _scaled_loss)
+kl_weight = chain("kl_weight", _scaled_loss)
 
 
-_FACTORS = ("ce_factors", "kl_factors")  # as the op takes their weights
+_WEIGHTS = ("ce_weight", "kl_weight")  # as the op takes them
 
 
 def _forward(student, teacher, target, ignore_index):
@@ -103,7 +105,7 @@ def forward_and_cross_entropy(
     logits = F.linear(hidden, weight, bias)
     teacher = teacher_rows(F.linear(teacher_hidden, teacher_weight, teacher_bias))
     kl = _forward(rows(logits), teacher, target, ignore_index)
-    return kl_factors(kl) + ce_factors(
+    return kl_weight(kl) + ce_weight(
         _cross_entropy(logits, target, class_weight, ignore_index, reduction, label_smoothing)
     )
 
@@ -115,7 +117,7 @@ def reverse_and_cross_entropy(
     logits = F.linear(hidden, weight, bias)
     teacher = teacher_rows(F.linear(teacher_hidden, teacher_weight, teacher_bias))
     kl = _reverse(rows(logits), teacher, target, ignore_index)
-    return kl_factors(kl) + ce_factors(
+    return kl_weight(kl) + ce_weight(
         _cross_entropy(logits, target, class_weight, ignore_index, reduction, label_smoothing)
     )
 
@@ -127,7 +129,7 @@ def symmetric_and_cross_entropy(
     logits = F.linear(hidden, weight, bias)
     teacher = teacher_rows(F.linear(teacher_hidden, teacher_weight, teacher_bias))
     kl = _symmetric(rows(logits), teacher, target, ignore_index, forward_share, reverse_share)
-    return kl_factors(kl) + ce_factors(
+    return kl_weight(kl) + ce_weight(
         _cross_entropy(logits, target, class_weight, ignore_index, reduction, label_smoothing)
     )
 
@@ -184,7 +186,7 @@ def check(
         raise Reject(
             f"the student's logits are {list(student.shape)}, the teacher's {list(teacher.shape)}"
         )
-    if str(target.numel()) != str(student.shape[:-1].numel()):
+    if not same_sizes([target.numel()], [math.prod(student.shape[:-1])]):
         raise Reject(f"there are {target.numel()} labels for logits {list(student.shape)}")
     if not isinstance(ignore_index, int):
         raise Reject("ignore_index is computed in the graph, expected a constant")
@@ -213,10 +215,12 @@ def _check_cross_entropy(match: Match, target, class_weight, reduction, label_sm
     if _slices(match, "ce_rows") != _slices(match, "rows"):
         raise Reject("the cross-entropy and the divergence are of other rows of the logits")
     first = min(match.outputs)
-    for name in _FACTORS:
-        for node in match.chains[name]:
-            if any(n > first for n in node.all_input_nodes if n not in match.nodes):
-                raise Reject(f"a factor of {node.name} is computed only after {first.name}")
+    for node in (step for name in _WEIGHTS for step in match.chains[name]):
+        for factor in set(node.all_input_nodes) - {_scaled_loss(node)}:
+            if getattr(fake(factor), "requires_grad", False):
+                raise Reject("a weight of the sum requires a gradient; the kernel gives it none")
+            if factor > first:
+                raise Reject(f"{factor.name}, a weight, is computed only after {first.name}")
 
 
 def _slices(match: Match, name: str) -> list[fx.Node]:
@@ -225,7 +229,7 @@ def _slices(match: Match, name: str) -> list[fx.Node]:
 
 def detached_losses(match: Match) -> list[fx.Node]:
     """What the model keeps of both losses for its log."""
-    losses = [node for name in _FACTORS for node in _steps(match, name)]
+    losses = [node for name in _WEIGHTS for node in _steps(match, name)]
     return [user for node in losses for user in node.users if op_name(user) == "detach"]
 
 
@@ -250,16 +254,16 @@ def replace(
     teacher = head_arguments(match, teacher_hidden, teacher_weight, teacher_bias, "teacher_")
     valid = (target != ignore_index).sum() if reduction == "mean" else None
 
-    def through_factors(name: str, value: fx.Proxy, node: fx.Node | None = None) -> fx.Proxy:
+    def weighted(name: str, value: fx.Proxy, node: fx.Node | None = None) -> fx.Proxy:
         """What the model makes of ``value``, a sum over tokens, up to ``node`` or to the end."""
-        value = value / valid if name == "ce_factors" and valid is not None else value
+        value = value / valid if name == "ce_weight" and valid is not None else value
         steps = _steps(match, name)
         return _scaled(steps[steps.index(node) if node else 0 : -1], value)
 
-    weights = (None, None)
-    if "ce_factors" in match.chains:
+    weights: list[fx.Proxy | None] = [None, None]
+    if "ce_weight" in match.chains:
         one = hidden.new_ones((), dtype=torch.float32)
-        weights = tuple(through_factors(name, one) for name in _FACTORS)
+        weights = [weighted(name, one) for name in _WEIGHTS]
     made = ops.linear_kl(
         *student,
         *weights,
@@ -273,11 +277,10 @@ def replace(
         match.settings["skip_ignored"],
     )
     values = [made[0]]
-    sums = made[1] if match.outputs[1:] else None
     for output in match.outputs[1:]:
         (node,) = output.all_input_nodes
-        i, name = next((i, n) for i, n in enumerate(_FACTORS) if node in _steps(match, n))
-        values.append(through_factors(name, sums[i], node))
+        name = next(name for name in _WEIGHTS if node in _steps(match, name))
+        values.append(weighted(name, made[1][_WEIGHTS.index(name)], node))
     return tuple(
         value if fake(node).dtype == torch.float32 else value.to(fake(node).dtype)
         for value, node in zip(values, match.outputs, strict=True)
@@ -287,15 +290,16 @@ def replace(
 def _shares(match: Match) -> tuple[float, float]:
     """Of both directions."""
     if "forward_share" in match.bindings:
-        return tuple(specialise(match.values[f"{name}_share"]) for name in ("forward", "reverse"))
+        values = match.values
+        return specialise(values["forward_share"]), specialise(values["reverse_share"])
     return (1.0, 0.0) if match.pattern.name.startswith("forward") else (0.0, 1.0)
 
 
 def _scaled(nodes: list[fx.Node], value: fx.Proxy) -> fx.Proxy:
     """``value`` times and over what ``nodes``, outermost first, scale a loss by."""
     for node in reversed(nodes):
-        (factor,) = (arg for arg in node.args if arg is not _scaled_loss(node))
-        factor = fx.Proxy(factor, value.tracer) if isinstance(factor, fx.Node) else factor
+        (operand,) = (arg for arg in node.args if arg is not _scaled_loss(node))
+        factor: Any = fx.Proxy(operand, value.tracer) if isinstance(operand, fx.Node) else operand
         value = value * factor if op_name(node) == "mul" else value / factor
     return value
 

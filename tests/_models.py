@@ -33,7 +33,7 @@ from torchtune.models import (
     t5,
 )
 from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.modules.loss import CEWithChunkedOutputLoss
+from torchtune.modules.loss import CEWithChunkedOutputLoss, ForwardKLLoss
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 
@@ -106,6 +106,7 @@ ELSEWHERE = Refused(
 )
 
 LLAMA: Cells = dict(
+    linear_kl=NONE,
     linear_cross_entropy=once,
     linear_logprobs=NONE,
     cross_entropy=WITH_HEAD,
@@ -236,6 +237,7 @@ def fake_quantised(layers: int) -> nn.Module:
 
 
 _cross_entropy = nn.CrossEntropyLoss()
+_divergence = ForwardKLLoss()
 
 
 def recipe_loss(net: nn.Module, tokens: Tensor, labels: Tensor, **inputs: Any) -> Tensor:
@@ -248,6 +250,17 @@ def recipe_loss(net: nn.Module, tokens: Tensor, labels: Tensor, **inputs: Any) -
 def dpo_loss(net: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
     """What torchtune's DPO recipes take of the logits."""
     return -rlhf.get_batch_log_probs(net(tokens), labels).mean()
+
+
+def distillation_loss(net: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+    """The loss of torchtune's recipes for distillation; the teacher is no more than a head."""
+    logits, labels = net(tokens).reshape(-1, VOCAB), shifted(labels).reshape(-1)
+    with torch.no_grad():
+        hidden = torch.linspace(0, 9, len(labels) * 24, device=tokens.device).sin().view(-1, 24)
+        weight = torch.linspace(0, 99, VOCAB * 24, device=tokens.device).cos().view(-1, 24)
+        teacher = nn.functional.linear(hidden, weight)
+    divergence = _divergence(logits, teacher, labels, normalize=False) / (labels != -100).sum()
+    return 0.5 * _cross_entropy(logits, labels) + 0.5 * divergence
 
 
 def shifted(labels: Tensor) -> Tensor:
@@ -547,6 +560,12 @@ MODES = [
         sized(llama3.llama3),
         LLAMA | dict(linear_cross_entropy=NONE, linear_logprobs=once, cross_entropy=NONE),
         loss=dpo_loss,
+    ),
+    tune(
+        "llama3 (distillation)",
+        sized(llama3.llama3),
+        LLAMA | dict(linear_kl=once, linear_cross_entropy=NONE, cross_entropy=NONE),
+        loss=distillation_loss,
     ),
     tune("LoRA", lora(), ADAPTERS),
     # The input of the first layer needs no gradient: two graphs.
