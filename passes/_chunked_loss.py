@@ -64,6 +64,8 @@ def _merge(view: View, root: fx.Node, parts: list[Match]) -> Match | None:
     first = parts[0]
     if first.bindings.get("reduction", "sum") != "sum":
         return None
+    if any(len(part.outputs) > 1 for part in parts):
+        return None
     cut = [name for name in (*_HIDDEN, "target") if name in first.bindings]
     for part in parts[1:]:
         if part.pattern is not first.pattern:

@@ -220,3 +220,18 @@ def test_divergences_of_a_head(direction, weights, differentiate, infinite, dtyp
     kl_triton.write_losses_triton(triton, teacher, target, losses[1], loss, weights, differentiate)
     torch.testing.assert_close(losses[1], losses[0], equal_nan=True)
     torch.testing.assert_close(triton, plain, equal_nan=True, **TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("direction", [(1.0, 0.0), (0.0, 1.0)])
+def test_divergences_of_confident_rows(direction, monkeypatch):
+    monkeypatch.setattr(kl_triton, "_BLOCK", 16)
+    generator = torch.Generator().manual_seed(0)
+    student = 100 + torch.randn(64, 61, generator=generator)
+    student[range(64), torch.arange(64) % 61] += 9
+    teacher = 50 + student + 0.1 * torch.randn(64, 61, generator=generator)
+    losses, exact = torch.zeros(2, 64), torch.zeros(2, 64, dtype=torch.float64)
+    loss, weights = kl_loss.Divergence(-100, *direction), torch.tensor([1.0, 1.0])
+    arguments = (teacher, torch.arange(64) % 61)
+    kl_triton.write_losses_triton(student, *arguments, losses, loss, weights, False)
+    kl_loss.write_losses_torch(student, *arguments, exact, loss, weights.double(), False)
+    torch.testing.assert_close(losses.double(), exact, atol=1e-6, rtol=1e-6)

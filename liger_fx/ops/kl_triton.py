@@ -1,7 +1,7 @@
 """Losses and gradient of rows of student and teacher logits, as one Triton kernel.
 
-Liger's own for a divergence takes probabilities that exist, or log-probabilities of both; from
-logits it would be several passes over tensors of ``tokens x V``.
+Liger's kernels for divergences take the log-probabilities of both heads: from logits, that would be
+several passes over tensors of ``tokens x V``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from liger_fx.ops.kl_loss import Divergence
 
-_BLOCK = 8192
+_BLOCK = 4096
 
 
 def write_losses_triton(
@@ -49,7 +49,7 @@ def write_losses_triton(
             CROSS_ENTROPY=weights is not None,
             DIFFERENTIATE=differentiate,
             BLOCK=block,
-            num_warps=max(1, min(16, block // 256)),
+            num_warps=max(1, block // 512),
         )
 
 
@@ -89,10 +89,13 @@ def _kernel(
         at_label = tl.load(student_ptr + label).to(tl.float32)
 
     # One pass: maximum and sum of exponentials of both; of the classes that are left, the sums of
-    # p and p s (forward), of q and q (s - t) (reverse). All are relative to the maximum so far.
+    # p and p s (forward), of q and q (s - t) (reverse). All of them, s and t too, are relative to
+    # the maximum so far: of a confident row the logits are large and the loss is small.
     infinity = float("inf")
     s_max = -infinity
     t_max = -infinity
+    s_base = 0.0
+    t_base = 0.0
     s_sum = 0.0
     t_sum = 0.0
     p_kept = 0.0
@@ -107,37 +110,43 @@ def _kernel(
         new_s_max = tl.maximum(s_max, tl.max(s, 0))
         new_t_max = tl.maximum(t_max, tl.max(t, 0))
         # Nothing but -inf so far: the difference to it would be nan.
-        s_base = tl.where(new_s_max == -infinity, 0.0, new_s_max)
-        t_base = tl.where(new_t_max == -infinity, 0.0, new_t_max)
-        s_scale = tl.exp(s_max - s_base)
-        t_scale = tl.exp(t_max - t_base)
-        q = tl.exp(s - s_base)
-        p = tl.exp(t - t_base)
+        new_s_base = tl.where(new_s_max == -infinity, 0.0, new_s_max)
+        new_t_base = tl.where(new_t_max == -infinity, 0.0, new_t_max)
+        s_scale = tl.exp(s_max - new_s_base)
+        t_scale = tl.exp(t_max - new_t_base)
+        s_shift = s_base - new_s_base
+        t_shift = t_base - new_t_base
+        s_max, t_max, s_base, t_base = new_s_max, new_t_max, new_s_base, new_t_base
+        kept = tl.abs(s) != infinity
+        kept_by_both = kept & (tl.abs(t) != infinity)
+        s -= s_base
+        t -= t_base
+        q = tl.exp(s)
+        p = tl.exp(t)
         s_sum = s_sum * s_scale + tl.sum(q, 0)
         t_sum = t_sum * t_scale + tl.sum(p, 0)
-        kept = tl.abs(s) != infinity
         if FORWARD:
+            p_s = (p_s + p_kept * s_shift) * t_scale + tl.sum(tl.where(kept, p * s, 0.0), 0)
             p_kept = p_kept * t_scale + tl.sum(tl.where(kept, p, 0.0), 0)
-            p_s = p_s * t_scale + tl.sum(tl.where(kept, p * s, 0.0), 0)
         if REVERSE:
-            kept = kept & (tl.abs(t) != infinity)
-            q_kept = q_kept * s_scale + tl.sum(tl.where(kept, q, 0.0), 0)
-            q_s_t = q_s_t * s_scale + tl.sum(tl.where(kept, q * (s - t), 0.0), 0)
-        s_max = new_s_max
-        t_max = new_t_max
-    s_lse = s_max + tl.log(s_sum)
-    t_lse = t_max + tl.log(t_sum)
+            q_s_t = (q_s_t + q_kept * (s_shift - t_shift)) * s_scale
+            q_s_t += tl.sum(tl.where(kept_by_both, q * (s - t), 0.0), 0)
+            q_kept = q_kept * s_scale + tl.sum(tl.where(kept_by_both, q, 0.0), 0)
+    s_log = tl.log(s_sum)
+    t_log = tl.log(t_sum)
+    s_lse = s_max + s_log
+    t_lse = t_max + t_log
 
     divergence = 0.0
     if FORWARD:
         p_kept /= t_sum
         # With no class left the sum is 0, whatever the log-sum-exp.
-        total = tl.where(s_max == -infinity, 0.0, s_lse * p_kept - p_s / t_sum)
+        total = tl.where(s_max == -infinity, 0.0, s_log * p_kept - p_s / t_sum)
         divergence += forward * total
     if REVERSE:
         q_kept /= s_sum
         nothing_left = (s_max == -infinity) | (q_kept == 0.0)
-        total = tl.where(nothing_left, 0.0, q_s_t / s_sum - (s_lse - t_lse) * q_kept)
+        total = tl.where(nothing_left, 0.0, q_s_t / s_sum - (s_log - t_log) * q_kept)
         divergence += reverse * total
     tl.store(losses_ptr + rows + row, divergence)
     divergence_weight = 1.0
@@ -145,7 +154,7 @@ def _kernel(
     if CROSS_ENTROPY:
         label_weight = tl.load(weights_ptr).to(tl.float32)
         divergence_weight = tl.load(weights_ptr + 1).to(tl.float32)
-        tl.store(losses_ptr + row, s_lse - at_label)
+        tl.store(losses_ptr + row, s_log - (at_label - s_max))
     if not DIFFERENTIATE:
         return
 
