@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_fx.ops.chunked_head import Head, Wanted, run
+from liger_fx.ops.chunked_head import Head, Wanted, kept_dtype, run
 from liger_fx.ops.library import once_differentiable
 from liger_fx.ops.token_loss import TokenLoss, loss_dtype
 
@@ -44,8 +44,8 @@ def linear_cross_entropy(
     asked for is an empty tensor. Parameter gradients have their parameter's dtype, fp32 for float16
     (a sum over tokens can exceed float16's range).
 
-    On CUDA, with ``skip_ignored``, the host waits once for the number of valid tokens, while the
-    GPU works on the first chunk (see `chunked_head.token_chunks`).
+    On CUDA, with ``skip_ignored``, the host waits once for the number of valid tokens (see
+    `chunked_head.valid_tokens`).
     """
     head = Head(weight, bias, TokenLoss(ignore_index, label_smoothing, softcap))
     outcome = run(
@@ -56,7 +56,7 @@ def linear_cross_entropy(
         chunk_tokens=chunk_tokens,
         skip_ignored=skip_ignored,
     )
-    kept = _kept_dtype(weight.dtype)
+    kept = kept_dtype(weight.dtype)
 
     def parameter_gradient(gradient: Tensor | None) -> Tensor:
         return input.new_empty(0) if gradient is None else gradient.to(kept)
@@ -70,16 +70,12 @@ def linear_cross_entropy(
     )
 
 
-def _kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 @linear_cross_entropy.register_fake
 def _(
     input, weight, bias, target, ignore_index, label_smoothing, softcap,
     input_grad, weight_grad, bias_grad, chunk_tokens, accum_dtype, skip_ignored,
 ):  # fmt: skip
-    kept = _kept_dtype(weight.dtype)
+    kept = kept_dtype(weight.dtype)
     return (
         input.new_empty((), dtype=loss_dtype(input.dtype)),
         input.new_empty(input.shape) if input_grad else input.new_empty(0),
