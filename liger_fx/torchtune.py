@@ -182,7 +182,7 @@ class HeadTokenLogProbs(Head):
     """torchtune's ``logits_to_logprobs(unembed(hidden), tokens, temperature)``.
 
     hidden: [b, s, d]. tokens: [b, s], what each position is to predict. temperature: positive.
-    Returns [b, s].
+    Returns [b, s], which may be written to.
     """
 
     rewrite = "linear_logprobs"
@@ -190,7 +190,9 @@ class HeadTokenLogProbs(Head):
     def forward(self, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
         # A slice has the strides of the whole, and those of each prompt's length are others: of
         # copies, one graph serves all of them.
-        return self._enter(hidden.contiguous(), tokens.contiguous(), temperature)
+        logprobs = self._enter(hidden.contiguous(), tokens.contiguous(), temperature)
+        # The recipe writes to them, which autograd forbids where Inductor returns a view.
+        return logprobs.clone()
 
     def _outcome(self, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
         return rlhf.logits_to_logprobs(self.decoder.unembed(hidden), tokens, temperature)

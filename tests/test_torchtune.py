@@ -328,8 +328,15 @@ def ppo():
     return importlib.import_module("liger_fx.recipes.ppo_full_finetune_single_device")
 
 
-@pytest.mark.parametrize("family", ["llama3", "llama3_2", "gemma2"])
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("family", "inner"),
+    [
+        ("llama3", "eager"),
+        ("llama3_2", "aot_eager"),
+        ("gemma2", "aot_eager"),
+        ("llama3", "inductor"),
+    ],
+)
 def test_token_log_probs_follow_the_stock_ones(family, inner, batch, ppo):
     net = build(family)
     expected = of_answers(net, answers(ppo, net, batch[0]))
@@ -618,7 +625,7 @@ def test_ppo_step_follows_the_stock_recipe(compiles, ppo, caplog):
     expected = list(ppo_steps(ppo_recipe(stock)))
     actual = list(ppo_steps(ppo_recipe(fused, compiles=compiles)))
     for a, e in zip(actual, expected, strict=True):
-        assert torch.allclose(a, e, rtol=1e-4, atol=1e-6) if compiles else torch.equal(a, e)
+        assert torch.allclose(a, e, rtol=1e-3, atol=1e-5) if compiles else torch.equal(a, e)
     # The reference's, without gradients, and the policy's: one graph for both lengths of prompts.
     counts = [r.counts for r in liger_fx.reports() if "linear_logprobs" in r.counts]
     assert counts == (2 * [{"linear_logprobs": 1}] if compiles else [])
@@ -631,7 +638,7 @@ def test_ppo_without_the_rewrite_follows_the_stock_recipe(ppo, caplog):
     fused = ppo.PPOFullFinetuneRecipeSingleDevice
     actual = ppo_steps(ppo_recipe(fused, disable=["linear_logprobs"]))
     for a, e in zip(actual, ppo_steps(ppo_recipe(stock)), strict=True):
-        assert torch.allclose(a, e, rtol=1e-4, atol=1e-6)
+        assert torch.allclose(a, e, rtol=1e-3, atol=1e-5)
     assert caplog.text.count("the projection and the loss are not fused") == 1
     assert "disabled by option" in caplog.text
 
