@@ -52,8 +52,7 @@ CHUNK_LOSSES = ("compute_cross_entropy", "fkl_loss", "rkl_loss", "sym_kl_loss")
 
 SAMPLED = (
     "the policy has logits while it generates, and the log-probabilities of what it sampled are "
-    "taken of these, as in torchtune's recipe; those of its reference, and in training, are taken "
-    "without logits"
+    "taken of these, as in torchtune's recipe"
 )
 UNTOUCHED = "compile=False: nothing is rewritten, this is torchtune's recipe as it is"
 
@@ -188,8 +187,7 @@ class HeadTokenLogProbs(Head):
     rewrite = "linear_logprobs"
 
     def forward(self, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-        # A slice has the strides of the whole, and those of each prompt's length are others: of
-        # copies, one graph serves all of them.
+        # Slices of longer sequences have other strides; of copies, all share one graph.
         logprobs = self._enter(hidden.contiguous(), tokens.contiguous(), temperature)
         # The recipe writes to them, which autograd forbids where Inductor returns a view.
         return logprobs.clone()
@@ -200,7 +198,7 @@ class HeadTokenLogProbs(Head):
     @contextlib.contextmanager
     def instead_of_logits(self, model: nn.Module) -> Iterator[None]:
         """Within it ``model``, of which this is the head, returns `Unprojected`."""
-        decoder = _with_unembed(model)
+        decoder = _decoder_of(model)
         decoder.unembed = functools.partial(Unprojected, self)
         try:
             yield
@@ -210,9 +208,9 @@ class HeadTokenLogProbs(Head):
 
 @dataclass(frozen=True)
 class Unprojected:
-    """Logits of which a PPO recipe wants log-probabilities, before the head that makes them.
+    """What stands for the logits in a PPO recipe until it takes log-probabilities of them.
 
-    hidden: [b, s, d]. A slice is of sequences and positions.
+    hidden: [b, s, d], the head's input. A slice is of sequences and positions.
     """
 
     head: HeadTokenLogProbs
@@ -251,7 +249,7 @@ def fuse_log_probs(model: nn.Module, options: Mapping[str, Any] | None = None) -
     return head
 
 
-def _with_unembed(model: nn.Module) -> Any:
+def _decoder_of(model: nn.Module) -> Any:
     decoder = getattr(model, "decoder", model)
     if not hasattr(decoder, "unembed"):
         raise TypeError(
@@ -262,7 +260,7 @@ def _with_unembed(model: nn.Module) -> Any:
 
 
 def _movable_head(model: nn.Module) -> Any:
-    decoder = _with_unembed(model)
+    decoder = _decoder_of(model)
     if decoder.unembed is _identity:
         raise ValueError("the head of this model has been moved into a loss already")
     _refuse_tensor_parallel(model, decoder)
@@ -561,11 +559,11 @@ class FusedDPORecipe(LayersRecipe):
 
 
 class FusedPPORecipe(LayersRecipe):
-    """The same for PPO: the heads of the policy that is trained, and of its reference, are fused
-    with the log-probabilities of the tokens.
+    """The same for PPO: of the policy in training, and of its reference, the head is fused with the
+    log-probabilities that the recipe takes of the logits.
 
-    Tokens are sampled from logits: while it generates the policy has them, and what it sampled
-    has the log-probabilities that torchtune's recipe takes of them.
+    Tokens are sampled from logits: while it generates, the policy has them, and the
+    log-probabilities of what it sampled are taken of these, as in torchtune's recipe.
     """
 
     _ref_policy_model: nn.Module
