@@ -7,8 +7,8 @@ place: no tensor of ``tokens x V`` is larger than one chunk (the idea of Liger's
 FusedLinearCrossEntropy and of torch's linear_cross_entropy).
 
 Differences to Liger's own loop: ignored tokens are dropped before the projection; chunks are sized
-by a memory budget, and a batch that one chunk can hold is not cut; the weight gradient is accumulated
-in fp32 inside the GEMM.
+by a memory budget, and a batch that one chunk can hold is not cut; the weight gradient is
+accumulated in fp32 inside the GEMM.
 """
 
 from __future__ import annotations
