@@ -48,7 +48,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "GEMM": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "cublas"),
     "optimizer": ("multi_tensor", "adam"),
     "Inductor": ("triton_",),
-    "Liger": ("_swiglu", "_geglu", "_rms_norm", "_rope", "_layer_norm", "swiglu_", "geglu_"),
+    # Liger's, and our own two
+    "liger_fx": (
+        "_swiglu",
+        "_geglu",
+        "_rms_norm",
+        "_layer_norm",
+        "rotate_pairs",
+        "gated_gradients",
+    ),
     "copies": ("memcpy", "memset", "copy", "fill"),
 }
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 RECIPES = Path(__file__).parent / "recipes"
-NOT_FUSED = ("ppo_", "knowledge_distillation_")  # of those in RECIPES
+NOT_FUSED = "knowledge_distillation_"  # of those in RECIPES
 
 
 @functools.cache

@@ -13,6 +13,7 @@ the partitioner recomputes only what the backward needs.
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import importlib.util
 import inspect
@@ -49,6 +50,10 @@ LAYERS = (TransformerSelfAttentionLayer, TransformerCrossAttentionLayer)
 # Where a chunked loss of torchtune's keeps the part that runs on one chunk, and is compiled.
 CHUNK_LOSSES = ("compute_cross_entropy", "fkl_loss", "rkl_loss", "sym_kl_loss")
 
+SAMPLED = (
+    "the policy has logits while it generates, and the log-probabilities of what it sampled are "
+    "taken of these, as in torchtune's recipe"
+)
 UNTOUCHED = "compile=False: nothing is rewritten, this is torchtune's recipe as it is"
 
 
@@ -57,7 +62,7 @@ class HeadNotFused(RuntimeError):
 
 
 class Head(nn.Module, abc.ABC):
-    """``_outcome(unembed(hidden), labels)``, compiled as one region around one op.
+    """What a loss takes of ``unembed(hidden)``, compiled as one region around one op.
 
     Where there is no such op (LoRA on the head, say) it runs as in the stock recipe, and the log
     says why. ``rewrite``: the name of the one that makes the op.
@@ -77,21 +82,21 @@ class Head(nn.Module, abc.ABC):
         owner, run = _owner(decoder), self._region_or_stock
         self._enter = _through(owner, run) if isinstance(owner, FSDPModule) else run
 
-    def _region_or_stock(self, hidden: Tensor, labels: Tensor) -> Any:
+    def _region_or_stock(self, hidden: Tensor, labels: Tensor, *settings: float) -> Any:
         if self._fused:
             try:
-                return self._region(hidden, labels)
+                return self._region(hidden, labels, *settings)
             except BackendCompilerFailed as failure:
                 if not isinstance(failure.inner_exception, HeadNotFused):
                     raise
                 utils.log_rank_zero(log, str(failure.inner_exception), logging.WARNING)
                 self._fused = False
                 self._compile_parts()
-        return self._outcome(hidden, labels)
+        return self._outcome(hidden, labels, *settings)
 
     @abc.abstractmethod
-    def _outcome(self, hidden: Tensor, labels: Tensor) -> Any:
-        """What is computed, in torchtune's own words."""
+    def _outcome(self, *args: Any, **kwargs: Any) -> Any:
+        """What is computed of hidden states and labels, in torchtune's own words."""
 
     def _compile_parts(self) -> None:
         """Compile what torchtune compiles beside the layers."""
@@ -172,6 +177,50 @@ class Scores:
         return self.means.mean()
 
 
+class HeadTokenLogProbs(Head):
+    """torchtune's ``logits_to_logprobs(unembed(hidden), tokens, temperature)``.
+
+    hidden: [b, s, d]. tokens: [b, s], what each position is to predict. temperature: positive.
+    Returns [b, s], which may be written to.
+    """
+
+    rewrite = "linear_logprobs"
+
+    def forward(self, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+        # Slices of longer sequences have other strides; of copies, all share one graph.
+        logprobs = self._enter(hidden.contiguous(), tokens.contiguous(), temperature)
+        # The recipe writes to them, which autograd forbids where Inductor returns a view.
+        return logprobs.clone()
+
+    def _outcome(self, hidden: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+        return rlhf.logits_to_logprobs(self.decoder.unembed(hidden), tokens, temperature)
+
+    @contextlib.contextmanager
+    def instead_of_logits(self, model: nn.Module) -> Iterator[None]:
+        """Within it ``model``, of which this is the head, returns `Unprojected`."""
+        decoder = _decoder_of(model)
+        decoder.unembed = functools.partial(Unprojected, self)
+        try:
+            yield
+        finally:
+            del decoder.unembed
+
+
+@dataclass(frozen=True)
+class Unprojected:
+    """What stands for the logits in a PPO recipe until it takes log-probabilities of them.
+
+    hidden: [b, s, d], the head's input. A slice is of sequences and positions.
+    """
+
+    head: HeadTokenLogProbs
+    hidden: Tensor
+
+    def __getitem__(self, at: tuple[slice, slice]) -> Unprojected:
+        sequences, positions = at
+        return Unprojected(self.head, self.hidden[sequences, positions])
+
+
 def fuse_head(
     model: nn.Module, loss_fn: nn.Module, options: Mapping[str, Any] | None = None
 ) -> HeadLoss:
@@ -200,13 +249,18 @@ def fuse_log_probs(model: nn.Module, options: Mapping[str, Any] | None = None) -
     return head
 
 
-def _movable_head(model: nn.Module) -> Any:
+def _decoder_of(model: nn.Module) -> Any:
     decoder = getattr(model, "decoder", model)
     if not hasattr(decoder, "unembed"):
         raise TypeError(
             f"{type(model).__name__} has no unembed(): expected a torchtune TransformerDecoder or "
             "DeepFusionModel"
         )
+    return decoder
+
+
+def _movable_head(model: nn.Module) -> Any:
+    decoder = _decoder_of(model)
     if decoder.unembed is _identity:
         raise ValueError("the head of this model has been moved into a loss already")
     _refuse_tensor_parallel(model, decoder)
@@ -256,8 +310,8 @@ def _through(owner: Any, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``loss`` as a call of ``owner``, whose hooks are FSDP's: they gather the weight before it and
     scatter its gradient. Inside of the region they would break its graph."""
     forward = owner.forward
-    owner.forward = lambda *args: loss(*args) if len(args) == 2 else forward(*args)
-    return lambda hidden, labels: owner(hidden, labels)
+    owner.forward = lambda *args: loss(*args) if len(args) > 1 else forward(*args)
+    return lambda *args: owner(*args)
 
 
 def _refuse_tensor_parallel(model: nn.Module, decoder: nn.Module) -> None:
@@ -356,7 +410,11 @@ def entry_point(stock: ModuleType, recipe: type) -> Callable[[], None]:
     ours = {"compile_model": lambda model, **_: None, "compile_loss": lambda loss, **_: loss}
     stock.training = SimpleNamespace(**vars(training) | ours)  # type: ignore[attr-defined]
     if hasattr(stock, "rlhf"):  # of the recipes that ask it for log-probabilities
-        stock.rlhf = SimpleNamespace(**vars(rlhf) | {"get_batch_log_probs": _log_probs})  # type: ignore[attr-defined]
+        taken: dict[str, Any] = {
+            "get_batch_log_probs": _log_probs,
+            "logits_to_logprobs": _token_log_probs,
+        }
+        stock.rlhf = SimpleNamespace(**vars(rlhf) | taken)  # type: ignore[attr-defined]
     return stock.recipe_main
 
 
@@ -368,6 +426,14 @@ def _log_probs(logits: Tensor | Scores, labels: Tensor, **how: Any) -> Tensor:
             )
         return logits.logprobs
     return rlhf.get_batch_log_probs(logits, labels, **how)
+
+
+def _token_log_probs(
+    logits: Tensor | Unprojected, sequences: Tensor, temperature: float = 1.0
+) -> Tensor:
+    if isinstance(logits, Unprojected):
+        return logits.head(logits.hidden, sequences, temperature)
+    return rlhf.logits_to_logprobs(logits, sequences, temperature)
 
 
 class LayersRecipe:
@@ -490,6 +556,38 @@ class FusedDPORecipe(LayersRecipe):
 
         forward = super().concatenated_forward  # type: ignore[misc]
         return forward(scores if head else model, batch, *args, **kwargs)
+
+
+class FusedPPORecipe(LayersRecipe):
+    """The same for PPO: of the policy in training, and of its reference, the head is fused with the
+    log-probabilities that the recipe takes of the logits.
+
+    Tokens are sampled from logits: while it generates, the policy has them, and the
+    log-probabilities of what it sampled are taken of these, as in torchtune's recipe.
+    """
+
+    _ref_policy_model: nn.Module
+
+    def _compile_losses(self) -> None:
+        compile_loss(self._loss_fn, self._settings)
+        self._heads = {
+            model: HeadTokenLogProbs(_movable_head(model), self._settings)
+            for model in (self._policy_model, self._ref_policy_model)
+        }
+        utils.log_rank_zero(log, SAMPLED)
+
+    def generate_trajectory(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_logits(self._ref_policy_model):
+            return super().generate_trajectory(*args, **kwargs)  # type: ignore[misc]
+
+    def ppo_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_logits(self._policy_model):
+            return super().ppo_step(*args, **kwargs)  # type: ignore[misc]
+
+    def _without_logits(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        if not self._compiles:
+            return contextlib.nullcontext()
+        return self._heads[model].instead_of_logits(model)
 
 
 class FusedQATRecipe(FusedRecipe):

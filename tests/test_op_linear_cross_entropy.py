@@ -282,14 +282,47 @@ def test_no_tensor_exceeds_a_chunk_of_logits():
     assert largest <= 64 * 1024 * 4
 
 
-def test_float16_sums_beyond_its_range():
+@pytest.mark.parametrize(("tokens", "sizes"), [(384, [384]), (640, [384, 256]), (1000, [512, 488])])
+def test_chunks_are_as_equal_as_they_come(monkeypatch, tokens, sizes):
+    seen = []
+    one_chunk = chunked_head._one_chunk
+
+    def spy(x, target, rows, *rest, **how):
+        seen.append(x[rows].shape[0])
+        one_chunk(x, target, rows, *rest, **how)
+
+    case = Case(tokens=tokens, hidden=8, vocab=64, ignored=0.0)
+    monkeypatch.setitem(chunked_head.LOGITS_BUDGET, DEVICE, 512 * 64 * 4)
+    monkeypatch.setattr(chunked_head, "_one_chunk", spy)
+    tensors = tuple(t.detach() for t in case.tensors())
+    case.fused(*tensors, chunk_tokens=0)
+    assert seen == sizes
+
+
+def test_one_chunk_where_its_logits_take_no_more_than_the_sum_that_it_needs_not(monkeypatch):
+    monkeypatch.setitem(chunked_head.LOGITS_BUDGET, "cpu", 128 * 64 * 2)
+    x = torch.empty(1024, 256, dtype=torch.bfloat16)
+    weight = torch.empty(64, 256, dtype=torch.bfloat16)  # its sum over chunks takes 512 * 64 * 2
+    head = chunked_head.Head(weight, None, TokenLoss(-100))
+
+    def size(tokens, **wanted):
+        return chunked_head._chunk_size(tokens, x, head, chunked_head.Wanted(**wanted))
+
+    assert size(512, weight=True) == 512
+    assert size(513, weight=True) == 128
+    assert size(512, weight=True, accum_dtype=torch.bfloat16) == 128
+    assert size(512, input=True) == 128
+
+
+@pytest.mark.parametrize("chunk_tokens", [4096, 40_000])
+def test_float16_sums_beyond_its_range(chunk_tokens):
     # 40,000 tokens push the same row: the sum passes 65504, the mean does not.
     tokens = 40_000
     case = Case(tokens=tokens, hidden=8, vocab=8, dtype=torch.float16, ignored=0.0)
     case.input.fill_(4.0)
     case.target.fill_(1)
     tensors = case.tensors()
-    value = case.fused(*tensors, chunk_tokens=4096) / tokens
+    value = case.fused(*tensors, chunk_tokens=chunk_tokens) / tokens
     for gradient in torch.autograd.grad(value, tensors):
         assert torch.isfinite(gradient).all()
 
@@ -341,7 +374,7 @@ def test_broken_triton_falls_back_to_pytorch(caplog):
 
 
 @pytest.mark.gpu
-def test_nothing_waits_for_the_gpu():  # A16
+def test_only_the_count_of_valid_tokens_is_waited_for():  # A16, and by an event: no sync of torch's
     case = Case(tokens=4096, vocab=512)
     tensors = case.tensors()
     case.fused(*tensors, chunk_tokens=256)

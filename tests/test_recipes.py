@@ -23,6 +23,7 @@ EVERY_REWRITE = {"LIGER_FX_POLICY": "all"}
 
 FUSED = "linear_cross_entropy replaced"
 LOGPROBS = "linear_logprobs replaced"
+OF_TWO_MODELS = f"{LOGPROBS} 2 x"  # of PPO's policy in a step, and of its reference
 NOT_YET = "this recipe's loss starts from logits: compiled, not fused yet"
 APART = "runs the output projection eagerly, outside of what it compiles"
 
@@ -119,7 +120,24 @@ REST = [
         lora_on_the_head=LORA_HEAD,
     ),
     *cases("lora_dpo_distributed", default={"says": LOGPROBS}),
-    *cases("ppo_full_finetune_single_device", default={"says": NOT_YET}),
+    *cases(
+        "ppo_full_finetune_single_device",
+        default={"says": OF_TWO_MODELS},
+        optimizer_in_bwd={
+            "weights": "untied",
+            "says": OF_TWO_MODELS,
+            **settings(optimizer_in_bwd=True, ppo_epochs=2, temperature=1.0),
+        },
+        no_cache={
+            "weights": "untied",
+            "says": OF_TWO_MODELS,
+            **settings(
+                enable_kv_cache=False,
+                gradient_accumulation_steps=2,
+                enable_activation_checkpointing=False,
+            ),
+        },
+    ),
     *cases("knowledge_distillation_single_device", default={"says": NOT_YET}),
     *cases("knowledge_distillation_distributed", default={"says": NOT_YET}),
 ]

@@ -14,6 +14,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -30,13 +31,16 @@ from torchtune import modules, rlhf, training
 from torchtune.config import instantiate
 from torchtune.models import gemma, gemma2, llama2, llama3, llama3_2, mistral, phi3, qwen2
 from torchtune.modules.loss import CEWithChunkedOutputLoss
+from torchtune.rlhf.loss import PPOLoss
 
 import liger_fx
 from liger_fx import Report
 from liger_fx.advice import advice
 from liger_fx.torchtune import (
     HeadNotFused,
+    HeadTokenLogProbs,
     LayersRecipe,
+    Unprojected,
     _check_ranks_agree,
     compile_layers,
     flatten,
@@ -305,6 +309,75 @@ def test_log_probs_with_lora_on_the_head(batch, caplog):
     assert "the logits are a sum (LoRA on the head?), not one projection" in caplog.text
 
 
+def answers(recipe, net, tokens, *, prompt=6, temperature=0.7):
+    """What torchtune's PPO recipe takes of a model's logits, and writes to."""
+    logits = recipe.stock.rlhf.truncate_sequence_for_logprobs(net(tokens), prompt)
+    logprobs = recipe.stock.rlhf.logits_to_logprobs(logits, tokens[:, prompt:], temperature)
+    logprobs[:, -2:] = 1.0
+    return logprobs
+
+
+def of_answers(net, logprobs):
+    net.zero_grad()
+    (logprobs * torch.linspace(-1, 2, S - 6, device=DEVICE)).sum().backward()
+    return [logprobs.detach(), *(p.grad.clone() for p in net.parameters())]
+
+
+@pytest.fixture
+def ppo():
+    return importlib.import_module("liger_fx.recipes.ppo_full_finetune_single_device")
+
+
+@pytest.mark.parametrize(
+    ("family", "inner"),
+    [
+        ("llama3", "eager"),
+        ("llama3_2", "aot_eager"),
+        ("gemma2", "aot_eager"),
+        ("llama3", "inductor"),
+    ],
+)
+def test_token_log_probs_follow_the_stock_ones(family, inner, batch, ppo):
+    net = build(family)
+    expected = of_answers(net, answers(ppo, net, batch[0]))
+    head = HeadTokenLogProbs(net, {"inner": inner})
+    with head.instead_of_logits(net):
+        for _ in range(2):
+            assert_close(of_answers(net, answers(ppo, net, batch[0])), expected)
+        with torch.no_grad():
+            assert_close([answers(ppo, net, batch[0])], expected[:1])
+    assert [r.counts for r in liger_fx.reports()] == 2 * [{"linear_logprobs": 1}]
+
+
+def test_logits_are_replaced_only_where_it_says_so(batch):
+    net = build("llama3")
+    head = HeadTokenLogProbs(net, {})
+    keys = list(net.state_dict())
+    with pytest.raises(KeyError), head.instead_of_logits(net):
+        found = net(batch[0])
+        assert isinstance(found, Unprojected) and found.head is head
+        assert found[1:, 3:-1].hidden.equal(found.hidden[1:, 3:-1])
+        with pytest.raises(ValueError, match="too many values"):
+            found[:, 3:-1, :5]
+        raise KeyError("a step that fails")
+    assert net(batch[0]).shape == (B, S, V)
+    assert list(net.state_dict()) == keys
+
+
+def test_token_log_probs_with_lora_on_the_head(batch, ppo, caplog):
+    net = llama3.lora_llama3(
+        lora_attn_modules=["q_proj"], apply_lora_to_output=True, lora_rank=4, lora_alpha=8,
+        **SIZES,
+    ).to(DEVICE)  # fmt: skip
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    expected = of_answers(net, answers(ppo, net, batch[0]))
+    with HeadTokenLogProbs(net, {"inner": "eager"}).instead_of_logits(net):
+        for _ in range(2):
+            assert_close(of_answers(net, answers(ppo, net, batch[0])), expected)
+    assert caplog.text.count("the logits are a sum (LoRA on the head?), not one projection") == 1
+
+
 def test_head_region_of_one_model_leaves_another_alone(batch):
     net, other = build("llama3"), build("llama3")
     fuse_head(net, torch.nn.CrossEntropyLoss(), {"inner": "eager"})
@@ -448,7 +521,8 @@ def test_ranks_that_disagree_all_raise(monkeypatch):
     [
         ("full_finetune_single_device", "`tune run liger_fx/recipes/full_finetune_single_device`"),
         ("full_dpo_distributed", "makes them one"),
-        ("ppo_full_finetune_single_device", "which is not fused yet"),
+        ("ppo_full_finetune_single_device", "makes them one"),
+        ("knowledge_distillation_single_device", "which is not fused yet"),
         ("eleuther_eval", None),
     ],
 )
@@ -505,6 +579,68 @@ def test_a_memory_budget_looks_before_each_optimizer_step():
     recipe._keep_within(20.0)
     (budget,) = recipe._optimizer._optimizer_step_pre_hooks.values()
     assert budget.budget == 20 * 2**30 and len(budget.checkpoints) == 2
+
+
+def ppo_recipe(recipe_class, *, compiles=True, **settings):
+    """What torchtune's PPO recipe has set up when it begins to train."""
+    torch.manual_seed(0)
+    recipe = object.__new__(recipe_class)
+    recipe._policy_model, recipe._ref_policy_model = build("llama3_2"), build("llama3")
+    with torch.device(DEVICE):
+        recipe._value_model, recipe._reward_model = (
+            llama2.llama2_classifier(num_classes=1, **SIZES) for _ in range(2)
+        )
+    recipe._loss_fn = PPOLoss()
+    recipe._rng = torch.Generator(DEVICE).manual_seed(0)
+    recipe._tokenizer = SimpleNamespace(pad_id=0)
+    recipe._stop_token_ids = torch.arange(20, device=DEVICE)
+    recipe._temperature, recipe._top_k, recipe._max_generated_tokens = 0.7, None, 5
+    recipe._min_response_length, recipe._penalise_no_eos, recipe._reward_penalty = 2, True, -3
+    recipe.enable_kv_cache, recipe._gradient_accumulation_steps = False, 1
+    recipe.cache_ctx_manager = lambda *_, **__: contextlib.nullcontext()
+    recipe._compiles, recipe._settings = compiles, {"inner": "aot_eager"} | settings
+    if compiles and issubclass(recipe_class, LayersRecipe):
+        recipe._compile_losses()
+    return recipe
+
+
+def ppo_steps(recipe):
+    """Of prompts of two lengths, some of them padded: trajectories, statistics, gradients."""
+    generator = torch.Generator().manual_seed(1)
+    for length in (9, 6):
+        prompt = torch.randint(1, V, (B, length), generator=generator)
+        prompt[0, :3] = 0
+        with torch.no_grad():
+            trajectory = recipe.generate_trajectory(prompt.to(DEVICE))
+        yield from trajectory
+        others = [torch.randn(B, 5, generator=generator).to(DEVICE) for _ in range(2)]
+        yield from recipe.ppo_step(trajectory, *others, length)
+        yield from (p.grad.clone() for p in recipe._policy_model.parameters())
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_ppo_step_follows_the_stock_recipe(compiles, ppo, caplog):
+    stock = load_recipe("ppo_full_finetune_single_device").PPOFullFinetuneRecipeSingleDevice
+    fused = ppo.PPOFullFinetuneRecipeSingleDevice
+    expected = list(ppo_steps(ppo_recipe(stock)))
+    actual = list(ppo_steps(ppo_recipe(fused, compiles=compiles)))
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.allclose(a, e, rtol=1e-3, atol=1e-5) if compiles else torch.equal(a, e)
+    # The reference's, without gradients, and the policy's: one graph for both lengths of prompts.
+    counts = [r.counts for r in liger_fx.reports() if "linear_logprobs" in r.counts]
+    assert counts == (2 * [{"linear_logprobs": 1}] if compiles else [])
+    assert ("the policy has logits while it generates" in caplog.text) == compiles
+    assert "not fused" not in caplog.text
+
+
+def test_ppo_without_the_rewrite_follows_the_stock_recipe(ppo, caplog):
+    stock = load_recipe("ppo_full_finetune_single_device").PPOFullFinetuneRecipeSingleDevice
+    fused = ppo.PPOFullFinetuneRecipeSingleDevice
+    actual = ppo_steps(ppo_recipe(fused, disable=["linear_logprobs"]))
+    for a, e in zip(actual, ppo_steps(ppo_recipe(stock)), strict=True):
+        assert torch.allclose(a, e, rtol=1e-3, atol=1e-5)
+    assert caplog.text.count("the projection and the loss are not fused") == 1
+    assert "disabled by option" in caplog.text
 
 
 def recipe_config(folder, **overrides):

@@ -6,14 +6,13 @@ overwrites them, goes into the gradients of ``x``, ``W`` and ``b``, and the next
 place: no tensor of ``tokens x V`` is larger than one chunk (the idea of Liger's
 FusedLinearCrossEntropy and of torch's linear_cross_entropy).
 
-Differences to Liger's own loop: ignored tokens are dropped before the projection; nothing waits for
-the host in a way that idles the GPU; chunks are sized by a memory budget; the weight gradient is
+Differences to Liger's own loop: ignored tokens are dropped before the projection; chunks are sized
+by a memory budget, and a batch that one chunk can hold is not cut; the weight gradient is
 accumulated in fp32 inside the GEMM.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,7 @@ from liger_fx.ops.token_loss import TokenLoss, check_labels, loss_dtype, write_l
 # Bytes of logits a chunk may take. 1 GiB is 4096 tokens of Llama-3's vocabulary in bf16: beyond it
 # the GEMMs gain nothing; below it each chunk's pass over the fp32 weight gradient begins to show.
 LOGITS_BUDGET = {"cuda": 1 << 30, "cpu": 64 << 20}
-_MIN_CHUNK = 128
+_UNIT = 128  # tokens
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,11 @@ class Outcome:
 
 def chunk_tokens_for(vocab: int, itemsize: int, device_type: str) -> int:
     """The number of tokens whose logits fit the budget, a multiple of 128."""
-    budget = LOGITS_BUDGET.get(device_type, LOGITS_BUDGET["cpu"])
-    return max(_MIN_CHUNK, budget // (vocab * itemsize) // _MIN_CHUNK * _MIN_CHUNK)
+    return max(_UNIT, _budget(device_type) // (vocab * itemsize) // _UNIT * _UNIT)
+
+
+def _budget(device_type: str) -> int:
+    return LOGITS_BUDGET.get(device_type, LOGITS_BUDGET["cpu"])
 
 
 def run(
@@ -89,24 +91,47 @@ def run(
     is a device-side assertion, both as in eager.
     """
     check_labels(target, head.vocab, head.loss)
-    tokens, size = target.numel(), chunk_tokens
-    if size <= 0:
-        size = chunk_tokens_for(head.vocab, x.element_size(), x.device.type)
-    size = max(1, min(size, tokens))
     skip_ignored = skip_ignored and not capturing(x)
-    first_size = first_chunk(tokens, size) if skip_ignored and x.is_cuda else size
-    # If one chunk holds all there is to sum up, no accumulator is needed.
-    accum = wanted.accum_dtype if first_size < tokens else x.dtype
+    valid = valid_tokens(target, head.loss.ignore_index) if skip_ignored else None
+    tokens = target.numel() if valid is None else valid.numel()
+    size = chunk_tokens or chunk_size(tokens, x.element_size(), x, head, wanted)
+    # A sum over chunks is kept in its own dtype; a single product is rounded once, by its GEMM.
+    accum = wanted.accum_dtype if size < tokens else kept_dtype(x.dtype)
     outcome = allocate(x, head, wanted, accum, tokens)
     exact = upstream is not None or head.loss.temperature != 1.0
-    logits = logits_buffer(size, head.vocab, x, exact)
-    first = True
+    logits = logits_buffer(min(size, tokens), head.vocab, x, exact)
     # Autocast is still on inside an op that runs eagerly; here every dtype has been decided.
     with torch.autocast(x.device.type, enabled=False):
-        for rows in token_chunks(target, head.loss.ignore_index, size, first_size, skip_ignored):
-            _one_chunk(x, target, rows, head, upstream, logits, outcome, first)
-            first = False
+        for start in range(0, tokens, size):
+            rows: slice | Tensor = slice(start, min(start + size, tokens))
+            rows = rows if valid is None else valid[rows]
+            _one_chunk(x, target, rows, head, upstream, logits, outcome, first=start == 0)
     return outcome
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of a parameter's gradient: a sum over tokens can exceed float16's range."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def chunk_size(tokens: int, itemsize: int, x: Tensor, head: Head, wanted: Wanted) -> int:
+    """Tokens of a chunk, as equal as they come. itemsize: bytes for each logit."""
+    most = chunk_tokens_for(head.vocab, itemsize, x.device.type)
+    if tokens <= most or _fits_one_chunk(tokens, itemsize, x, head, wanted):
+        return max(1, tokens)
+    chunks = -(-tokens // most)
+    return -(-tokens // chunks // _UNIT) * _UNIT
+
+
+def _fits_one_chunk(tokens: int, itemsize: int, x: Tensor, head: Head, wanted: Wanted) -> bool:
+    """One chunk needs no sum of its own beside the gradient of the weight. So its logits may take
+    what chunks and that sum would, over the gradient, at their peak: before or after it is cast."""
+    if not wanted.weight or wanted.accum_dtype == x.dtype:
+        return False
+    gradient = head.weight.numel() * x.element_size()
+    total = head.weight.numel() * wanted.accum_dtype.itemsize
+    allowed = total + max(0, _budget(x.device.type) - gradient)
+    return tokens * head.vocab * itemsize <= allowed
 
 
 def allocate(x: Tensor, head: Head, wanted: Wanted, accum: torch.dtype, tokens: int) -> Outcome:
@@ -116,7 +141,7 @@ def allocate(x: Tensor, head: Head, wanted: Wanted, accum: torch.dtype, tokens: 
         return make(like, dtype=accum, memory_format=torch.contiguous_format)
 
     return Outcome(
-        losses=torch.zeros(tokens, dtype=loss_dtype(x.dtype), device=x.device),
+        losses=torch.zeros(x.shape[0], dtype=loss_dtype(x.dtype), device=x.device),
         # Rows that no chunk visits are ignored tokens: their gradient is zero.
         grad_input=x.new_zeros(x.shape) if wanted.input else None,
         grad_weight=accumulator(head.weight) if wanted.weight else None,
@@ -195,66 +220,30 @@ def project(x: Tensor, head: Head, out: Tensor) -> None:
 # -- which tokens ----------------------------------------------------------------------
 
 
-def token_chunks(
-    target: Tensor, ignore_index: int, size: int, first_size: int, skip_ignored: bool
-) -> Iterator[slice | Tensor]:
-    """Chunks of at most ``size`` tokens, as slices or index tensors; without ignored tokens if
-    ``skip_ignored``. Always at least one chunk, unless there is no token at all.
+def valid_tokens(target: Tensor, ignore_index: int) -> Tensor | None:
+    """The indices of the tokens whose label counts, None if all of them do.
 
-    On CUDA the number of valid tokens is needed on the host. Its copy is started first and waited
-    for only after the first chunk's work has been queued, so the GPU is busy while the host learns
-    it.
+    The host waits for their number, which decides how many chunks there are: work that is queued
+    first to fill the wait, a chunk whatever the number, costs more than the wait.
     """
-    tokens = target.numel()
-    if not skip_ignored:
-        yield from _slices(0, tokens, size)
-    elif target.is_cuda:
-        yield from _valid_chunks_cuda(target, ignore_index, size, first_size)
-    else:
-        yield from _valid_chunks_cpu(target, ignore_index, size)
+    valid = target != ignore_index
+    count = _on_host(valid.sum())
+    if count == target.numel():
+        return None
+    return torch.nonzero_static(valid, size=count).squeeze(1)
+
+
+def _on_host(number: Tensor) -> int:
+    if not number.is_cuda:
+        return int(number)
+    copy = torch.empty((), dtype=number.dtype, pin_memory=True)
+    copy.copy_(number, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    copied.synchronize()
+    return int(copy)
 
 
 def capturing(x: Tensor) -> bool:
     """While a CUDA graph is captured nothing may depend on the host: no token is skipped then."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def first_chunk(tokens: int, size: int) -> int:
-    """The first chunk's work is done whatever the count: a small one where few may be valid."""
-    return size if tokens >= 4 * size else min(size, max(_MIN_CHUNK, tokens // 8))
-
-
-def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
-    for begin in range(start, stop, size):
-        yield slice(begin, min(begin + size, stop))
-
-
-def _valid_chunks_cpu(target: Tensor, ignore_index: int, size: int) -> Iterator[slice | Tensor]:
-    valid = (target != ignore_index).nonzero().squeeze(1)
-    if valid.numel() in (0, target.numel()):
-        # Of an all-ignored batch one chunk is run, so that the gradients are written (as zeros).
-        yield from _slices(0, target.numel() if valid.numel() else min(size, target.numel()), size)
-        return
-    for part in _slices(0, valid.numel(), size):
-        yield valid[part]
-
-
-def _valid_chunks_cuda(
-    target: Tensor, ignore_index: int, size: int, first_size: int
-) -> Iterator[slice | Tensor]:
-    tokens = target.numel()
-    if tokens == 0:
-        return
-    ignored = target == ignore_index
-    count = torch.empty((), dtype=torch.int64, pin_memory=True)
-    count.copy_(tokens - ignored.sum(), non_blocking=True)
-    counted = torch.cuda.Event()
-    counted.record()
-    order = torch.sort(ignored, stable=True).indices  # valid tokens first, in their order
-    yield order[:first_size]
-    if first_size >= tokens:
-        return
-    counted.synchronize()
-    valid = int(count)
-    for part in _slices(first_size, valid, size):
-        yield part if valid == tokens else order[part]

@@ -22,11 +22,15 @@ def gradients_and_product(gate: Tensor, up: Tensor, grad: Tensor, gelu_tanh: boo
     size = gate.numel()
     if size:
         grid = (triton.cdiv(size, _BLOCK),)
-        _kernel[grid](gate, up, grad, size, GELU_TANH=gelu_tanh, BLOCK=_BLOCK, num_warps=8)
+        _gated_gradients_kernel[grid](
+            gate, up, grad, size, GELU_TANH=gelu_tanh, BLOCK=_BLOCK, num_warps=8
+        )
 
 
 @triton.jit
-def _kernel(gate_ptr, up_ptr, grad_ptr, size, GELU_TANH: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_gradients_kernel(
+    gate_ptr, up_ptr, grad_ptr, size, GELU_TANH: tl.constexpr, BLOCK: tl.constexpr
+):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < size
     gate = tl.load(gate_ptr + offsets, mask=inside, other=0.0).to(tl.float32)

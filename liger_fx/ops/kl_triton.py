@@ -31,7 +31,7 @@ def write_losses_triton(
         return
     block = min(_BLOCK, triton.next_power_of_2(vocab))
     with torch.cuda.device_of(student):
-        _kernel[(rows,)](
+        _divergence_kernel[(rows,)](
             student,
             student.stride(0),
             teacher,
@@ -54,7 +54,7 @@ def write_losses_triton(
 
 
 @triton.jit
-def _kernel(
+def _divergence_kernel(
     student_ptr,
     student_stride,
     teacher_ptr,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liger_fx.ops.chunked_head import Head, Wanted, run
+from liger_fx.ops.chunked_head import Head, Wanted, kept_dtype, run
 from liger_fx.ops.library import once_differentiable
 from liger_fx.ops.token_loss import TokenLoss, loss_dtype
 
@@ -44,8 +44,8 @@ def linear_cross_entropy(
     asked for is an empty tensor. Parameter gradients have their parameter's dtype, fp32 for float16
     (a sum over tokens can exceed float16's range).
 
-    On CUDA, with ``skip_ignored``, the host waits once for the number of valid tokens, while the
-    GPU works on the first chunk (see `chunked_head.token_chunks`).
+    On CUDA, with ``skip_ignored``, the host waits once for the number of valid tokens (see
+    `chunked_head.valid_tokens`).
     """
     head = Head(weight, bias, TokenLoss(ignore_index, label_smoothing, softcap))
     outcome = run(
@@ -68,10 +68,6 @@ def linear_cross_entropy(
         parameter_gradient(outcome.grad_weight),
         parameter_gradient(outcome.grad_bias),
     )
-
-
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.float16 else dtype
 
 
 @linear_cross_entropy.register_fake

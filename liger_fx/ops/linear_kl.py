@@ -21,15 +21,15 @@ from liger_fx.ops.chunked_head import (
     add_gradients,
     allocate,
     capturing,
-    chunk_tokens_for,
-    first_chunk,
+    chunk_size,
+    kept_dtype,
     logits_buffer,
     project,
-    token_chunks,
+    valid_tokens,
 )
 from liger_fx.ops.kl_loss import Divergence, write_losses
 from liger_fx.ops.library import once_differentiable
-from liger_fx.ops.linear_cross_entropy import kept_dtype, scaled
+from liger_fx.ops.linear_cross_entropy import scaled
 from liger_fx.ops.token_loss import TokenLoss, check_labels, loss_dtype
 
 
@@ -133,22 +133,21 @@ def _run(
     """The loop of `chunked_head.run` over two heads. The losses are sums, [2]."""
     if weights is not None:
         check_labels(target, student.vocab, student.loss)
-    tokens, size = target.numel(), chunk_tokens
-    if size <= 0:
-        bytes_each = x.element_size() + teacher_x.element_size()
-        size = chunk_tokens_for(student.vocab, bytes_each, x.device.type)
-    size = max(1, min(size, tokens))
     skip_ignored = skip_ignored and not capturing(x)
-    first_size = first_chunk(tokens, size) if skip_ignored and x.is_cuda else size
-    accum = wanted.accum_dtype if first_size < tokens else x.dtype
+    valid = valid_tokens(target, loss.ignore_index) if skip_ignored else None
+    tokens = target.numel() if valid is None else valid.numel()
+    itemsize = x.element_size() + teacher_x.element_size()
+    size = chunk_tokens or chunk_size(tokens, itemsize, x, student, wanted)
+    accum = wanted.accum_dtype if size < tokens else kept_dtype(x.dtype)
     sums = torch.zeros(2, dtype=loss_dtype(x.dtype), device=x.device)
     outcome = replace(allocate(x, student, wanted, accum, tokens), losses=sums)
-    logits = logits_buffer(size, student.vocab, x, exact=False)
-    teacher_logits = logits_buffer(size, teacher.vocab, teacher_x, exact=False)
-    first = True
+    logits = logits_buffer(min(size, tokens), student.vocab, x, exact=False)
+    teacher_logits = logits_buffer(min(size, tokens), teacher.vocab, teacher_x, exact=False)
     # Autocast is still on inside an op that runs eagerly; here every dtype has been decided.
     with torch.autocast(x.device.type, enabled=False):
-        for rows in token_chunks(target, loss.ignore_index, size, first_size, skip_ignored):
+        for start in range(0, tokens, size):
+            rows: slice | Tensor = slice(start, min(start + size, tokens))
+            rows = rows if valid is None else valid[rows]
             x_c, y_c = x[rows], target[rows]
             s, t = logits[: y_c.numel()], teacher_logits[: y_c.numel()]
             project(x_c, student, s)
@@ -156,8 +155,7 @@ def _run(
             losses = sums.new_zeros(2, y_c.numel())
             write_losses(s, t, y_c, losses, loss, weights, differentiate=bool(wanted))
             sums += losses.sum(1)
-            add_gradients(outcome, rows, x_c, student.weight, s, first)
-            first = False
+            add_gradients(outcome, rows, x_c, student.weight, s, first=start == 0)
     return outcome
 
 

@@ -21,7 +21,7 @@ def rotate_pairs(x: Tensor, angles: Tensor, out: Tensor, inverse: bool) -> None:
     if not x.numel():
         return
     heads_padded, size_padded = map(triton.next_power_of_2, (heads, size))
-    _kernel[(batch * seq,)](
+    _rotate_pairs_kernel[(batch * seq,)](
         *(x, angles, out, x.stride(0), x.stride(1), x.stride(2)),
         *(seq, angles.shape[0], heads),
         SIZE=size,
@@ -33,7 +33,7 @@ def rotate_pairs(x: Tensor, angles: Tensor, out: Tensor, inverse: bool) -> None:
 
 
 @triton.jit
-def _kernel(
+def _rotate_pairs_kernel(
     x_ptr,
     angles_ptr,
     out_ptr,

@@ -6,16 +6,17 @@
 
 import sys
 
-from liger_fx.torchtune import LayersRecipe, entry_point, load_recipe
+from liger_fx.torchtune import FusedPPORecipe, entry_point, load_recipe
 
 stock = load_recipe("ppo_full_finetune_single_device")
 
 
 class PPOFullFinetuneRecipeSingleDevice(
-    LayersRecipe,
+    FusedPPORecipe,
     stock.PPOFullFinetuneRecipeSingleDevice,  # type: ignore[name-defined]
 ):
-    """torchtune's PPO on one device, its layers compiled by liger_fx."""
+    """torchtune's PPO on one device, the log-probabilities that it trains on taken without
+    logits."""
 
 
 recipe_main = entry_point(stock, PPOFullFinetuneRecipeSingleDevice)
