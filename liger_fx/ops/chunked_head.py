@@ -57,8 +57,8 @@ class Wanted:
 
 @dataclass
 class Outcome:
-    """losses: fp32 [N]. Gradients: None where not wanted; those of the parameters have the
-    accumulation dtype."""
+    """losses: fp32 [N], [2, N] with the entropies. Gradients: None where not wanted; those of the
+    parameters have the accumulation dtype."""
 
     losses: Tensor
     grad_input: Tensor | None
@@ -84,7 +84,8 @@ def run(
 ) -> Outcome:
     """Losses and gradients of all tokens.
 
-    x: [N, H]. target: int64 [N]. upstream: fp32 [N], the gradient of each token's loss, 1 without.
+    x: [N, H]. target: int64 [N]. upstream: fp32 of the shape of the losses, the
+    gradient of each, 1 without.
     chunk_tokens: 0 means by budget. Raises IndexError for a label out of range on a CPU; on CUDA it
     is a device-side assertion, both as in eager.
     """
@@ -98,7 +99,8 @@ def run(
     # If one chunk holds all there is to sum up, no accumulator is needed.
     accum = wanted.accum_dtype if first_size < tokens else x.dtype
     outcome = _allocate(x, head, wanted, accum, tokens)
-    exact = upstream is not None or head.loss.temperature != 1.0
+    # Our own kernel, that of the entropy, scales in fp32 whatever it reads and writes.
+    exact = (upstream is not None and not head.loss.entropy) or head.loss.temperature != 1.0
     logits = _logits_buffer(size, head.vocab, x, exact)
     first = True
     # Autocast is still on inside an op that runs eagerly; here every dtype has been decided.
@@ -115,8 +117,9 @@ def _allocate(x: Tensor, head: Head, wanted: Wanted, accum: torch.dtype, tokens:
         make = torch.empty_like if tokens else torch.zeros_like
         return make(like, dtype=accum, memory_format=torch.contiguous_format)
 
+    values = (2, tokens) if head.loss.entropy else (tokens,)
     return Outcome(
-        losses=torch.zeros(tokens, dtype=loss_dtype(x.dtype), device=x.device),
+        losses=torch.zeros(values, dtype=loss_dtype(x.dtype), device=x.device),
         # Rows that no chunk visits are ignored tokens: their gradient is zero.
         grad_input=x.new_zeros(x.shape) if wanted.input else None,
         grad_weight=accumulator(head.weight) if wanted.weight else None,
@@ -144,16 +147,16 @@ def _one_chunk(
     first: bool,
 ) -> None:
     x_c, y_c = x[rows], target[rows]
-    factor = None if upstream is None else upstream[rows].unsqueeze(1)
+    factor = None if upstream is None else upstream[..., rows].unsqueeze(-1)
     logits = buffer[: y_c.numel()]
     _project(x_c, head, logits)
 
     differentiate = any(
         g is not None for g in (outcome.grad_input, outcome.grad_weight, outcome.grad_bias)
     )
-    losses = torch.zeros(y_c.numel(), dtype=outcome.losses.dtype, device=x.device)
+    losses = outcome.losses.new_zeros(*outcome.losses.shape[:-1], y_c.numel())
     write_losses(logits, y_c, losses, head.loss, differentiate, factor)
-    outcome.losses[rows] = losses
+    outcome.losses[..., rows] = losses
     if not differentiate:
         return
     logits = logits.to(x.dtype)
