@@ -165,6 +165,7 @@ class Matcher:
                 return self._match(term.args[0], value, state)
             return self._missed(name_of(term.op), value, state)
         if state.values.get(id(term)) is value:  # used twice, and matched already
+            state.matched += size(term)
             return state
         state.matched += 1
         state.near |= term.op not in _EVERYWHERE
@@ -343,34 +344,37 @@ class Legality:
                 raise Reject(f"{name} ({value.name}) is computed only after {first.name}")
 
     def _no_mutation(self, match: Match) -> None:
-        """Nothing may write to what the match reads between there and where the new node reads it,
-        which is where the first of the outputs stood."""
+        """Nothing may write to what the match reads between its first and its last look at it; the
+        new node looks at all of it where the first of the outputs stood."""
         position = self.view.position
         names = {storage_key(v): v for v in match.bindings.values() if isinstance(v, fx.Node)}
-        new, last = position[match.first], max(match.outputs)
-        for key, (read, node) in self._first_reads(match).items():
+        for key, (value, reads) in self._reads(match).items():
+            reads.append(match.first)
             for write in self.writes[key]:
-                if write not in match.nodes and min(read, new) <= position[write] < position[last]:
-                    what = names.get(key, node).name
+                if write not in match.nodes and (
+                    position[min(reads)] <= position[write] < position[max(reads)]
+                ):
                     raise Reject(
-                        f"{what} is written in place by `{name_of(op_name(write))}` "
-                        f"({write.name}) before `{name_of(op_name(last))}`"
+                        f"{names.get(key, value).name} is written in place by "
+                        f"`{name_of(op_name(write))}` ({write.name}) before "
+                        f"`{name_of(op_name(max(match.outputs)))}`"
                     )
 
-    def _first_reads(self, match: Match) -> dict[int, tuple[int, fx.Node]]:
-        """Of each storage that is written somewhere: the first position at which the match holds
-        it, and what holds it there."""
-        position = self.view.position
-        reads: dict[int, tuple[int, fx.Node]] = {}
-        for node in sorted(match.nodes, key=position.__getitem__):
+    def _reads(self, match: Match) -> dict[int, tuple[fx.Node, list[fx.Node]]]:
+        """Of each storage that is written somewhere: what holds it first in the match, and the
+        nodes of the match that make or read it."""
+        reads: dict[int, tuple[fx.Node, list[fx.Node]]] = {}
+        for node in sorted(match.nodes):
             for value in (*node.all_input_nodes, node):
                 key = storage_key(value)
                 if key in self.writes:
-                    reads.setdefault(key, (position[node], value))
+                    reads.setdefault(key, (value, []))[1].append(node)
         return reads
 
     def _one_grad_mode(self, match: Match) -> None:
         """An output that is computed without gradients is a constant, whatever is on its way."""
+        if not self.grad_mode:
+            return
         for output in filter(self._grad_mode, match.outputs):
             nodes = interior(self.view, output, match.bindings) | {match.first}
             if not all(map(self._grad_mode, nodes)):

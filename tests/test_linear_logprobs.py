@@ -169,7 +169,9 @@ def masked_with_entropy(hidden, weight, labels):
 
 def test_graph_with_entropy(inputs):
     found = capture(masked_with_entropy, *inputs)
-    assert_expected_inline(show(found.graphs[0]), """\
+    assert_expected_inline(
+        show(found.graphs[0]),
+        """\
 def forward(self, L_labels_: "i64[4, 9]", L_hidden_: "f32[4, 9, 16]", L_weight_: "f32[31, 16]"):
     l_labels_ = L_labels_
     l_hidden_ = L_hidden_
@@ -189,7 +191,8 @@ def forward(self, L_labels_: "i64[4, 9]", L_hidden_: "f32[4, 9, 16]", L_weight_:
     sum_2: "f32[]" = mul_2.sum()
     sum_3: "i64[]" = mask.sum()
     truediv_1: "f32[]" = sum_2 / sum_3
-    return (mul, truediv_1)""")
+    return (mul, truediv_1)""",
+    )
     assert found.reports[0].replacements[0].pattern == "gathered, negative_entropy"
 
 
@@ -204,7 +207,9 @@ def without_gradient(hidden, weight, labels):
 
 def test_graph_of_an_entropy_without_gradient(inputs):
     found = capture(without_gradient, *inputs)
-    assert_expected_inline(show(found.graphs[0]), """\
+    assert_expected_inline(
+        show(found.graphs[0]),
+        """\
 def forward(self, L_hidden_: "f32[4, 9, 16]", L_weight_: "f32[31, 16]", L_labels_: "i64[4, 9]"):
     l_hidden_ = L_hidden_
     l_weight_ = L_weight_
@@ -219,7 +224,8 @@ def forward(self, L_hidden_: "f32[4, 9, 16]", L_weight_: "f32[31, 16]", L_labels
     _set_grad_enabled = torch._C._set_grad_enabled(False)
     entropy: "f32[4, 9]" = -detach
     _set_grad_enabled_1 = torch._C._set_grad_enabled(True)
-    return (neg_2, entropy)""")
+    return (neg_2, entropy)""",
+    )
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
@@ -373,6 +379,12 @@ def entropy_without_gradient_first(hidden, weight, labels):
     return rlhf.logits_to_logprobs(logits, labels), entropy
 
 
+def temperature_in_place(hidden, weight, labels):
+    logits = F.linear(hidden, weight)
+    logits.div_(0.7)
+    return rlhf.logits_to_logprobs(logits, labels.clamp(0)), entropy_from_logits(logits)
+
+
 def two_entropies(hidden, weight, labels):
     logits = F.linear(hidden, weight)
     entropies = entropy_from_logits(logits), entropy_by_logsumexp(logits)
@@ -405,6 +417,7 @@ def means_as_well(hidden, weight, labels):
         ),
         (entropy_before_the_label, "label (clamp) is computed only after sum_1"),
         (entropy_without_gradient_first, "grad mode is switched in the middle of it"),
+        (temperature_in_place, "the value of `linear` (logits) is also used by `div_` (div_)"),
         (two_entropies, "the value of `linear` (logits) is also used by `softmax` (probs)"),
         (accuracy_as_well, "the value of `linear` (logits) is also used by `argmax` (argmax)"),
         (means_as_well, "the value of `linear` (logits) is also used by `mean` (mean)"),
@@ -506,6 +519,21 @@ def test_a_mask_that_changes_later_drops_nothing(inputs):
     found = capture(fn, *inputs)
     assert found.reports[0].counts == {"linear_logprobs": 1}
     assert relative_error(found.value, fn(*inputs)) < TOLERANCES[torch.float32]
+
+
+def test_log_probabilities_that_are_written_to(inputs):
+    """As torchtune's PPO recipe fills in the padding, here before the entropy is taken."""
+
+    def fn(hidden, weight, labels):
+        logits = F.linear(hidden, weight)
+        logprobs = rlhf.logits_to_logprobs(logits, labels.clamp(0))
+        logprobs[labels == -100] = 1.0
+        return logprobs, entropy_by_logsumexp(logits)
+
+    found = capture(fn, *inputs)
+    assert found.reports[0].counts == {"linear_logprobs": 1}
+    for actual, expected in zip(found.value, fn(*inputs), strict=True):
+        assert relative_error(actual, expected) < TOLERANCES[torch.float32]
 
 
 def test_a_mask_of_only_one_drops_nothing(inputs):
