@@ -6,6 +6,7 @@ import functools
 import itertools
 import subprocess
 import sys
+from types import MappingProxyType
 from unittest import mock
 
 import _op_checks
@@ -381,14 +382,15 @@ def entropy_case(name, *, ignore_index=-100, ignored=0.3, temperature=1.0, chunk
 
 class TestEntropy(_op_checks.Contract):
     CASES = (
-        entropy_case("some ignored"),
-        entropy_case("none ignored, in one chunk", ignored=0.0, chunk=0),
+        entropy_case("some ignored, in one chunk", chunk=1 << 20),
+        entropy_case("none ignored", ignored=0.0),
         entropy_case("all ignored", ignored=1.0),
         entropy_case("a class ignored, not skipped", ignore_index=3, skip=False),
         entropy_case("a temperature", temperature=0.7),
     )
     SHAPES = ((1, 257), (7, 5), (33, 48), (3, 4099), (4, 2), (0, 7), (1003, 5))
-    BIG = (17_000, 128_256)
+    BIG = (26_000, 128_256)  # of which 30 % are ignored
+    BIG_TOLERANCE = MappingProxyType({"atol": 2e-2, "rtol": 2e-2})  # other GEMMs round otherwise
 
 
 @pytest.mark.parametrize("of", [0, 1], ids=["loss", "entropy"])

@@ -84,8 +84,7 @@ def run(
 ) -> Outcome:
     """Losses and gradients of all tokens.
 
-    x: [N, H]. target: int64 [N]. upstream: fp32 of the shape of the losses, the
-    gradient of each, 1 without.
+    x: [N, H]. target: int64 [N]. upstream: fp32 as the losses, the gradient of each, 1 without.
     chunk_tokens: 0 means by budget. Raises IndexError for a label out of range on a CPU; on CUDA it
     is a device-side assertion, both as in eager.
     """

@@ -44,29 +44,16 @@ def linear_cross_entropy_per_token(
             f"the entropy is computed without softcap ({softcap}) and label smoothing "
             f"({label_smoothing}): pass 0 for both"
         )
-    head = _head(weight, bias, ignore_index, label_smoothing, softcap, temperature, entropy)
+    loss = TokenLoss(ignore_index, label_smoothing, softcap, temperature, entropy=entropy)
     outcome = run(
         input.reshape(-1, input.shape[-1]),
         target.reshape(-1),
-        head,
+        Head(weight, bias, loss),
         Wanted(),
         chunk_tokens=chunk_tokens,
         skip_ignored=skip_ignored,
     )
     return outcome.losses.view(*outcome.losses.shape[:-1], *target.shape)
-
-
-def _head(
-    weight: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    softcap: float,
-    temperature: float,
-    entropy: bool,
-) -> Head:
-    loss = TokenLoss(ignore_index, label_smoothing, softcap, temperature, entropy=entropy)
-    return Head(weight, bias, loss)
 
 
 @linear_cross_entropy_per_token.register_fake
@@ -99,11 +86,11 @@ def linear_cross_entropy_per_token_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``sum(grad_losses * losses)`` over input, weight and bias, in their dtypes;
     an empty tensor for each that is not asked for."""
-    head = _head(weight, bias, ignore_index, label_smoothing, softcap, temperature, entropy)
+    loss = TokenLoss(ignore_index, label_smoothing, softcap, temperature, entropy=entropy)
     outcome = run(
         input.reshape(-1, input.shape[-1]),
         target.reshape(-1),
-        head,
+        Head(weight, bias, loss),
         Wanted(input_grad, weight_grad, bias_grad, accum_dtype),
         upstream=grad_losses.reshape((2, -1) if entropy else -1),
         chunk_tokens=chunk_tokens,
