@@ -205,7 +205,7 @@ def test_losses_of_a_head(options, differentiate, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [16, 4096])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("differentiate", ["no", "yes", "with factors"])
+@pytest.mark.parametrize("differentiate", [True, False])
 def test_losses_and_entropies_of_a_head(differentiate, temperature, block, dtype, monkeypatch):
     monkeypatch.setattr(entropy_triton, "_MAX_BLOCK", block)
     loss = TokenLoss(3, temperature=temperature, entropy=True)
@@ -216,21 +216,18 @@ def test_losses_and_entropies_of_a_head(differentiate, temperature, block, dtype
     target[2], target[4] = 50, 5
     plain, ours = logits.clone(), torch.cat([logits, logits], 1)[:, :53]  # of wider rows
     plain_values, values = torch.zeros(2, 2, 7)
-    factor = torch.randn(2, 7, 1) if differentiate == "with factors" else None
-    options = (loss, differentiate != "no", factor)
-    write_losses_and_entropies_torch(plain, target, plain_values, *options)
-    entropy_triton.write_losses_and_entropies(
-        ours, target, values, 3, temperature, factor, differentiate != "no"
-    )
+    factor = torch.randn(2, 7, 1) if differentiate else None
+    write_losses_and_entropies_torch(plain, target, plain_values, loss, factor)
+    entropy_triton.write_losses_and_entropies(ours, target, values, loss, factor)
     torch.testing.assert_close(values, plain_values)
     torch.testing.assert_close(ours, plain, **TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("differentiate", [True, False])
-def test_losses_and_entropies_of_logits_that_are_not_finite(differentiate):
+def test_losses_and_entropies_of_logits_that_are_not_finite():
     logits = torch.randn(3, 21)
     logits[1, 5] = float("nan")
-    target, values = torch.tensor([1, 2, 3]), torch.zeros(2, 3)
-    entropy_triton.write_losses_and_entropies(logits, target, values, -1, 1.0, None, differentiate)
+    target, values, factor = torch.tensor([1, 2, 3]), torch.zeros(2, 3), torch.ones(2, 3, 1)
+    loss = TokenLoss(-1, entropy=True)
+    entropy_triton.write_losses_and_entropies(logits, target, values, loss, factor)
     assert values.isnan().tolist() == 2 * [[False, True, False]]
-    assert logits[1].isnan().all() == differentiate
+    assert logits.isnan().all(1).tolist() == logits.isnan().any(1).tolist() == [False, True, False]

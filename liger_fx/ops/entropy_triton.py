@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from liger_fx.ops.token_loss import TokenLoss
+
 _MAX_BLOCK = 4096
 
 
@@ -17,24 +19,22 @@ def write_losses_and_entropies(
     logits: Tensor,
     target: Tensor,
     values: Tensor,
-    ignore_index: int,
-    temperature: float,
+    loss: TokenLoss,
     factor: Tensor | None,
-    differentiate: bool,
 ) -> None:
-    """Write the losses and entropies of the rows, and over the logits the gradient of their sum
-    weighted by ``factor``; nothing but zeros in place of the gradient for ignored labels.
+    """Write the losses and entropies of the rows and, with a factor, over the logits the gradient
+    of their sum weighted by it. For an ignored label the gradient is 0; no value is written.
 
     logits: [rows, V] with unit stride in V. target: int64 [rows]. values: fp32 [2, rows],
-    contiguous. factor: fp32 [2, rows, 1], 1 if None. The formula is in `token_loss`.
+    contiguous. factor: fp32 [2, rows, 1]. The formula is in `token_loss`.
     """
     rows, vocab = logits.shape
     if rows:
         _kernel[(rows,)](
             *(logits, target, values, values if factor is None else factor.contiguous()),
-            *(logits.stride(0), target.stride(0), rows, vocab, ignore_index, temperature),
-            DIFFERENTIATE=differentiate,
-            HAS_FACTOR=factor is not None,
+            *(logits.stride(0), target.stride(0), rows, vocab),
+            *(loss.ignore_index, loss.temperature),
+            DIFFERENTIATE=factor is not None,
             BLOCK=min(_MAX_BLOCK, triton.next_power_of_2(vocab)),
             num_warps=8,
         )
@@ -53,7 +53,6 @@ def _kernel(
     ignore_index,
     temperature,
     DIFFERENTIATE: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -92,11 +91,8 @@ def _kernel(
     tl.store(values_ptr + rows + row, entropy)
 
     if DIFFERENTIATE:
-        of_loss = 1.0
-        of_entropy = 1.0
-        if HAS_FACTOR:
-            of_loss = tl.load(factor_ptr + row)
-            of_entropy = tl.load(factor_ptr + rows + row)
+        of_loss = tl.load(factor_ptr + row)
+        of_entropy = tl.load(factor_ptr + rows + row)
         for start in range(0, vocab, BLOCK):
             inside = start + column < vocab
             z = tl.load(logits_ptr + start + column, mask=inside, other=0.0)

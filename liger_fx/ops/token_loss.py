@@ -59,7 +59,8 @@ def write_losses(
     factor: Tensor | None = None,
 ) -> None:
     """Write ``losses [rows]``, and over ``logits [rows, V]`` the gradient of their sum, or of the
-    sum weighted by ``factor [rows, 1]``. With the entropy: losses [2, rows], factor [2, rows, 1].
+    sum weighted by ``factor [rows, 1]``. With the entropy losses are [2, rows], and the factor,
+    [2, rows, 1], is needed for the gradient.
 
     Without ``differentiate`` the logits stay as they are, but for the rows of ignored labels.
     Losses of ignored labels are not written: they should be zeros before.
@@ -68,11 +69,9 @@ def write_losses(
     if loss.entropy and has_triton:
         from liger_fx.ops.entropy_triton import write_losses_and_entropies
 
-        write_losses_and_entropies(
-            logits, target, losses, loss.ignore_index, loss.temperature, factor, differentiate
-        )
+        write_losses_and_entropies(logits, target, losses, loss, factor)
     elif loss.entropy:
-        write_losses_and_entropies_torch(logits, target, losses, loss, differentiate, factor)
+        write_losses_and_entropies_torch(logits, target, losses, loss, factor)
     elif has_triton:
         if loss.temperature != 1.0:
             logits.div_(loss.temperature)
@@ -132,12 +131,11 @@ def write_losses_and_entropies_torch(
     target: Tensor,
     values: Tensor,
     loss: TokenLoss,
-    differentiate: bool,
     factor: Tensor | None,
 ) -> None:
     valid = (target != loss.ignore_index).unsqueeze(1)
     label = target.unsqueeze(1).where(valid, 0)
-    z = logits.to(values.dtype, copy=not differentiate)
+    z = logits.to(values.dtype, copy=factor is None)
     if loss.temperature != 1.0:
         z = z.div_(loss.temperature)
     z = z.sub_(z.amax(1, keepdim=True))
@@ -148,11 +146,10 @@ def write_losses_and_entropies_torch(
     log_total = total.log_()
     logq = z.sub_(log_total)
     entropy = -(q * logq).sum(1, keepdim=True)
-    both = torch.stack((log_total - at_label, entropy))
-    values.copy_(both.where(valid, 0.0).squeeze(2))
-    if not differentiate:
+    values.copy_(torch.stack((log_total - at_label, entropy)).where(valid, 0.0).squeeze(2))
+    if factor is None:
         return
-    of_loss, of_entropy = (factor if factor is not None else torch.ones_like(both)).where(valid, 0)
+    of_loss, of_entropy = factor.where(valid, 0.0)
     gradient = logq.add_(entropy).mul_(-of_entropy).add_(of_loss).mul_(q)
     gradient.scatter_add_(1, label, -of_loss.to(gradient.dtype)).div_(loss.temperature)
     if gradient.data_ptr() != logits.data_ptr():
