@@ -3,6 +3,7 @@
 torchtune's CEWithChunkedOutputLoss projects ``hidden.chunk(8, dim=1)`` one by one, takes the summed
 cross-entropy of each against ``labels.chunk(8, dim=1)``, and adds the eight numbers up. Eight ops
 would keep eight weight gradients; the matches are merged into one, over the whole hidden state.
+Its losses of distillation do so with the hidden state of a teacher as well.
 """
 
 from __future__ import annotations

@@ -310,7 +310,9 @@ def test_one_chunk_where_its_logits_take_no_more_than_the_sum_that_it_needs_not(
     head = chunked_head.Head(weight, None, TokenLoss(-100))
 
     def size(tokens, **wanted):
-        return chunked_head._chunk_size(tokens, x, head, chunked_head.Wanted(**wanted))
+        return chunked_head.chunk_size(
+            tokens, x.element_size(), x, head, chunked_head.Wanted(**wanted)
+        )
 
     assert size(512, weight=True) == 512
     assert size(513, weight=True) == 128

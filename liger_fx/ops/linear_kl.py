@@ -70,7 +70,11 @@ def linear_kl(
     loss's, divided by the scale of the weights (with 1/n in them, they would be too small for
     float16); one that was not asked for is an empty tensor.
 
-    Raises ValueError for one weight without the other, IndexError as ``linear_cross_entropy``.
+    On CUDA, with ``skip_ignored``, the host waits once for the number of valid tokens (see
+    `chunked_head.valid_tokens`).
+
+    Raises ValueError for one weight without the other, and with weights, as `chunked_head.run`,
+    IndexError for a label out of range.
     """
     if (ce_weight is None) != (kl_weight is None):
         raise ValueError("expected both of ce_weight and kl_weight, or none; got one")
