@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 RECIPES = Path(__file__).parent / "recipes"
-NOT_FUSED = "knowledge_distillation_"  # of those in RECIPES
 
 
 @functools.cache
@@ -23,9 +22,4 @@ def advice() -> str | None:
         return None
     apart = f"torchtune's {name} runs the output projection eagerly, outside of what it compiles"
     ours = f"`tune run liger_fx/recipes/{name}` with the same arguments"
-    if name.startswith(NOT_FUSED):
-        return (
-            f"{apart}, and its loss starts from logits, which is not fused yet; {ours} compiles "
-            "each layer with its activation checkpoint inside"
-        )
     return f"{apart}, so projection and loss cannot be one op; {ours} makes them one"

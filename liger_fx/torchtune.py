@@ -38,6 +38,12 @@ from torchtune.modules import (
     TransformerCrossAttentionLayer,
     TransformerSelfAttentionLayer,
 )
+from torchtune.modules.loss import (
+    CEWithChunkedOutputLoss,
+    ForwardKLLoss,
+    ReverseKLLoss,
+    SymmetricKLLoss,
+)
 
 import liger_fx
 from liger_fx import activations
@@ -82,21 +88,25 @@ class Head(nn.Module, abc.ABC):
         owner, run = _owner(decoder), self._region_or_stock
         self._enter = _through(owner, run) if isinstance(owner, FSDPModule) else run
 
-    def _region_or_stock(self, hidden: Tensor, labels: Tensor, *settings: float) -> Any:
+    def _region_or_stock(self, *args: Any) -> Any:
         if self._fused:
             try:
-                return self._region(hidden, labels, *settings)
+                return self._region(*args)
             except BackendCompilerFailed as failure:
                 if not isinstance(failure.inner_exception, HeadNotFused):
                     raise
                 utils.log_rank_zero(log, str(failure.inner_exception), logging.WARNING)
                 self._fused = False
                 self._compile_parts()
-        return self._outcome(hidden, labels, *settings)
+        return self._stock(*args)
 
     @abc.abstractmethod
     def _outcome(self, *args: Any, **kwargs: Any) -> Any:
         """What is computed of hidden states and labels, in torchtune's own words."""
+
+    def _stock(self, *args: Any) -> Any:
+        """The same as the stock recipe has it."""
+        return self._outcome(*args)
 
     def _compile_parts(self) -> None:
         """Compile what torchtune compiles beside the layers."""
@@ -154,6 +164,96 @@ class HeadLogProbs(Head):
         # The projection is linear: the mean of its values is its value of the mean.
         of_mean = self.decoder.output(self.decoder.norm(hidden).mean(1))
         return logprobs, of_mean.float().mean(-1).detach()
+
+
+class HeadDistillation(Head):
+    """The cross-entropy and the divergence that torchtune's distillation recipes take of the logits
+    of a student and its teacher, as one region around one op.
+
+    hidden: [b, s, d] of the student, taught: [b, s, e] of the teacher, or both as [b * s, ...].
+    labels: [b, s] or [b * s], shifted already. Returns (class loss, distillation loss).
+
+    Their gradients are one, of ``(1 - ratio) * class loss + ratio * distillation loss``, which is
+    what the recipes differentiate: it is computed in the forward, where the op needs the weights.
+    """
+
+    rewrite = "linear_kl"
+    teacher: Any
+    whole: tuple[Any, Any]
+    loss_fn: Any
+    kd_loss_fn: Any
+
+    def __init__(
+        self,
+        decoder: nn.Module,
+        teacher: nn.Module,
+        options: dict[str, Any],
+        losses: tuple[nn.Module, nn.Module],
+        ratio: float,
+    ) -> None:
+        super().__init__(decoder, options)
+        object.__setattr__(self, "teacher", _without_hooks(teacher))
+        self.whole = _unchunked(decoder), _unchunked(teacher)
+        self.loss_fn, self.kd_loss_fn = losses
+        self.ratio = ratio
+        self._teachers_owner = _owner(teacher)
+
+    def forward(self, hidden: Tensor, taught: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        rows = (t.reshape(1, -1, t.shape[-1]) for t in (hidden, taught))  # one long sequence
+        with _gathered(self._teachers_owner):
+            class_loss, kd_loss = self._enter(*rows, labels.reshape(1, -1))
+        return class_loss, kd_loss
+
+    def _outcome(self, hidden: Tensor, taught: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        student, teacher = self.whole
+        logits, labels = student.unembed(hidden).flatten(0, 1), labels.reshape(-1)
+        with torch.no_grad():
+            teacher_logits = teacher.unembed(taught).flatten(0, 1)
+        valid = (labels != self.kd_loss_fn.ignore_index).sum()
+        # torchtune's zero where no label is valid, without its branch.
+        whole = _of_one_chunk(self.kd_loss_fn)
+        kd_loss = whole(logits, teacher_logits, labels, normalize=False) / valid.clamp(min=1)
+        if isinstance(self.loss_fn, CEWithChunkedOutputLoss):
+            class_loss = self.loss_fn.compute_cross_entropy(logits, labels) / valid
+        else:
+            class_loss = self.loss_fn(logits, labels)
+        total = (1 - self.ratio) * class_loss + self.ratio * kd_loss
+        return self._carried(total, class_loss.detach(), kd_loss.detach())
+
+    def _carried(self, total: Tensor, class_loss: Tensor, kd_loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Both values, the gradient of ``total`` on the one that weighs more."""
+        gradient = total - total.detach()
+        if self.ratio < 0.5:
+            return class_loss + gradient / (1 - self.ratio), kd_loss
+        return class_loss, kd_loss + gradient / self.ratio
+
+    def _stock(self, hidden: Tensor, taught: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        logits: Any = self.decoder.unembed(hidden)
+        with torch.no_grad():
+            teacher_logits: Any = self.teacher.unembed(taught)
+        if not isinstance(logits, list):
+            logits, labels = logits.flatten(0, 1), labels.flatten()
+            teacher_logits = teacher_logits.flatten(0, 1)
+        return self.loss_fn(logits, labels), self.kd_loss_fn(logits, teacher_logits, labels)
+
+    def _compile_parts(self) -> None:
+        for loss in (self.loss_fn, self.kd_loss_fn):
+            compile_loss(loss, self._options)
+
+
+def _of_one_chunk(loss_fn: Any) -> Any:
+    """What a chunked divergence takes of each chunk, or else the divergence itself."""
+    return next((getattr(loss_fn, n) for n in CHUNK_LOSSES if hasattr(loss_fn, n)), loss_fn)
+
+
+@contextlib.contextmanager
+def _gathered(module: nn.Module) -> Iterator[None]:
+    """Where FSDP shards it on its own, its weight is whole inside."""
+    if isinstance(module, FSDPModule):
+        module.unshard()
+    yield
+    if isinstance(module, FSDPModule):
+        module.reshard()
 
 
 @dataclass(frozen=True)
@@ -249,6 +349,31 @@ def fuse_log_probs(model: nn.Module, options: Mapping[str, Any] | None = None) -
     return head
 
 
+def fuse_distillation(
+    model: nn.Module,
+    teacher: nn.Module,
+    loss_fn: nn.Module,
+    kd_loss_fn: nn.Module,
+    ratio: float,
+    options: Mapping[str, Any] | None = None,
+) -> HeadDistillation:
+    """Move the heads of ``model`` and ``teacher`` into the losses of a distillation.
+
+    loss_fn: torchtune's chunked cross-entropy, or ``nn.CrossEntropyLoss``. kd_loss_fn: one of
+    torchtune's six. ratio: what ``kd_loss_fn`` weighs, from 0 to 1. As `fuse_head`; returns what to
+    call as ``losses(hidden, taught, labels)``. Raises TypeError for other losses.
+    """
+    if not isinstance(loss_fn, CEWithChunkedOutputLoss | nn.CrossEntropyLoss):
+        raise TypeError(f"{type(loss_fn).__name__}: expected a cross-entropy on logits and labels")
+    if not isinstance(_of_one_chunk(kd_loss_fn), ForwardKLLoss | ReverseKLLoss | SymmetricKLLoss):
+        raise TypeError(f"{type(kd_loss_fn).__name__}: expected one of torchtune's divergences")
+    decoder, teachers = _movable_head(model), _movable_head(teacher)
+    head = HeadDistillation(decoder, teachers, dict(options or {}), (loss_fn, kd_loss_fn), ratio)
+    _leave_out_head(model, decoder)
+    _leave_out_head(teacher, teachers)
+    return head
+
+
 def _decoder_of(model: nn.Module) -> Any:
     decoder = getattr(model, "decoder", model)
     if not hasattr(decoder, "unembed"):
@@ -297,6 +422,13 @@ def _without_hooks(decoder: nn.Module) -> Any:
     shadow.__dict__["output"] = bare
     chunked = inspect.unwrap(type(decoder).chunked_output)  # type: ignore[attr-defined, union-attr]
     shadow.__dict__["chunked_output"] = MethodType(chunked, shadow)
+    return shadow
+
+
+def _unchunked(decoder: nn.Module) -> Any:
+    """The same whose ``unembed`` gives all logits as one tensor."""
+    shadow = _without_hooks(decoder)
+    shadow.num_output_chunks = 0
     return shadow
 
 
@@ -437,9 +569,9 @@ def _token_log_probs(
 
 
 class LayersRecipe:
-    """Mixed in before a torchtune recipe class: the same recipe with the layers of all its models,
-    and its losses, compiled by liger_fx. Settings are config keys under ``liger_fx:``, the options
-    of the backend."""
+    """Mixed in before a torchtune recipe class: the same recipe with the layers of all its models
+    compiled by liger_fx; a subclass says what becomes of its losses. Settings are config keys under
+    ``liger_fx:``, the options of the backend."""
 
     _model: nn.Module
     _policy_model: nn.Module
@@ -500,10 +632,8 @@ class LayersRecipe:
         optimizer.register_step_pre_hook(budget)
 
     def _compile_losses(self) -> None:
-        for value in (self._loss_fn, getattr(self, "_kd_loss_fn", None)):
-            if value is not None:
-                compile_loss(value, self._settings)
-        utils.log_rank_zero(log, "this recipe's loss starts from logits: compiled, not fused yet")
+        """Fuse the losses with the heads whose logits they take, or say why not."""
+        raise NotImplementedError
 
     def _report(self, *_: Any) -> None:
         self._waiting.remove()
@@ -588,6 +718,65 @@ class FusedPPORecipe(LayersRecipe):
         if not self._compiles:
             return contextlib.nullcontext()
         return self._heads[model].instead_of_logits(model)
+
+
+class FusedKDRecipe(LayersRecipe):
+    """The same for distillation: the heads of student and teacher are fused with both losses."""
+
+    _teacher_model: nn.Module
+    _kd_loss_fn: nn.Module
+    _kd_ratio: float
+
+    def _compile_losses(self) -> None:
+        losses = self._loss_fn, self._kd_loss_fn
+        try:
+            head = fuse_distillation(
+                self._model, self._teacher_model, *losses, self._kd_ratio, self._settings
+            )
+        except (HeadNotFused, TypeError) as reason:
+            utils.log_rank_zero(log, str(reason), logging.WARNING)
+            for loss in losses:
+                compile_loss(loss, self._settings)
+            return
+        self._kd_loss_fn = _DistillationLoss(head)
+        self._loss_fn = _ClassLoss(self._kd_loss_fn)
+
+    def _loss_step(self, batch: Any) -> tuple[Tensor, Tensor]:
+        losses = super()._loss_step(batch)  # type: ignore[misc]
+        if isinstance(self._teacher_model, FSDPModule):
+            self._teacher_model.reshard()  # no backward will do it
+        return losses
+
+
+class _DistillationLoss(nn.Module):
+    """The first of the two losses that a distillation recipe asks for; both are computed."""
+
+    class_loss: Tensor | None = None
+
+    def __init__(self, head: HeadDistillation) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, hidden: Tensor, taught: Tensor, labels: Tensor) -> Tensor:
+        self.class_loss, kd_loss = self.head(hidden, taught, labels)
+        return kd_loss
+
+
+class _ClassLoss(nn.Module):
+    """The second: of the same hidden states and labels."""
+
+    first: Any
+
+    def __init__(self, first: _DistillationLoss) -> None:
+        super().__init__()
+        object.__setattr__(self, "first", first)  # not a submodule: the recipe holds both
+        self.ignore_index = first.head.loss_fn.ignore_index
+
+    def forward(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        loss, self.first.class_loss = self.first.class_loss, None
+        if loss is None:
+            raise RuntimeError("the distillation loss of a step must be asked for first")
+        return loss
 
 
 class FusedQATRecipe(FusedRecipe):

@@ -26,6 +26,7 @@ import host_time  # noqa: E402
 import linear_cross_entropy  # noqa: E402
 import long_context  # noqa: E402
 import matching_time  # noqa: E402
+import preference_and_distillation  # noqa: E402
 import profile_step  # noqa: E402
 import recipe_run  # noqa: E402
 import rewrites  # noqa: E402
@@ -68,7 +69,8 @@ def children_here(monkeypatch: pytest.MonkeyPatch) -> None:
         lines = printed.getvalue().splitlines()
         return [json.loads(s.removeprefix("ROW ")) for s in lines if s.startswith("ROW ")]
 
-    for script in (training_step, profile_step, long_context, matching_time):
+    scripts = (training_step, profile_step, long_context, matching_time)
+    for script in (*scripts, preference_and_distillation):
         monkeypatch.setattr(script, "in_fresh_process", partial(in_fresh_process, script))
 
 
@@ -173,6 +175,23 @@ def test_training_step(run: Run, children_here: None) -> None:
         ("liger_fx_step", "linear_cross_entropy 1")
     ]
     assert f"{rows[0]['ms']:.1f}" in table(printed, "0%", "liger_fx_step")
+
+
+def test_preference_and_distillation(run: Run, children_here: None, picture: Path) -> None:
+    """Heads and losses alone: both arms begin with the same loss, that of guessing."""
+    arguments = ["--arms", "inductor", "liger_fx_recipe", "--layers", "0", "--steps", "1"]
+    arguments += ["--batch", "2", "--seq", "16", "--picture", str(picture)]
+    printed, rows = run(preference_and_distillation, *TINY, *arguments, "--warmup", "1")
+    assert [(row["loss"], row["arm"], row["rewrites"]) for row in rows] == [
+        ("dpo", "inductor", None),
+        ("dpo", "liger_fx_recipe", "linear_logprobs 2"),
+        ("distillation", "inductor", None),
+        ("distillation", "liger_fx_recipe", "linear_kl 1"),
+    ]
+    for first, second in (rows[:2], rows[2:]):
+        assert second["first_loss"] == pytest.approx(first["first_loss"], rel=1e-3)
+    assert f"{rows[3]['ms']:.1f}" in table(printed, "distillation", "0%", "liger_fx_recipe")
+    assert picture.exists()
 
 
 def test_compile_time_in_two_processes(run: Run) -> None:

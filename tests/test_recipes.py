@@ -24,7 +24,7 @@ EVERY_REWRITE = {"LIGER_FX_POLICY": "all"}
 FUSED = "linear_cross_entropy replaced"
 LOGPROBS = "linear_logprobs replaced"
 OF_TWO_MODELS = f"{LOGPROBS} 2 x"  # of PPO's policy in a step, and of its reference
-NOT_YET = "this recipe's loss starts from logits: compiled, not fused yet"
+DISTILLED = "linear_kl replaced"
 APART = "runs the output projection eagerly, outside of what it compiles"
 
 
@@ -51,6 +51,10 @@ def cases(recipe: str, **variants: Mapping[str, Any]) -> list[Case]:
 
 def settings(**settings: Any) -> dict[str, Any]:
     return {"settings": settings}
+
+
+def kl(name: str) -> dict[str, str]:
+    return {"_component_": f"torchtune.modules.loss.{name}"}
 
 
 PLAIN_LOSS = {"_component_": "torch.nn.CrossEntropyLoss"}
@@ -138,8 +142,23 @@ REST = [
             ),
         },
     ),
-    *cases("knowledge_distillation_single_device", default={"says": NOT_YET}),
-    *cases("knowledge_distillation_distributed", default={"says": NOT_YET}),
+    *cases(
+        "knowledge_distillation_single_device",
+        default={"says": DISTILLED},
+        plain_losses={"says": DISTILLED, **settings(loss=PLAIN_LOSS, kd_loss=kl("ReverseKLLoss"))},
+        symmetric={
+            "says": DISTILLED,
+            **settings(kd_loss=kl("SymmetricKLWithChunkedOutputLoss"), kd_ratio=0.9),
+        },
+        accumulation={"says": DISTILLED, **settings(gradient_accumulation_steps=4)},
+        packed={"says": DISTILLED, **settings(**PACKED)},
+        lora_on_the_head=LORA_HEAD,
+    ),
+    *cases(
+        "knowledge_distillation_distributed",
+        default={"says": DISTILLED},
+        untied_sharded={"weights": "untied", "says": DISTILLED, **settings(**SHARDED_HEAD)},
+    ),
 ]
 
 

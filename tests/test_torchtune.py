@@ -522,7 +522,7 @@ def test_ranks_that_disagree_all_raise(monkeypatch):
         ("full_finetune_single_device", "`tune run liger_fx/recipes/full_finetune_single_device`"),
         ("full_dpo_distributed", "makes them one"),
         ("ppo_full_finetune_single_device", "makes them one"),
-        ("knowledge_distillation_single_device", "which is not fused yet"),
+        ("knowledge_distillation_single_device", "makes them one"),
         ("eleuther_eval", None),
     ],
 )

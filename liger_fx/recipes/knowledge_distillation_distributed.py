@@ -6,13 +6,13 @@
 
 import sys
 
-from liger_fx.torchtune import LayersRecipe, entry_point, load_recipe
+from liger_fx.torchtune import FusedKDRecipe, entry_point, load_recipe
 
 stock = load_recipe("knowledge_distillation_distributed")
 
 
-class KDRecipeDistributed(LayersRecipe, stock.KDRecipeDistributed):  # type: ignore[name-defined]
-    """torchtune's distillation over several devices, its layers compiled by liger_fx."""
+class KDRecipeDistributed(FusedKDRecipe, stock.KDRecipeDistributed):  # type: ignore[name-defined]
+    """torchtune's distillation over several devices, fused."""
 
 
 recipe_main = entry_point(stock, KDRecipeDistributed)

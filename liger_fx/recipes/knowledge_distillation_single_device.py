@@ -6,13 +6,13 @@
 
 import sys
 
-from liger_fx.torchtune import LayersRecipe, entry_point, load_recipe
+from liger_fx.torchtune import FusedKDRecipe, entry_point, load_recipe
 
 stock = load_recipe("knowledge_distillation_single_device")
 
 
-class KDRecipeSingleDevice(LayersRecipe, stock.KDRecipeSingleDevice):  # type: ignore[name-defined]
-    """torchtune's distillation on one device, its layers compiled by liger_fx."""
+class KDRecipeSingleDevice(FusedKDRecipe, stock.KDRecipeSingleDevice):  # type: ignore[name-defined]
+    """torchtune's distillation on one device, fused."""
 
 
 recipe_main = entry_point(stock, KDRecipeSingleDevice)
