@@ -26,10 +26,10 @@ from test_op_rope import TestHalves as Halves
 from test_op_rope import TestPairs as Pairs
 from test_op_tiled_mlp import TestTiledMLP as TiledMLP
 
-from liger_fx.ops import entropy_triton, kl_loss, kl_triton, library
+from liger_fx.ops import kl_loss, kl_triton, library, token_loss_triton
 from liger_fx.ops.token_loss import (
     TokenLoss,
-    write_losses_and_entropies_torch,
+    write_losses,
     write_losses_liger,
     write_losses_torch,
 )
@@ -246,19 +246,21 @@ def test_divergences_of_confident_rows(direction, monkeypatch):
 @pytest.mark.parametrize("block", [16, 4096])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("differentiate", [True, False])
-def test_losses_and_entropies_of_a_head(differentiate, temperature, block, dtype, monkeypatch):
-    monkeypatch.setattr(entropy_triton, "_MAX_BLOCK", block)
-    loss = TokenLoss(3, temperature=temperature, entropy=True)
+@pytest.mark.parametrize("entropy", [True, False])
+def test_scaled_losses_of_a_head(entropy, differentiate, temperature, block, dtype, monkeypatch):
+    monkeypatch.setattr(token_loss_triton, "_MAX_BLOCK", block)
+    loss = TokenLoss(3, temperature=temperature, entropy=entropy)
     logits, target = CrossEntropy.CASES[3].make((7, 53), dtype)
     logits = logits.detach()
     logits[2, 7:40] = float("-inf")  # a whole block as well
     logits[4] *= 300
     target[2], target[4] = 50, 5
     plain, ours = logits.clone(), torch.cat([logits, logits], 1)[:, :53]  # of wider rows
-    plain_values, values = torch.zeros(2, 2, 7)
-    factor = torch.randn(2, 7, 1) if differentiate else None
-    write_losses_and_entropies_torch(plain, target, plain_values, loss, factor)
-    entropy_triton.write_losses_and_entropies(ours, target, values, loss, factor)
+    shape = (2, 7) if entropy else (7,)
+    plain_values, values = torch.zeros(2, *shape)
+    factor = torch.randn(*shape, 1) if differentiate and (entropy or block == 16) else None
+    write_losses(plain, target, plain_values, loss, differentiate, factor)
+    token_loss_triton.write_losses_triton(ours, target, values, loss, differentiate, factor)
     torch.testing.assert_close(values, plain_values)
     torch.testing.assert_close(ours, plain, **TOLERANCES[dtype])
 
@@ -268,6 +270,6 @@ def test_losses_and_entropies_of_logits_that_are_not_finite():
     logits[1, 5] = float("nan")
     target, values, factor = torch.tensor([1, 2, 3]), torch.zeros(2, 3), torch.ones(2, 3, 1)
     loss = TokenLoss(-1, entropy=True)
-    entropy_triton.write_losses_and_entropies(logits, target, values, loss, factor)
+    token_loss_triton.write_losses_triton(logits, target, values, loss, True, factor)
     assert values.isnan().tolist() == 2 * [[False, True, False]]
     assert logits.isnan().all(1).tolist() == logits.isnan().any(1).tolist() == [False, True, False]

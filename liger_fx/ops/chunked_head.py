@@ -94,13 +94,18 @@ def run(
     skip_ignored = skip_ignored and not capturing(x)
     valid = valid_tokens(target, head.loss.ignore_index) if skip_ignored else None
     tokens = target.numel() if valid is None else valid.numel()
-    size = chunk_tokens or chunk_size(tokens, x.element_size(), x, head, wanted)
+    scaled = upstream is not None or head.loss.temperature != 1.0
+    dtype = x.dtype
+    if scaled and x.is_cuda and not head.loss.plain:
+        # Scaled in place, 16-bit logits, or their gradients, would be rounded twice. Of what is
+        # plain our own kernel takes care: it scales in fp32 whatever it reads and writes.
+        dtype = torch.float32
+    itemsize = dtype.itemsize + (dtype != x.dtype) * x.element_size()  # the gradient is cast back
+    size = chunk_tokens or chunk_size(tokens, itemsize, x, head, wanted)
     # A sum over chunks is kept in its own dtype; a single product is rounded once, by its GEMM.
     accum = wanted.accum_dtype if size < tokens else kept_dtype(x.dtype)
     outcome = allocate(x, head, wanted, accum, tokens)
-    # Our own kernel, that of the entropy, scales in fp32 whatever it reads and writes.
-    exact = (upstream is not None and not head.loss.entropy) or head.loss.temperature != 1.0
-    logits = logits_buffer(min(size, tokens), head.vocab, x, exact)
+    logits = logits_buffer(min(size, tokens), head.vocab, x, dtype)
     # Autocast is still on inside an op that runs eagerly; here every dtype has been decided.
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, tokens, size):
@@ -151,9 +156,7 @@ def allocate(x: Tensor, head: Head, wanted: Wanted, accum: torch.dtype, tokens: 
     )
 
 
-def logits_buffer(rows: int, vocab: int, x: Tensor, exact: bool) -> Tensor:
-    # Scaled in place, 16-bit logits, or their gradients, would be rounded twice.
-    dtype = torch.float32 if exact and x.is_cuda else x.dtype
+def logits_buffer(rows: int, vocab: int, x: Tensor, dtype: torch.dtype) -> Tensor:
     # Rows padded to 128 bytes: without, a vocabulary like 32001 misses the GEMMs for aligned rows.
     unit = 128 // dtype.itemsize
     padded = -(-vocab // unit) * unit

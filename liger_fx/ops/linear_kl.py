@@ -145,8 +145,8 @@ def _run(
     accum = wanted.accum_dtype if size < tokens else kept_dtype(x.dtype)
     sums = torch.zeros(2, dtype=loss_dtype(x.dtype), device=x.device)
     outcome = replace(allocate(x, student, wanted, accum, tokens), losses=sums)
-    logits = logits_buffer(min(size, tokens), student.vocab, x, exact=False)
-    teacher_logits = logits_buffer(min(size, tokens), teacher.vocab, teacher_x, exact=False)
+    logits = logits_buffer(min(size, tokens), student.vocab, x, x.dtype)
+    teacher_logits = logits_buffer(min(size, tokens), teacher.vocab, teacher_x, teacher_x.dtype)
     # Autocast is still on inside an op that runs eagerly; here every dtype has been decided.
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, tokens, size):

@@ -33,6 +33,11 @@ class TokenLoss:
     class_weight: Tensor | None = None
     entropy: bool = False
 
+    @property
+    def plain(self) -> bool:
+        """Without what only Liger's kernel knows."""
+        return not (self.label_smoothing or self.softcap or self.class_weight is not None)
+
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
@@ -66,12 +71,10 @@ def write_losses(
     Losses of ignored labels are not written: they should be zeros before.
     """
     has_triton = logits.is_cuda and liger_module("cross_entropy") is not None
-    if loss.entropy and has_triton:
-        from liger_fx.ops.entropy_triton import write_losses_and_entropies
+    if has_triton and loss.plain and (loss.entropy or factor is not None or loss.temperature != 1):
+        from liger_fx.ops.token_loss_triton import write_losses_triton
 
-        write_losses_and_entropies(logits, target, losses, loss, factor)
-    elif loss.entropy:
-        write_losses_and_entropies_torch(logits, target, losses, loss, factor)
+        write_losses_triton(logits, target, losses, loss, differentiate, factor)
     elif has_triton:
         if loss.temperature != 1.0:
             logits.div_(loss.temperature)
@@ -80,6 +83,8 @@ def write_losses(
             logits.mul_(factor / loss.temperature)
         elif loss.temperature != 1.0 and differentiate:
             logits.div_(loss.temperature)
+    elif loss.entropy:
+        write_losses_and_entropies_torch(logits, target, losses, loss, factor)
     else:
         write_losses_torch(logits, target, losses, loss, differentiate, factor)
 
