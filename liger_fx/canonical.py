@@ -255,7 +255,9 @@ _SIGNATURES: dict[Any, dict[str, Any]] = {
         enable_gqa=False,
     ),
     torch.log_softmax: dict(input=None, dim=None, _stacklevel=3, dtype=None),  # as F.log_softmax
+    torch.softmax: dict(input=None, dim=None, _stacklevel=3, dtype=None),
     torch.logsumexp: dict(input=None, dim=None, keepdim=False),
+    torch.sum: dict(input=None, dim=None, keepdim=False, dtype=None),
     torch.gather: dict(input=None, dim=None, index=None),
     torch.rms_norm: dict(input=None, normalized_shape=None, weight=None, eps=None),
 }

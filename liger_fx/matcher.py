@@ -24,7 +24,8 @@ class Match:
     ``outputs`` are the nodes that a replacement stands in for, the root first; ``bindings`` maps
     each parameter of the pattern to a node or a literal, ``chains`` each wildcard to its nodes
     (outermost first) and ``sources`` to what lies below them, ``nodes`` holds what a replacement
-    makes superfluous, the outputs among it.
+    makes superfluous, the outputs among it. ``companion``: the pattern of its last output, if that
+    was found beside it (`Rewrite`).
     ``recomputed``: it lies in the body of an activation checkpoint.
     """
 
@@ -35,6 +36,7 @@ class Match:
     sources: dict[str, fx.Node]
     nodes: set[fx.Node]
     settings: dict[str, Any] = field(default_factory=dict)
+    companion: Pattern | None = None
     recomputed: bool = False
 
     @property
@@ -50,6 +52,25 @@ class Match:
     def output(self) -> torch.Tensor:
         """The fake tensor that the matched subgraph computes, the first if it computes several."""
         return fake(self.root)
+
+    @property
+    def first(self) -> fx.Node:
+        """The first of the outputs in the graph: what replaces them all stands there."""
+        return min(self.outputs)
+
+    @property
+    def spelling(self) -> str:
+        """The names of its patterns."""
+        return ", ".join(p.name for p in (self.pattern, self.companion) if p is not None)
+
+    def join(self, other: Match) -> None:
+        """Add what ``other``, matched with the same bindings and more, computes besides."""
+        self.companion = other.pattern
+        self.outputs += other.outputs
+        self.bindings = other.bindings
+        self.chains = self.chains | other.chains
+        self.sources = self.sources | other.sources
+        self.nodes |= other.nodes
 
 
 @dataclass(frozen=True)
@@ -109,8 +130,9 @@ class Matcher:
         self.pattern = pattern
         self.miss: Miss | None = None
 
-    def at(self, root: fx.Node) -> Match | None:
-        state = self._match(self.pattern.term, root, _State())
+    def at(self, root: fx.Node, bindings: dict[str, Any] | None = None) -> Match | None:
+        """The match that ends in ``root``. bindings: what some parameters are to be."""
+        state = self._match(self.pattern.term, root, _State(dict(bindings or {})))
         if state is None or not self._dtypes_agree(state):
             return None
         # An optional parameter that the pattern never uses binds nothing; the rest are all bound.
@@ -148,6 +170,9 @@ class Matcher:
             if term.op == "reshape":  # a reshape that does nothing may be missing from the graph
                 return self._match(term.args[0], value, state)
             return self._missed(name_of(term.op), value, state)
+        if state.values.get(id(term)) is value:  # used twice, and matched already
+            state.matched += size(term)
+            return state
         state.matched += 1
         state.near |= term.op not in _EVERYWHERE
         state.values[id(term)] = value
@@ -182,10 +207,9 @@ class Matcher:
         return self._match(term.source, value, state)
 
     def _match_chain(self, term: Chain, value: Any, state: _State) -> _State | None:
-        if id(term) in state.values:  # one value, used several times
-            if self.view.same(state.values[id(term)], value):
-                return state
-            return self._missed(f"the same {term.name} as before", value, state)
+        if id(term) in state.values:  # used twice: on one value
+            same = self.view.same(state.values[id(term)], value)
+            return state if same else self._missed(f"the same {term.name} as before", value, state)
         state.values[id(term)] = value
         passed: list[fx.Node] = []
         others: list[fx.Node] = []
@@ -314,11 +338,11 @@ class Legality:
                 )
 
     def _no_escape(self, match: Match) -> None:
-        for node in match.nodes - set(match.outputs):
+        for node in sorted(match.nodes - set(match.outputs)):
             for user in node.users:
                 if user in match.nodes or _stays(node, match.nodes):
                     continue
-                what = name_of(op_name(node))
+                what, user = name_of(op_name(node)), _reader(user)
                 if user.op == "output":
                     raise Reject(f"the value of `{what}` ({node.name}) is also returned")
                 raise Reject(
@@ -327,9 +351,7 @@ class Legality:
                 )
 
     def _inputs_in_time(self, match: Match) -> None:
-        """What replaces several outputs stands where the first of them stood."""
-        position = self.view.position
-        first = min(match.outputs, key=position.__getitem__)
+        position, first = self.view.position, match.first
         for name, value in match.bindings.items():
             if not isinstance(fake(value), torch.Tensor) or not isinstance(value, fx.Node):
                 continue  # a number is resolved before it is recorded
@@ -337,45 +359,62 @@ class Legality:
                 raise Reject(f"{name} ({value.name}) is computed only after {first.name}")
 
     def _no_mutation(self, match: Match) -> None:
-        """Nothing may write to what the match reads between there and where the new node reads it,
-        which is where the first of the outputs stood."""
+        """Nothing may write to what the match reads between its first and its last look at it; the
+        new node looks at all of it where the first of the outputs stood."""
         position = self.view.position
         names = {storage_key(v): v for v in match.bindings.values() if isinstance(v, fx.Node)}
-        new, end = min(position[node] for node in match.outputs), position[match.root]
-        for key, (read, node) in self._first_reads(match).items():
+        for key, (value, reads) in self._reads(match).items():
+            reads.append(match.first)
             for write in self.writes[key]:
-                if write not in match.nodes and min(read, new) <= position[write] < end:
-                    what = names.get(key, node).name
+                if write not in match.nodes and (
+                    position[min(reads)] <= position[write] < position[max(reads)]
+                ):
                     raise Reject(
-                        f"{what} is written in place by `{name_of(op_name(write))}` "
-                        f"({write.name}) before `{name_of(op_name(match.root))}`"
+                        f"{names.get(key, value).name} is written in place by "
+                        f"`{name_of(op_name(write))}` ({write.name}) before "
+                        f"`{name_of(op_name(max(match.outputs)))}`"
                     )
 
-    def _first_reads(self, match: Match) -> dict[int, tuple[int, fx.Node]]:
-        """Of each storage that is written somewhere: the first position at which the match holds
-        it, and what holds it there."""
-        position = self.view.position
-        reads: dict[int, tuple[int, fx.Node]] = {}
-        for node in sorted(match.nodes, key=position.__getitem__):
+    def _reads(self, match: Match) -> dict[int, tuple[fx.Node, list[fx.Node]]]:
+        """Of each storage that is written somewhere: what holds it first in the match, and the
+        nodes of the match that make or read it."""
+        reads: dict[int, tuple[fx.Node, list[fx.Node]]] = {}
+        for node in sorted(match.nodes):
             for value in (*node.all_input_nodes, node):
                 key = storage_key(value)
                 if key in self.writes:
-                    reads.setdefault(key, (position[node], value))
+                    reads.setdefault(key, (value, []))[1].append(node)
         return reads
 
     def _one_grad_mode(self, match: Match, constants: Sequence[str]) -> None:
-        constant = {match.bindings.get(name) for name in constants}
-        for node in sorted(match.nodes, key=self.view.position.__getitem__):
+        """An output that is computed without gradients is a constant, whatever is on its way."""
+        if not self.grad_mode:
+            return
+        constant = self._computed_of({match.bindings.get(name) for name in constants}, match)
+        for output in filter(self._grad_mode, match.outputs):
+            nodes = interior(self.view, output, match.bindings) | {match.first}
+            if not all(map(self._grad_mode, nodes - constant)):
+                raise Reject("grad mode is switched in the middle of it")
+
+    def _computed_of(self, constant: set[Any], match: Match) -> set[Any]:
+        """These values, and what the match computes of nothing else."""
+        for node in sorted(match.nodes):
             inputs = [self.view.resolve(value) for value in data_inputs(node)]
             if inputs and constant.issuperset(inputs):
                 constant.add(node)
-        if len({self._grad_mode(node) for node in match.nodes - constant}) > 1:
-            raise Reject("grad mode is switched in the middle of it")
+        return constant
 
     def _grad_mode(self, node: fx.Node) -> Any:
         """Is grad mode on where the node runs?"""
         before = [s for s in self.grad_mode if self.view.position[s] < self.view.position[node]]
         return before[-1].args[0] if before else torch.is_grad_enabled()
+
+
+def _reader(user: fx.Node) -> fx.Node:
+    """Whoever computes with a value that ``user`` may only hand on."""
+    while op_name(user) in ("cast", "detach", "reshape") and len(user.users) == 1:
+        user = next(iter(user.users))
+    return user
 
 
 def _stays(node: fx.Node, nodes: set[fx.Node]) -> bool:

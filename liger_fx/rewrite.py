@@ -43,12 +43,15 @@ class Rewrite:
     patterns: functions in the words of the model, one for each spelling; parameter names are the
         bindings. The first that fits wins.
     replace: ``replace(match, **proxies)`` gets an `fx.Proxy` for each binding it names, and returns
-        the proxy of the new value, or a tuple of them where the pattern returns several; all that
-        it calls is recorded into the graph.
+        the proxy of the new value, or a tuple of them where the match has several outputs; all
+        that it calls is recorded into the graph.
     check: ``check(match, **values)`` gets fake tensors and literals, and raises `Reject`.
     refuses: near twins, each a pattern and the reason for which it is left alone.
     also: further outputs of a match, beyond those of its pattern: nodes whose values ``replace``
         returns as well, after the others.
+    companions: patterns of a value that some models compute beside the match, from values inside
+        of it; parameters of the same name bind the same. The first that fits becomes the match's
+        last output.
     combine: joins several matches into one where the model cut one computation into pieces.
     constants: names of bindings to which the replacement gives no gradient: what is computed of
         them may run without grad mode.
@@ -64,6 +67,7 @@ class Rewrite:
     check: Callable[..., None] | None = None
     refuses: Sequence[tuple[Callable[..., Any], str]] = ()
     also: Callable[[Match], Sequence[fx.Node]] | None = None
+    companions: Sequence[Callable[..., Any]] = ()
     combine: Callable[[View, list[Match]], list[Match]] | None = None
     constants: Sequence[str] = ()
     settings: dict[str, Any] = field(default_factory=dict)
@@ -71,11 +75,13 @@ class Rewrite:
     save_ops: Sequence[str] = ()
     spellings: tuple[Pattern, ...] = field(init=False, repr=False)
     twins: tuple[tuple[Pattern, str], ...] = field(init=False, repr=False)
+    beside: tuple[Pattern, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "spellings", tuple(map(Pattern, self.patterns)))
         twins = tuple((Pattern(function), reason) for function, reason in self.refuses)
         object.__setattr__(self, "twins", twins)
+        object.__setattr__(self, "beside", tuple(map(Pattern, self.companions)))
 
 
 def rewrite_graph(
@@ -184,6 +190,7 @@ class _Application:
                 match = matcher.at(node)
                 if match is not None:
                     match.settings, match.recomputed = self.settings, recomputed
+                    self._join_companion(view, match)
                     if self.rewrite.also is not None:
                         match.outputs += tuple(self.rewrite.also(match))
                         match.nodes.update(match.outputs)
@@ -195,6 +202,14 @@ class _Application:
                 if node not in found and Matcher(view, twin).at(node) is not None:
                     self._reject(node, reason)
         return sorted(_outermost(list(found.values())), key=lambda m: view.position[m.root])
+
+    def _join_companion(self, view: View, match: Match) -> None:
+        for pattern in self.rewrite.beside:
+            for node in candidates(view, pattern):
+                other = Matcher(view, pattern).at(node, match.bindings)
+                if other is not None and other.nodes & match.nodes:
+                    match.join(other)
+                    return
 
     def _note_miss(self, miss: Miss | None, node: fx.Node) -> None:
         if miss is None:
@@ -216,9 +231,9 @@ class _Application:
         if match.nodes & renamed.keys():
             return  # part of a match that has been replaced already
         self.seen = True
-        place, pattern = Place.of(match.root), match.pattern.name
+        place = Place.of(match.root)
         _substitute(graph, match, self.rewrite.replace, renamed)
-        self.report.replacements.append(Replacement(self.rewrite.name, pattern, place))
+        self.report.replacements.append(Replacement(self.rewrite.name, match.spelling, place))
 
     def _reject(self, node: fx.Node, reason: str) -> None:
         self.seen = True
@@ -266,12 +281,13 @@ def _substitute(
         name: fx.Proxy(renamed.get(value, value), tracer) if isinstance(value, fx.Node) else value
         for name, value in match.bindings.items()
     }
-    anchor = min(match.outputs)
+    anchor = match.first
     before = anchor.prev
+    like = next((node for node in match.outputs if fake(node).requires_grad), match.root)
     with graph.inserting_before(anchor):
         made = replace(match, **_wanted(replace, proxies))
         made = made if isinstance(made, tuple) else (made,)
-        _annotate(before.next, anchor, match.root)
+        _annotate(before.next, anchor, like)
         news = [_like(new.node, old, anchor) for new, old in zip(made, match.outputs, strict=True)]
     for old, new in zip(match.outputs, news, strict=True):
         renamed[old] = new
@@ -290,19 +306,22 @@ def _annotate(node: fx.Node, end: fx.Node, like: fx.Node) -> None:
 
 
 def _like(new: fx.Node, old: fx.Node, anchor: fx.Node) -> fx.Node:
-    """``new``, in the memory layout of ``old``: a ``view`` further on may depend on it. Raises
-    RuntimeError if it is another kind of tensor, which is a mistake in the rewrite."""
+    """``new``, without a gradient if ``old`` has none, and in its memory layout: a ``view`` further
+    on may depend on it. Raises RuntimeError if it is another kind of tensor, which is a mistake in
+    the rewrite."""
     got, wanted = fake(new), fake(old)
     if got.dtype != wanted.dtype or not same_sizes(got.shape, wanted.shape):
         raise RuntimeError(
             f"the replacement of {old.name} is {got.dtype} {list(got.shape)}, "
             f"expected {wanted.dtype} {list(wanted.shape)}"
         )
-    if same_sizes(got.stride(), wanted.stride()) or not wanted.is_contiguous():
-        return new
-    contiguous = new.graph.call_method("contiguous", (new,))
-    _annotate(contiguous, anchor, old)
-    return contiguous
+    if got.requires_grad and not wanted.requires_grad:
+        new = new.graph.call_method("detach", (new,))
+        _annotate(new, anchor, old)
+    if not same_sizes(got.stride(), wanted.stride()) and wanted.is_contiguous():
+        new = new.graph.call_method("contiguous", (new,))
+        _annotate(new, anchor, old)
+    return new
 
 
 def _evaluate(node: fx.Node, like: fx.Node) -> Any:

@@ -1,18 +1,23 @@
-"""Final projection + log-probability of one token each: no logits.
+"""Final projection + log-probability of one token each, and entropy: no logits.
 
 What preference (DPO) and RL (PPO, GRPO) losses take of the logits is the ``log_softmax`` at one
-label: its cross-entropy with the sign turned, ``liger_fx::linear_cross_entropy_per_token``.
+label: its cross-entropy with the sign turned, ``liger_fx::linear_cross_entropy_per_token``. Many RL
+losses or their logs take the entropy of each token's distribution as well; the op gives both.
 
 Matches      ``gather(log_softmax(linear), labels)`` (torchtune) and ``gather(linear, labels) -
              logsumexp(linear)`` (TRL), with row slices, upcasts and a division by a constant
-             temperature in between. What the graph multiplies by a False, as torchtune drops the
-             prompt, is not projected.
-Leaves alone logits that anybody else sees; a temperature that is computed; more than one label for
-             a token; LoRA on the head.
+             temperature in between. Beside it the entropy of the same rows at the same temperature,
+             ``(exp(logp) * logp).sum(-1)`` (TRL) or ``logsumexp(linear) - (p * linear).sum(-1)``
+             (verl), with a gradient, detached or without grad mode. What the graph multiplies by a
+             False, as torchtune drops the prompt, is not projected.
+Leaves alone logits that anybody else sees; an entropy alone; a temperature that is computed; more
+             than one label for a token; LoRA on the head.
 Numerics     Softmax in fp32. The backward projects again, chunk by chunk: the gradient of each
              token's value is known only then. Made with and without gradients, so that a policy
              and its reference, as long as they are the same, give the same numbers.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +30,15 @@ from liger_fx.passes._rows import (
 from torch import fx
 
 from liger_fx import ops
-from liger_fx.canonical import fake, hint, mutated_arguments, op_name, specialise, storage_key
+from liger_fx.canonical import (
+    fake,
+    hint,
+    mutated_arguments,
+    op_name,
+    same_sizes,
+    specialise,
+    storage_key,
+)
 from liger_fx.matcher import Match, Reject
 from liger_fx.pattern import chain
 from liger_fx.rewrite import Rewrite
@@ -43,8 +56,14 @@ def _is_division_by_a_number(node: fx.Node) -> bool:
     return not isinstance(fake(node.args[1]), torch.Tensor)
 
 
+def _detaches(node: fx.Node) -> bool:
+    return op_name(node) == "detach"
+
+
 rows = chain("rows", _keeps_or_scales_rows)
 summed_rows = chain("summed_rows", _keeps_or_scales_rows)
+entropy_rows = chain("entropy_rows", lambda node: _keeps_or_scales_rows(node) or _detaches(node))
+detached = chain("detached", _detaches)
 
 
 def gathered(hidden, weight, bias, softmax_dim, softmax_dtype, gather_dim, label):
@@ -65,7 +84,25 @@ def lora_head(hidden, weight, bias, update, softmax_dim, softmax_dtype, gather_d
     return torch.gather(logprobs, gather_dim, label.unsqueeze(-1)).squeeze(-1)
 
 
-def check(match: Match, weight, label, softmax_dim, gather_dim):
+def negative_entropy(hidden, weight, bias, entropy_dim, entropy_dtype, sum_dim):
+    logits = entropy_rows(F.linear(hidden, weight, bias))
+    logprobs = detached(F.log_softmax(logits, entropy_dim, dtype=entropy_dtype))
+    return (logprobs.exp() * logprobs).sum(sum_dim)
+
+
+def negative_entropy_by_softmax(hidden, weight, bias, entropy_dim, entropy_dtype, sum_dim):
+    logits = entropy_rows(F.linear(hidden, weight, bias))
+    probs = F.softmax(logits, entropy_dim, dtype=entropy_dtype)
+    return (probs * F.log_softmax(logits, entropy_dim, dtype=entropy_dtype)).sum(sum_dim)
+
+
+def entropy_of_logits(hidden, weight, bias, entropy_dim, entropy_dtype, sum_dim):
+    logits = entropy_rows(F.linear(hidden, weight, bias))
+    probs = F.softmax(logits, entropy_dim, dtype=entropy_dtype)
+    return torch.logsumexp(logits, entropy_dim) - (probs * logits).sum(sum_dim)
+
+
+def check(match: Match, weight, label, softmax_dim, gather_dim, entropy_dim=-1, sum_dim=-1):
     check_projection(match, weight)
     check_rows(match)
     last = {-1, label.dim()}
@@ -75,13 +112,32 @@ def check(match: Match, weight, label, softmax_dim, gather_dim):
         raise Reject("the sum is taken over other logits than those of the labels")
     if _temperature(match) is None:
         raise Reject("the temperature is computed or not positive, expected a constant")
+    if match.companion is not None:
+        _check_entropy(match, label, {entropy_dim, sum_dim} <= last)
+
+
+def _check_entropy(match: Match, label: torch.Tensor, of_last_dimension: bool) -> None:
+    entropy = fake(match.outputs[1])
+    same_rows = _slices(match, "entropy_rows") == _slices(match)
+    if not (same_rows and of_last_dimension and same_sizes(entropy.shape, label.shape)):
+        raise Reject("the entropy is not that of each token which has a label")
+    if entropy.dtype == torch.float64:
+        raise Reject("the entropy is computed in torch.float64; the kernel computes in float32")
+    if _temperature(match, "entropy_rows") != _temperature(match):
+        raise Reject("the entropy has another temperature than the log-probabilities")
+
+
+def _slices(match: Match, chain_name: str = "rows") -> list[Any]:
+    """What is left of the logits' rows, comparable from one chain to another."""
+    slices = (n for n in match.chains[chain_name] if op_name(n) == "getitem")
+    return [(n.args[1], [str(size) for size in fake(n.args[0]).shape]) for n in slices]
 
 
 def replace(match: Match, hidden, weight, bias, label):
-    mask = _only_used_where(match.root)
+    mask = _only_used_where(match)
     if mask is not None:
         label = label.masked_fill(fx.Proxy(mask, label.tracer).logical_not(), NO_LABEL)
-    loss = ops.linear_cross_entropy_per_token(
+    arguments = (
         *head_arguments(match, hidden, weight, bias),
         label,
         NO_LABEL,
@@ -92,15 +148,33 @@ def replace(match: Match, hidden, weight, bias, label):
         match.settings["accum_dtype"],
         match.settings["skip_ignored"],
     )
-    return -loss if match.output.dtype == torch.float32 else (-loss).to(match.output.dtype)
+    if match.companion is None:
+        return _rounded(-ops.linear_cross_entropy_per_token(*arguments), match.root)
+    values = ops.linear_cross_entropy_per_token(*arguments, True)
+    entropy = values[1] if match.companion.name == "entropy_of_logits" else -values[1]
+    return _rounded(-values[0], match.root), _rounded(entropy, match.outputs[1])
 
 
-def _only_used_where(node: fx.Node) -> fx.Node | None:
-    """The mask of bools by which ``node``, and nothing else of it, is multiplied."""
+def _rounded(value: fx.Proxy, node: fx.Node) -> Any:
+    dtype = fake(node).dtype
+    return value if dtype == torch.float32 else value.to(dtype)
+
+
+def _only_used_where(match: Match) -> fx.Node | None:
+    """The mask of bools by which every output, and nothing else of it, is multiplied."""
+    masks = {_mask_of(node, match.first) for node in match.outputs}
+    return masks.pop() if len(masks) == 1 else None
+
+
+def _mask_of(node: fx.Node, first: fx.Node) -> fx.Node | None:
     user = next(iter(node.users), None)
-    if user is None or len(node.users) > 1 or op_name(user) != "mul":
+    if user is None or len(node.users) > 1:
         return None
-    masks = (f for f in user.args if isinstance(f, fx.Node) and f < node and _is_mask(f, node))
+    if op_name(user) == "neg":
+        return _mask_of(user, first)
+    if op_name(user) != "mul":
+        return None
+    masks = (f for f in user.args if isinstance(f, fx.Node) and f < first and _is_mask(f, node))
     return next(masks, None)
 
 
@@ -114,10 +188,10 @@ def _is_mask(factor: fx.Node, node: fx.Node) -> bool:
     return all(storage_key(target) != storage_key(factor) for target in written)
 
 
-def _temperature(match: Match) -> float | None:
+def _temperature(match: Match, chain_name: str = "rows") -> float | None:
     """What the logits are divided by in all."""
     temperature = 1.0
-    for node in match.chains["rows"]:
+    for node in match.chains[chain_name]:
         if _is_division_by_a_number(node):
             divisor = fake(node.args[1])
             if (hint(divisor) or 0.0) <= 0:
@@ -130,6 +204,7 @@ linear_logprobs = Rewrite(
     name="linear_logprobs",
     patterns=[gathered, normalised],
     refuses=[(lora_head, "the logits are a sum (LoRA on the head?), not one projection")],
+    companions=[negative_entropy, negative_entropy_by_softmax, entropy_of_logits],
     check=check,
     replace=replace,
     settings={"chunk_tokens": 0, "accum_dtype": torch.float32, "skip_ignored": True},

@@ -26,8 +26,13 @@ from test_op_rope import TestHalves as Halves
 from test_op_rope import TestPairs as Pairs
 from test_op_tiled_mlp import TestTiledMLP as TiledMLP
 
-from liger_fx.ops import kl_loss, kl_triton, library
-from liger_fx.ops.token_loss import TokenLoss, write_losses_liger, write_losses_torch
+from liger_fx.ops import entropy_triton, kl_loss, kl_triton, library
+from liger_fx.ops.token_loss import (
+    TokenLoss,
+    write_losses_and_entropies_torch,
+    write_losses_liger,
+    write_losses_torch,
+)
 
 CASES = [
     *((case, (2, 3, 2, 5)) for case in (*NORMS, *Gated.CASES, *TiledMLP.CASES)),
@@ -235,3 +240,34 @@ def test_divergences_of_confident_rows(direction, monkeypatch):
     kl_triton.write_losses_triton(student, *arguments, losses, loss, weights, False)
     kl_loss.write_losses_torch(student, *arguments, exact, loss, weights.double(), False)
     torch.testing.assert_close(losses.double(), exact, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [16, 4096])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("differentiate", [True, False])
+def test_losses_and_entropies_of_a_head(differentiate, temperature, block, dtype, monkeypatch):
+    monkeypatch.setattr(entropy_triton, "_MAX_BLOCK", block)
+    loss = TokenLoss(3, temperature=temperature, entropy=True)
+    logits, target = CrossEntropy.CASES[3].make((7, 53), dtype)
+    logits = logits.detach()
+    logits[2, 7:40] = float("-inf")  # a whole block as well
+    logits[4] *= 300
+    target[2], target[4] = 50, 5
+    plain, ours = logits.clone(), torch.cat([logits, logits], 1)[:, :53]  # of wider rows
+    plain_values, values = torch.zeros(2, 2, 7)
+    factor = torch.randn(2, 7, 1) if differentiate else None
+    write_losses_and_entropies_torch(plain, target, plain_values, loss, factor)
+    entropy_triton.write_losses_and_entropies(ours, target, values, loss, factor)
+    torch.testing.assert_close(values, plain_values)
+    torch.testing.assert_close(ours, plain, **TOLERANCES[dtype])
+
+
+def test_losses_and_entropies_of_logits_that_are_not_finite():
+    logits = torch.randn(3, 21)
+    logits[1, 5] = float("nan")
+    target, values, factor = torch.tensor([1, 2, 3]), torch.zeros(2, 3), torch.ones(2, 3, 1)
+    loss = TokenLoss(-1, entropy=True)
+    entropy_triton.write_losses_and_entropies(logits, target, values, loss, factor)
+    assert values.isnan().tolist() == 2 * [[False, True, False]]
+    assert logits.isnan().all(1).tolist() == logits.isnan().any(1).tolist() == [False, True, False]

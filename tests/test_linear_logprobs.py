@@ -59,7 +59,59 @@ def softmax_in_fp32(hidden, weight, labels, upcast=torch.Tensor.float):
     return logprobs.gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2)
 
 
-SPELLINGS = [dpo, dpo_average, ppo, selective, softmax_in_fp32]
+def entropy_from_logits(logits):
+    """TRL's words."""
+    logprobs = F.log_softmax(logits, dim=-1)
+    return -(torch.exp(logprobs) * logprobs).sum(-1)
+
+
+def entropy_by_logsumexp(logits):
+    """verl's words."""
+    probs = F.softmax(logits, dim=-1)
+    return torch.logsumexp(logits, dim=-1) - torch.sum(probs * logits, dim=-1)
+
+
+def selective_with_entropy(hidden, weight, labels, upcast=torch.Tensor.float):
+    logits = upcast(F.linear(hidden, weight)) / 0.9
+    chosen = torch.gather(logits, dim=-1, index=labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return torch.stack((chosen - torch.logsumexp(logits, -1), entropy_from_logits(logits)))
+
+
+def selective_with_logsumexp(hidden, weight, labels, upcast=torch.Tensor.float):
+    logits = upcast(F.linear(hidden, weight))[:, :-1]
+    index = labels[:, 1:].clamp(min=0).unsqueeze(-1)
+    chosen = torch.gather(logits, dim=-1, index=index).squeeze(-1)
+    return torch.stack((chosen - torch.logsumexp(logits, -1), entropy_by_logsumexp(logits)))
+
+
+def ppo_with_entropy(hidden, weight, labels, upcast=torch.Tensor.float):
+    """Both of one log-softmax, the entropy times -1."""
+    logits = rlhf.truncate_sequence_for_logprobs(upcast(F.linear(hidden, weight)), 3)
+    logprobs = F.log_softmax(logits / 0.7, dim=-1)
+    chosen = logprobs.gather(2, labels[:, 3:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return torch.stack((chosen, (logprobs.exp() * logprobs).sum(-1)))
+
+
+def ppo_with_logsumexp(hidden, weight, labels, upcast=torch.Tensor.float):
+    logits = upcast(F.linear(hidden, weight))[:, 2:-1]
+    chosen = rlhf.logits_to_logprobs(logits, labels[:, 3:].clamp(min=0), 0.7)
+    return torch.stack((chosen, entropy_by_logsumexp(logits / 0.7)))
+
+
+def all_in_their_dtype(hidden, weight, labels, upcast=torch.Tensor.float):
+    logits = F.linear(hidden, weight)
+    chosen = rlhf.logits_to_logprobs(logits, labels.clamp(min=0))
+    return torch.stack((chosen, -torch.sum(logits.softmax(-1) * logits.log_softmax(-1), dim=2)))
+
+
+WITH_ENTROPY = [
+    selective_with_entropy,
+    selective_with_logsumexp,
+    ppo_with_entropy,
+    ppo_with_logsumexp,
+    all_in_their_dtype,
+]
+SPELLINGS = [dpo, dpo_average, ppo, selective, softmax_in_fp32, *WITH_ENTROPY]
 
 
 # -- fires -----------------------------------------------------------------------------------------
@@ -107,6 +159,75 @@ def forward(self, L_hidden_: "f32[4, 9, 16]", L_weight_: "f32[31, 16]", L_labels
     )
 
 
+def masked_with_entropy(hidden, weight, labels):
+    """A mask that both are multiplied by."""
+    mask = labels != -100
+    logits = F.linear(hidden, weight).float()
+    chosen = rlhf.logits_to_logprobs(logits, labels.clamp(min=0))
+    return chosen * mask, (entropy_from_logits(logits) * mask).sum() / mask.sum()
+
+
+def test_graph_with_entropy(inputs):
+    found = capture(masked_with_entropy, *inputs)
+    assert_expected_inline(
+        show(found.graphs[0]),
+        """\
+def forward(self, L_labels_: "i64[4, 9]", L_hidden_: "f32[4, 9, 16]", L_weight_: "f32[31, 16]"):
+    l_labels_ = L_labels_
+    l_hidden_ = L_hidden_
+    l_weight_ = L_weight_
+    mask: "b8[4, 9]" = l_labels_ != -100
+    clamp: "i64[4, 9]" = l_labels_.clamp(min = 0)
+    logical_not: "b8[4, 9]" = mask.logical_not()
+    masked_fill: "i64[4, 9]" = clamp.masked_fill(logical_not, -2147483648)
+    linear_cross_entropy_per_token_default: "f32[2, 4, 9]" = torch.ops.liger_fx.linear_cross_entropy_per_token.default(l_hidden_, l_weight_, None, masked_fill, -2147483648, 0.0, 0.0, 1.0, 0, torch.float32, True, True)
+    getitem: "f32[4, 9]" = linear_cross_entropy_per_token_default[1]
+    neg_1: "f32[4, 9]" = -getitem
+    getitem_1: "f32[4, 9]" = linear_cross_entropy_per_token_default[0]
+    neg_2: "f32[4, 9]" = -getitem_1
+    mul: "f32[4, 9]" = neg_2 * mask
+    neg: "f32[4, 9]" = -neg_1
+    mul_2: "f32[4, 9]" = neg * mask
+    sum_2: "f32[]" = mul_2.sum()
+    sum_3: "i64[]" = mask.sum()
+    truediv_1: "f32[]" = sum_2 / sum_3
+    return (mul, truediv_1)""",
+    )
+    assert found.reports[0].replacements[0].pattern == "gathered, negative_entropy"
+
+
+def without_gradient(hidden, weight, labels):
+    """As TRL's GRPO logs it."""
+    logits = F.linear(hidden, weight).float()
+    logprobs = rlhf.logits_to_logprobs(logits, labels.clamp(min=0))
+    with torch.no_grad():
+        entropy = entropy_from_logits(logits)
+    return logprobs, entropy
+
+
+def test_graph_of_an_entropy_without_gradient(inputs):
+    found = capture(without_gradient, *inputs)
+    assert_expected_inline(
+        show(found.graphs[0]),
+        """\
+def forward(self, L_hidden_: "f32[4, 9, 16]", L_weight_: "f32[31, 16]", L_labels_: "i64[4, 9]"):
+    l_hidden_ = L_hidden_
+    l_weight_ = L_weight_
+    l_labels_ = L_labels_
+    clamp: "i64[4, 9]" = l_labels_.clamp(min = 0)
+    linear_cross_entropy_per_token_default: "f32[2, 4, 9]" = torch.ops.liger_fx.linear_cross_entropy_per_token.default(l_hidden_, l_weight_, None, clamp, -2147483648, 0.0, 0.0, 1.0, 0, torch.float32, True, True)
+    getitem: "f32[4, 9]" = linear_cross_entropy_per_token_default[1]
+    neg_1: "f32[4, 9]" = -getitem
+    getitem_1: "f32[4, 9]" = linear_cross_entropy_per_token_default[0]
+    neg_2: "f32[4, 9]" = -getitem_1
+    detach: "f32[4, 9]" = neg_1.detach()
+    _set_grad_enabled = torch._C._set_grad_enabled(False)
+    entropy: "f32[4, 9]" = -detach
+    _set_grad_enabled_1 = torch._C._set_grad_enabled(True)
+    return (neg_2, entropy)""",
+    )
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_every_spelling(spelling, dynamic, inputs):
@@ -115,15 +236,18 @@ def test_every_spelling(spelling, dynamic, inputs):
     assert relative_error(found.value, spelling(*inputs)) < TOLERANCES[torch.float32]
 
 
-def test_inside_a_checkpoint(inputs):
+@pytest.mark.parametrize("spelling", [dpo, selective_with_entropy], ids=lambda f: f.__name__)
+def test_inside_a_checkpoint(spelling, inputs):
     def fn(*inputs):
-        return checkpoint(dpo, *inputs, use_reentrant=False)
+        return checkpoint(spelling, *inputs, use_reentrant=False)
 
     assert capture(fn, *inputs).reports[0].counts == {"linear_logprobs": 1}
 
 
-def test_policy_and_reference_give_the_same_numbers(inputs):
-    compiled = torch.compile(dpo, backend="liger_fx", options={"inner": "eager"})
+@pytest.mark.parametrize("spelling", [dpo, selective_with_entropy], ids=lambda f: f.__name__)
+def test_policy_and_reference_give_the_same_numbers(spelling, inputs):
+    torch._dynamo.reset()
+    compiled = torch.compile(spelling, backend="liger_fx", options={"inner": "eager"})
     policy = compiled(*inputs)
     with torch.no_grad():
         reference = compiled(*inputs)
@@ -138,6 +262,52 @@ def test_what_is_masked_is_not_projected(inputs):
     compiled = torch.compile(dpo, backend="liger_fx", options={"inner": "eager"}, fullgraph=True)
     actual = compiled(poisoned, weight, labels)
     assert relative_error(actual, dpo(*inputs)) < TOLERANCES[torch.float32]
+
+
+def test_what_is_masked_of_both_is_not_projected(inputs):
+    hidden, weight, labels = inputs
+    poisoned = hidden.detach().clone()
+    poisoned[:, :3] = float("nan")
+    found = capture(masked_with_entropy, poisoned, weight, labels)
+    for actual, expected in zip(found.value, masked_with_entropy(*inputs), strict=True):
+        assert relative_error(actual, expected) < TOLERANCES[torch.float32]
+
+
+def of_detached_logits(hidden, weight, labels):
+    logits = F.linear(hidden, weight).float()
+    logprobs = rlhf.logits_to_logprobs(logits, labels.clamp(min=0), 0.7)
+    return logprobs, entropy_by_logsumexp(logits.detach() / 0.7)
+
+
+def of_detached_logprobs(hidden, weight, labels):
+    logprobs = F.log_softmax(F.linear(hidden, weight).float(), -1)
+    chosen = logprobs.gather(2, labels.clamp(min=0).unsqueeze(2)).squeeze(2)
+    logprobs = logprobs.detach()
+    return chosen, -(logprobs.exp() * logprobs).sum(-1)
+
+
+def detached(hidden, weight, labels):
+    logprobs, entropy = selective_with_entropy(hidden, weight, labels)
+    return logprobs, entropy.detach()
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [without_gradient, of_detached_logits, of_detached_logprobs, detached],
+    ids=lambda f: f.__name__,
+)
+def test_entropy_without_gradient(fn, inputs):
+    options = {"policy": ["linear_logprobs"], "inner": "aot_eager"}
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, backend="liger_fx", options=options, fullgraph=True)
+    expected, actual = fn(*inputs), compiled(*inputs)
+    assert liger_fx.reports()[-1].counts == {"linear_logprobs": 1}
+    assert actual[0].requires_grad and not actual[1].requires_grad
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < TOLERANCES[torch.float32]
+    gradients = (torch.autograd.grad(v[0].sin().sum(), inputs[:2]) for v in (actual, expected))
+    for a, e in zip(*gradients, strict=True):
+        assert relative_error(a, e) < TOLERANCES[torch.float32]
 
 
 # -- refuses ---------------------------------------------------------------------------------------
@@ -172,9 +342,85 @@ def in_fp64(hidden, weight, labels):
     return dpo(hidden.double(), weight.double(), labels, upcast=torch.Tensor.contiguous)
 
 
+def entropy_at_another_temperature(hidden, weight, labels):
+    logits = F.linear(hidden, weight)
+    logprobs = rlhf.logits_to_logprobs(logits, labels.clamp(0), 0.7)
+    return logprobs, entropy_from_logits(logits)
+
+
+def entropy_of_other_rows(hidden, weight, labels):
+    logits = F.linear(hidden, weight)
+    logprobs = rlhf.logits_to_logprobs(logits[:, :-1], labels[:, 1:].clamp(0))
+    return logprobs, entropy_from_logits(logits[:, 1:])
+
+
+def entropy_over_positions(hidden, weight, labels):
+    logits = F.linear(hidden[:, :V], weight[: hidden.shape[1]])
+    logprobs = F.log_softmax(logits, 1)
+    chosen = rlhf.logits_to_logprobs(logits, labels.clamp(0, 3))
+    return chosen, -(logprobs.exp() * logprobs).sum(1)
+
+
+def entropy_in_fp64(hidden, weight, labels):
+    logits = F.linear(hidden, weight)
+    return rlhf.logits_to_logprobs(logits, labels.clamp(0)), entropy_from_logits(logits.double())
+
+
+def entropy_before_the_label(hidden, weight, labels):
+    logits = F.linear(hidden, weight)
+    entropy = entropy_from_logits(logits)
+    return rlhf.logits_to_logprobs(logits, entropy.argsort().clamp(0)), entropy
+
+
+def entropy_without_gradient_first(hidden, weight, labels):
+    logits, labels = F.linear(hidden, weight), labels.clamp(0)
+    with torch.no_grad():
+        entropy = entropy_from_logits(logits)
+    return rlhf.logits_to_logprobs(logits, labels), entropy
+
+
+def temperature_in_place(hidden, weight, labels):
+    logits = F.linear(hidden, weight)
+    logits.div_(0.7)
+    return rlhf.logits_to_logprobs(logits, labels.clamp(0)), entropy_from_logits(logits)
+
+
+def two_entropies(hidden, weight, labels):
+    logits = F.linear(hidden, weight)
+    entropies = entropy_from_logits(logits), entropy_by_logsumexp(logits)
+    return rlhf.logits_to_logprobs(logits, labels.clamp(0)), *entropies
+
+
+def accuracy_as_well(hidden, weight, labels):
+    logits = F.linear(hidden, weight)
+    accuracy = (logits.detach().float().argmax(-1) == labels).float().mean()
+    return rlhf.logits_to_logprobs(logits, labels.clamp(0)), entropy_from_logits(logits), accuracy
+
+
+def means_as_well(hidden, weight, labels):
+    logits = F.linear(hidden, weight)
+    return rlhf.logits_to_logprobs(logits, labels.clamp(0)), logits.detach().mean()
+
+
 @pytest.mark.parametrize(
     ("fn", "reason"),
     [
+        (
+            entropy_at_another_temperature,
+            "the entropy has another temperature than the log-probabilities",
+        ),
+        (entropy_of_other_rows, "the entropy is not that of each token which has a label"),
+        (entropy_over_positions, "the entropy is not that of each token which has a label"),
+        (
+            entropy_in_fp64,
+            "the entropy is computed in torch.float64; the kernel computes in float32",
+        ),
+        (entropy_before_the_label, "label (clamp) is computed only after sum_1"),
+        (entropy_without_gradient_first, "grad mode is switched in the middle of it"),
+        (temperature_in_place, "the value of `linear` (logits) is also used by `div_` (div_)"),
+        (two_entropies, "the value of `linear` (logits) is also used by `softmax` (probs)"),
+        (accuracy_as_well, "the value of `linear` (logits) is also used by `argmax` (argmax)"),
+        (means_as_well, "the value of `linear` (logits) is also used by `mean` (mean)"),
         (lora, "the logits are a sum (LoRA on the head?), not one projection"),
         (other_dimension, "the labels are not one class of the last dimension for each token"),
         (negative_temperature, "the temperature is computed or not positive, expected a constant"),
@@ -202,14 +448,34 @@ def mean_of_the_logits(hidden, weight, labels):
     return rlhf.get_batch_log_probs(logits, labels), logits.detach().mean()
 
 
-def entropy(hidden, weight, labels):
+def best_logprob(hidden, weight, labels):
     logprobs = F.log_softmax(F.linear(hidden, weight), -1)
     chosen = torch.gather(logprobs, -1, labels.clamp(0).unsqueeze(-1)).squeeze(-1)
-    return chosen, (logprobs.exp() * logprobs).sum(-1)
+    return chosen, logprobs.amax(-1)
+
+
+def partly_detached_entropy(hidden, weight, labels):
+    logprobs = F.log_softmax(F.linear(hidden, weight), -1)
+    chosen = torch.gather(logprobs, -1, labels.clamp(0).unsqueeze(-1)).squeeze(-1)
+    return chosen, -(logprobs.exp() * logprobs.detach()).sum(-1)
+
+
+def cross_entropy_of_two(hidden, weight, labels):
+    logits = F.linear(hidden, weight)
+    chosen = rlhf.logits_to_logprobs(logits, labels.clamp(0))
+    return chosen, (logits.softmax(-1) * logits.flip(0).log_softmax(-1)).sum(-1)
 
 
 @pytest.mark.parametrize(
-    "fn", [returned_too, mean_of_the_logits, entropy], ids=lambda f: f.__name__
+    "fn",
+    [
+        returned_too,
+        mean_of_the_logits,
+        best_logprob,
+        partly_detached_entropy,
+        cross_entropy_of_two,
+    ],
+    ids=lambda f: f.__name__,
 )
 def test_leaves_logits_that_somebody_else_sees(fn, inputs):
     found = capture(fn, *inputs)
@@ -255,6 +521,48 @@ def test_a_mask_that_changes_later_drops_nothing(inputs):
     assert relative_error(found.value, fn(*inputs)) < TOLERANCES[torch.float32]
 
 
+def test_log_probabilities_that_are_written_to(inputs):
+    """As torchtune's PPO recipe fills in the padding, here before the entropy is taken."""
+
+    def fn(hidden, weight, labels):
+        logits = F.linear(hidden, weight)
+        logprobs = rlhf.logits_to_logprobs(logits, labels.clamp(0))
+        logprobs[labels == -100] = 1.0
+        return logprobs, entropy_by_logsumexp(logits)
+
+    found = capture(fn, *inputs)
+    assert found.reports[0].counts == {"linear_logprobs": 1}
+    for actual, expected in zip(found.value, fn(*inputs), strict=True):
+        assert relative_error(actual, expected) < TOLERANCES[torch.float32]
+
+
+def test_a_mask_of_only_one_drops_nothing(inputs):
+    def fn(hidden, weight, labels):
+        logprobs, entropy = selective_with_entropy(hidden, weight, labels)
+        return torch.stack((logprobs * (labels != -100), entropy))
+
+    found = capture(fn, *inputs)
+    assert found.reports[0].counts == {"linear_logprobs": 1}
+    assert relative_error(found.value, fn(*inputs)) < TOLERANCES[torch.float32]
+
+
+def test_an_entropy_of_other_logits_stays(inputs):
+    def fn(hidden, weight, labels):
+        other = F.linear(hidden.flip(-1), weight)
+        return selective(hidden, weight, labels) + entropy_from_logits(other)
+
+    found = capture(fn, *inputs)
+    assert [r.pattern for r in found.reports[0].replacements] == ["normalised"]
+    assert relative_error(found.value, fn(*inputs)) < TOLERANCES[torch.float32]
+
+
+def test_an_entropy_alone_stays(inputs):
+    def fn(hidden, weight, labels):
+        return entropy_from_logits(F.linear(hidden, weight))
+
+    assert capture(fn, *inputs).reports[0].counts == {}
+
+
 # -- numerics --------------------------------------------------------------------------------------
 
 
@@ -267,7 +575,7 @@ def test_numerics(spelling, dtype, chunk_tokens):
     weight = (0.2 * torch.randn(157, 48, generator=generator)).to(DEVICE, dtype).requires_grad_()
     labels = torch.randint(0, 157, (6, 37), generator=generator).to(DEVICE)
     labels[:, 5:9] = -100 if spelling in (dpo, dpo_average) else 0
-    upstream = torch.linspace(-1, 2, 6 * 37, dtype=torch.float64, device=DEVICE)
+    upstream = torch.linspace(-1, 2, 2 * 6 * 37, dtype=torch.float64, device=DEVICE)
 
     def outcome(fn, hidden, weight):
         """Values, and gradients under another upstream gradient for each."""

@@ -239,6 +239,85 @@ def test_a_grad_mode_that_is_switched_and_back_is_no_switch():  # fake quantisat
     assert rewritten(fn, A, B).report.counts == {"swiglu": 1}
 
 
+# -- companions -------------------------------------------------------------------------------------
+
+
+def gate_mean_pattern(gate, dim):
+    return F.silu(gate).mean(dim)
+
+
+def both(match, gate, up):
+    product = torch.sub(gate, up)
+    return product if match.companion is None else (product, torch.amax(gate, -1))
+
+
+swiglu_and_mean = Rewrite("swiglu", [swiglu_pattern], both, companions=[gate_mean_pattern])
+
+
+def with_companion(fn, *args):
+    return rewritten(fn, *args, rewrites=(swiglu_and_mean,))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_companion_becomes_a_second_output(first):
+    def fn(g, u):
+        s = F.silu(g)
+        return (s.mean(-1), s * u) if first else (s * u, s.mean(-1))[::-1]
+
+    found = with_companion(fn, A, B)
+    assert [r.pattern for r in found.report.replacements] == ["swiglu_pattern, gate_mean_pattern"]
+    calls = [node.target for node in found.gm.graph.nodes if node.op.startswith("call")]
+    assert calls == [torch.sub, torch.amax]
+
+
+def test_a_companion_has_the_same_bindings():
+    def fn(g, u):
+        return F.silu(g) * u, F.silu(u).mean(-1)
+
+    found = with_companion(fn, A, B)
+    assert [r.pattern for r in found.report.replacements] == ["swiglu_pattern"]
+    assert "silu" in str(found.gm.graph)
+
+
+def test_only_one_companion_of_a_kind():
+    def fn(g, u):
+        s = F.silu(g)
+        return s * u, s.mean(-1), s.mean(0)
+
+    (rejection,) = with_companion(fn, A, B).report.rejections
+    assert rejection.reason == "the value of `silu` (s) is also used by `mean` (mean_1)"
+
+
+def test_a_write_between_two_outputs_matters_to_what_is_read_later():
+    def fn(g, u, written):
+        g, u = g + 0, u + 0
+        s = F.silu(g)
+        product = s * u
+        {"g": g, "u": u, "s": s, "product": product}[written].mul_(2)
+        return product, s.mean(-1), g, u
+
+    for harmless in ("g", "u", "product"):
+        found = with_companion(fn, A, B, harmless)
+        assert [r.pattern for r in found.report.replacements] == [
+            "swiglu_pattern, gate_mean_pattern"
+        ]
+    (rejection,) = with_companion(fn, A, B, "s").report.rejections
+    assert rejection.reason == "the value of `silu` (s) is also used by `mul_` (mul_)"
+
+
+def test_a_companion_without_gradients_is_a_constant():
+    def fn(g, u):
+        s = F.silu(g)
+        with torch.no_grad():
+            mean = s.mean(-1)
+        return s * u, mean
+
+    g = A.clone().requires_grad_()
+    found = with_companion(fn, g, B)
+    (product, mean) = found.gm(g, B)
+    assert product.requires_grad and not mean.requires_grad
+
+
 def test_near_twins_are_refused_by_name():
     def sigmoid_glu(gate, up):
         return torch.sigmoid(gate) * up

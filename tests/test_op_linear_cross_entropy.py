@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import subprocess
 import sys
+from types import MappingProxyType
 from unittest import mock
 
+import _op_checks
 import pytest
 import torch
 import torch.nn.functional as F
+from _op_checks import randn, wide
 from _util import DEVICE, TOLERANCES, relative_error
 
 from liger_fx import ops
@@ -365,6 +369,118 @@ def test_no_backward_of_the_backward():
     (gradient,) = torch.autograd.grad(case.fused(*tensors), tensors[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.sum().backward()
+
+
+# -- with the entropy ------------------------------------------------------------------------------
+
+
+class EntropyCase(_op_checks.Case):
+    """The shape is that of the logits."""
+
+    def fused(self, *tensors):
+        losses, entropies = super().fused(*tensors)
+        return losses.clone(), entropies.clone()
+
+
+def losses_and_entropies(input, weight, bias, target, ignore_index, *literals):
+    logits = wide(F.linear(input, weight, bias)) / literals[2]
+    losses = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction="none")
+    logprobs = logits.log_softmax(-1)
+    entropies = -(logprobs.exp() * logprobs).sum(-1)
+    return losses, entropies.where(target != ignore_index, 0.0)
+
+
+def entropy_inputs(shape, dtype, generator, ignore_index, ignored):
+    tokens, vocab = shape
+    device = generator.device
+    weight = (0.2 * randn((vocab, 16), dtype, generator, grad=False)).requires_grad_()
+    target = torch.randint(0, vocab, (tokens,), generator=generator, device=device)
+    left_out = torch.rand(tokens, generator=generator, device=device) < ignored
+    return [
+        randn((tokens, 16), dtype, generator),
+        weight,
+        randn((vocab,), dtype, generator),
+        target.masked_fill(left_out, ignore_index),
+    ]
+
+
+def entropy_case(name, *, ignore_index=-100, ignored=0.3, temperature=1.0, chunk=64, skip=True):
+    return EntropyCase(
+        name,
+        torch.ops.liger_fx.linear_cross_entropy_per_token.default,
+        losses_and_entropies,
+        functools.partial(entropy_inputs, ignore_index=ignore_index, ignored=ignored),
+        (ignore_index, 0.0, 0.0, temperature, chunk, torch.float32, skip, True),
+        shape=(203, 157),
+    )
+
+
+class TestEntropy(_op_checks.Contract):
+    CASES = (
+        entropy_case("some ignored, in one chunk", chunk=1 << 20),
+        entropy_case("none ignored", ignored=0.0),
+        entropy_case("all ignored", ignored=1.0),
+        entropy_case("a class ignored, not skipped", ignore_index=3, skip=False),
+        entropy_case("a temperature", temperature=0.7),
+    )
+    SHAPES = ((1, 257), (7, 5), (33, 48), (3, 4099), (4, 2), (0, 7), (1003, 5))
+    BIG = (26_000, 128_256)  # of which 30 % are ignored
+    BIG_TOLERANCE = MappingProxyType({"atol": 2e-2, "rtol": 2e-2})  # other GEMMs round otherwise
+
+
+@pytest.mark.parametrize("of", [0, 1], ids=["loss", "entropy"])
+def test_one_of_both_may_be_left_out(of):
+    case = TestEntropy.CASES[0]
+    tensors = case.make()
+    wanted = tensors[:3]
+    upstream = torch.randn(203, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    actual = torch.autograd.grad(case.fused(*tensors)[of], wanted, upstream)
+    exact = _op_checks.in_fp64(tensors)
+    expected = torch.autograd.grad(case.reference(*exact)[of], exact[:3], upstream.double())
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) < TOLERANCES[torch.float32]
+
+
+def test_losses_are_the_same_without_the_entropy():
+    case = TestEntropy.CASES[0]
+    tensors = case.make()
+    alone = ops.linear_cross_entropy_per_token(*tensors, *case.literals[:-1])
+    torch.testing.assert_close(case.fused(*tensors)[0], alone)
+
+
+def test_entropy_with_classes_that_are_masked_out():
+    """By an infinite logit: 0 log 0 is 0, and its gradient as well."""
+    case = TestEntropy.CASES[1]
+    input, weight, bias, target = case.make()
+    target %= 100
+    few = [input, *(t.detach()[:100].clone().requires_grad_() for t in (weight, bias)), target]
+    with torch.no_grad():
+        bias[100:] = float("-inf")
+    expected = _op_checks.run(case.fused, few)
+    actual = _op_checks.run(case.fused, [input, weight, bias, target])
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a[: len(e)], e)
+        assert not a[len(e) :].any()
+
+
+def test_entropy_of_almost_certain_tokens():
+    case = TestEntropy.CASES[1]
+    input, weight, bias, target = case.make()
+    with torch.no_grad():
+        bias[5] += 1e4
+    _, entropies = case.fused(input, weight, bias, target)
+    assert (entropies == 0).all()
+
+
+def test_entropy_with_a_softcap_is_an_error():
+    tensors = TestEntropy.CASES[0].make()
+    with pytest.raises(ValueError, match=r"without softcap \(2.0\) and label smoothing"):
+        ops.linear_cross_entropy_per_token(
+            *tensors, -100, 0.0, 2.0, 1.0, 0, torch.float32, True, True
+        )
+
+
+# -- without a GPU, and on one ---------------------------------------------------------------------
 
 
 def test_broken_triton_falls_back_to_pytorch(caplog):

@@ -56,8 +56,8 @@ class Wanted:
 
 @dataclass
 class Outcome:
-    """losses: fp32 [N]. Gradients: None where not wanted; those of the parameters have the
-    accumulation dtype."""
+    """losses: fp32 [N], [2, N] with the entropies. Gradients: None where not wanted; those of the
+    parameters have the accumulation dtype."""
 
     losses: Tensor
     grad_input: Tensor | None
@@ -86,7 +86,7 @@ def run(
 ) -> Outcome:
     """Losses and gradients of all tokens.
 
-    x: [N, H]. target: int64 [N]. upstream: fp32 [N], the gradient of each token's loss, 1 without.
+    x: [N, H]. target: int64 [N]. upstream: fp32 as the losses, the gradient of each, 1 without.
     chunk_tokens: 0 means by budget. Raises IndexError for a label out of range on a CPU; on CUDA it
     is a device-side assertion, both as in eager.
     """
@@ -98,7 +98,8 @@ def run(
     # A sum over chunks is kept in its own dtype; a single product is rounded once, by its GEMM.
     accum = wanted.accum_dtype if size < tokens else kept_dtype(x.dtype)
     outcome = allocate(x, head, wanted, accum, tokens)
-    exact = upstream is not None or head.loss.temperature != 1.0
+    # Our own kernel, that of the entropy, scales in fp32 whatever it reads and writes.
+    exact = (upstream is not None and not head.loss.entropy) or head.loss.temperature != 1.0
     logits = logits_buffer(min(size, tokens), head.vocab, x, exact)
     # Autocast is still on inside an op that runs eagerly; here every dtype has been decided.
     with torch.autocast(x.device.type, enabled=False):
@@ -140,8 +141,9 @@ def allocate(x: Tensor, head: Head, wanted: Wanted, accum: torch.dtype, tokens: 
         make = torch.empty_like if tokens else torch.zeros_like
         return make(like, dtype=accum, memory_format=torch.contiguous_format)
 
+    values = (2, x.shape[0]) if head.loss.entropy else (x.shape[0],)
     return Outcome(
-        losses=torch.zeros(x.shape[0], dtype=loss_dtype(x.dtype), device=x.device),
+        losses=torch.zeros(values, dtype=loss_dtype(x.dtype), device=x.device),
         # Rows that no chunk visits are ignored tokens: their gradient is zero.
         grad_input=x.new_zeros(x.shape) if wanted.input else None,
         grad_weight=accumulator(head.weight) if wanted.weight else None,
@@ -169,16 +171,16 @@ def _one_chunk(
     first: bool,
 ) -> None:
     x_c, y_c = x[rows], target[rows]
-    factor = None if upstream is None else upstream[rows].unsqueeze(1)
+    factor = None if upstream is None else upstream[..., rows].unsqueeze(-1)
     logits = buffer[: y_c.numel()]
     project(x_c, head, logits)
 
     differentiate = any(
         g is not None for g in (outcome.grad_input, outcome.grad_weight, outcome.grad_bias)
     )
-    losses = torch.zeros(y_c.numel(), dtype=outcome.losses.dtype, device=x.device)
+    losses = outcome.losses.new_zeros(*outcome.losses.shape[:-1], y_c.numel())
     write_losses(logits, y_c, losses, head.loss, differentiate, factor)
-    outcome.losses[rows] = losses
+    outcome.losses[..., rows] = losses
     if not differentiate:
         return
     add_gradients(outcome, rows, x_c, head.weight, logits.to(x.dtype), first)

@@ -5,7 +5,10 @@ For a row of logits ``l``, its label ``y``, class weights ``w`` (1 without) and 
     z    = softcap * tanh(l / (temperature softcap))           without softcap: l / temperature
     loss = (1 - e) w[y] (lse(z) - z[y]) + e / V sum_c w[c] (lse(z) - z[c])     e: label smoothing
 
-as `torch.nn.functional.cross_entropy` defines it, 0 where ``y == ignore_index``.
+as `torch.nn.functional.cross_entropy` defines it, 0 where ``y == ignore_index``. With the entropy
+of the row's distribution ``q = softmax(l / temperature)``, by a kernel of our own::
+
+    H = -sum_c q[c] log q[c]            dH / dz[c] = -q[c] (log q[c] + H)
 """
 
 from __future__ import annotations
@@ -20,13 +23,15 @@ from liger_fx.ops.library import liger_module
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """``softcap`` 0 means none. ``class_weight``: [V] or None."""
+    """``softcap`` 0 means none. ``class_weight``: [V] or None. ``entropy``: a token has two values,
+    loss and entropy; then there is no label smoothing, softcap or class weight."""
 
     ignore_index: int
     label_smoothing: float = 0.0
     softcap: float = 0.0
     temperature: float = 1.0
     class_weight: Tensor | None = None
+    entropy: bool = False
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -54,12 +59,20 @@ def write_losses(
     factor: Tensor | None = None,
 ) -> None:
     """Write ``losses [rows]``, and over ``logits [rows, V]`` the gradient of their sum, or of the
-    sum weighted by ``factor [rows, 1]``.
+    sum weighted by ``factor [rows, 1]``. With the entropy losses are [2, rows], and the factor,
+    [2, rows, 1], is needed for the gradient.
 
     Without ``differentiate`` the logits stay as they are, but for the rows of ignored labels.
     Losses of ignored labels are not written: they should be zeros before.
     """
-    if logits.is_cuda and liger_module("cross_entropy") is not None:
+    has_triton = logits.is_cuda and liger_module("cross_entropy") is not None
+    if loss.entropy and has_triton:
+        from liger_fx.ops.entropy_triton import write_losses_and_entropies
+
+        write_losses_and_entropies(logits, target, losses, loss, factor)
+    elif loss.entropy:
+        write_losses_and_entropies_torch(logits, target, losses, loss, factor)
+    elif has_triton:
         if loss.temperature != 1.0:
             logits.div_(loss.temperature)
         write_losses_liger(logits, target, losses, loss, differentiate)
@@ -111,6 +124,36 @@ def write_losses_torch(
     z.mul_((valid if factor is None else valid * factor) / loss.temperature)
     if z.data_ptr() != logits.data_ptr():
         logits.copy_(z)
+
+
+def write_losses_and_entropies_torch(
+    logits: Tensor,
+    target: Tensor,
+    values: Tensor,
+    loss: TokenLoss,
+    factor: Tensor | None,
+) -> None:
+    valid = (target != loss.ignore_index).unsqueeze(1)
+    label = target.unsqueeze(1).where(valid, 0)
+    z = logits.to(values.dtype, copy=factor is None)
+    if loss.temperature != 1.0:
+        z = z.div_(loss.temperature)
+    z = z.sub_(z.amax(1, keepdim=True))
+    at_label = z.gather(1, label)
+    q = z.clamp_(min=-1e4).exp()  # 0 log 0 = 0: the exponential is 0 long before
+    total = q.sum(1, keepdim=True)
+    q.div_(total)
+    log_total = total.log_()
+    logq = z.sub_(log_total)
+    entropy = -(q * logq).sum(1, keepdim=True)
+    values.copy_(torch.stack((log_total - at_label, entropy)).where(valid, 0.0).squeeze(2))
+    if factor is None:
+        return
+    of_loss, of_entropy = factor.where(valid, 0.0)
+    gradient = logq.add_(entropy).mul_(-of_entropy).add_(of_loss).mul_(q)
+    gradient.scatter_add_(1, label, -of_loss.to(gradient.dtype)).div_(loss.temperature)
+    if gradient.data_ptr() != logits.data_ptr():
+        logits.copy_(gradient)
 
 
 def write_losses_liger(
