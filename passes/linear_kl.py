@@ -14,6 +14,7 @@ Numerics     Logits in each projection's dtype, softmax in fp32, parameter gradi
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from liger_fx.passes._rows import (
 from torch import fx
 
 from liger_fx import ops
-from liger_fx.canonical import fake, hint, op_name, same_sizes, specialise
+from liger_fx.canonical import fake, hint, op_name, specialise
 from liger_fx.matcher import Match, Reject
 from liger_fx.ops.chunked_head import chunk_tokens_for
 from liger_fx.pattern import chain
@@ -182,11 +183,11 @@ def check(
     student, teacher = kept_rows(match), kept_rows(match, "teacher_")
     if teacher.requires_grad:
         raise Reject("the teacher's logits require a gradient; the kernel gives them none")
-    if not same_sizes(student.shape, teacher.shape):
+    if not _agree(student.shape, teacher.shape):
         raise Reject(
             f"the student's logits are {list(student.shape)}, the teacher's {list(teacher.shape)}"
         )
-    if not same_sizes([target.numel()], [math.prod(student.shape[:-1])]):
+    if not _agree([target.numel()], [math.prod(student.shape[:-1])]):
         raise Reject(f"there are {target.numel()} labels for logits {list(student.shape)}")
     if not isinstance(ignore_index, int):
         raise Reject("ignore_index is computed in the graph, expected a constant")
@@ -200,6 +201,13 @@ def check(
         student.device.type,
     )
     check_gain(match, target.numel(), match.settings["chunk_tokens"] or fitting)
+
+
+def _agree(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
+    """Are two shapes that eager combines the same? Sizes of other symbols are, or it would have
+    raised; only 1, which Dynamo makes a constant, is repeated for another."""
+    hints = [[hint(size) for size in shape] for shape in (a, b)]
+    return hints[0] == hints[1] and None not in hints[0]
 
 
 _OF_CROSS_ENTROPY = ("target", "class_weight", "reduction", "label_smoothing")

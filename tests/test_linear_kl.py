@@ -739,6 +739,16 @@ def test_dynamic_shapes_compile_once(spelling):
     assert liger_fx.reports()[-1].counts == {"linear_kl": 1}
 
 
+def test_sizes_of_other_symbols(heads, labels):
+    """Of labels and hidden states; that they agree is a guard of the user's."""
+    for tensor in (*heads[::2], labels):
+        torch._dynamo.maybe_mark_dynamic(tensor, 1)
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        found = capture(mixed, *heads, labels)
+    assert found.reports[0].counts == {"linear_kl": 1}
+    torch.testing.assert_close(found.value, mixed(*heads, labels))
+
+
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("spelling", [SPELLINGS[2], SPELLINGS[7]], ids=spelling_name)
 def test_autocast_computes_as_autocast_does(spelling, inside):
