@@ -215,6 +215,16 @@ STEPS: dict[str, Callable[[TransformerDecoder, TransformerDecoder, Any], LossSte
 BY_HAND = {"dpo": dpo_by_liger, "distillation": distillation_by_liger}
 
 
+class NoLayer(nn.Module):
+    """torchtune asks its first layer whether there are caches."""
+
+    def caches_are_enabled(self) -> bool:
+        return False
+
+    def forward(self, h: Tensor, **_: Any) -> Tensor:
+        return h
+
+
 def build(make: Build, args: argparse.Namespace) -> TransformerDecoder:
     """Random weights, small enough that the first loss is about that of guessing."""
     torch.manual_seed(0)
@@ -224,7 +234,7 @@ def build(make: Build, args: argparse.Namespace) -> TransformerDecoder:
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.02)
     if args.layers is not None:
-        model.layers = model.layers[: args.layers]
+        model.layers = model.layers[: args.layers] if args.layers else nn.ModuleList([NoLayer()])
     return model
 
 

@@ -6,6 +6,8 @@ from _spellings import B, H, S, V
 from _util import DEVICE
 
 os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+# cuBLAS may split the sum of a product as tiny as those here, and add up its parts in bf16.
+torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

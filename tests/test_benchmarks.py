@@ -186,7 +186,7 @@ def test_preference_and_distillation(run: Run, children_here: None, picture: Pat
         ("dpo", "inductor", None),
         ("dpo", "liger_fx_recipe", "linear_logprobs 2"),
         ("distillation", "inductor", None),
-        ("distillation", "liger_fx_recipe", "linear_kl 1"),
+        ("distillation", "liger_fx_recipe", "linear_kl 1, linear_logprobs 2"),  # of one process
     ]
     for first, second in (rows[:2], rows[2:]):
         assert second["first_loss"] == pytest.approx(first["first_loss"], rel=1e-3)
