@@ -6,9 +6,9 @@
 The arms are those of training_step.py. Peak memory is measured at a few lengths, each in a process
 of its own, the second step of two; a straight line through them says which length fills the memory,
 and ``off by`` how far the worst of them lies from it. The lengths must be so long that a layer's
-backward sets the peak, not the optimizer. ``--confirm`` then runs 0.97 of that length: the time of
-attention grows with its square, so to fill a whole H200 takes many minutes, and ``--gib`` stands in
-for a smaller card.
+backward sets the peak, not the optimizer; what else runs meanwhile (``--jobs``) does not matter to
+a peak. ``--confirm`` then runs 0.97 of that length: the time of attention grows with its square, so
+to fill a whole H200 takes many minutes, and ``--gib`` stands in for a smaller card.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -69,8 +70,9 @@ def memory_gib(args: argparse.Namespace) -> float:
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     """The peak of a step that has compiled, and has the optimizer's state to keep."""
     needs_cuda(args.device, "counting memory")
-    card = torch.cuda.get_device_properties(args.device).total_memory / GIB
-    torch.cuda.set_per_process_memory_fraction(min(1.0, memory_gib(args) / card), args.device)
+    if args.gib:
+        card = torch.cuda.get_device_properties(args.device).total_memory / GIB
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.gib / card))
     MODELS[args.model] = partial(llama, args.model, max_seq_len=args.seq)  # what `prepare` builds
     train, tokens = prepare(args)
     step = partial(train, tokens, tokens)
@@ -103,9 +105,8 @@ def fit(points: list[Row], memory: float) -> Row:
     }
 
 
-def longest(arm: str, args: argparse.Namespace, memory: float) -> Row:
+def longest(arm: str, points: list[Row], args: argparse.Namespace, memory: float) -> Row:
     row: Row = {"arm": arm, "memory_gib": memory}
-    points = [run_length(arm, seq) for seq in args.lengths]
     if errors := [point["error"] for point in points if "error" in point]:
         return row | {"error": errors[0]}
     row |= fit(points, memory)
@@ -148,6 +149,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 98304])
     parser.add_argument("--gib", type=float, help="memory to fill; the card's if left out")
     parser.add_argument("--confirm", action="store_true", help="run 0.97 of the predicted length")
+    parser.add_argument("--jobs", type=int, default=1, help="lengths that run at a time")
     parser.add_argument("--model", choices=SIZES, default="llama3_2_1b")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     add_outputs(parser)
@@ -164,9 +166,11 @@ def main() -> None:
     header = print_header(args.device)
     memory = memory_gib(args)
     rows: list[Row] = []
-    for arm in args.arms:
-        rows.append(longest(arm, args, memory))
-        write_json(args.json, compared(rows), header)  # a run that is cut off keeps what it has
+    with ThreadPoolExecutor(args.jobs) as pool:
+        points = {arm: [pool.submit(run_length, arm, n) for n in args.lengths] for arm in args.arms}
+        for arm, running in points.items():
+            rows.append(longest(arm, [point.result() for point in running], args, memory))
+            write_json(args.json, compared(rows), header)  # a run that is cut off keeps what it has
     print(markdown(rows, COLUMNS))
     draw(args.picture, f"{args.model}, one sequence", panels(rows), header)
 
