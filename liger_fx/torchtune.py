@@ -221,11 +221,12 @@ class HeadDistillation(Head):
         return self._carried(total, class_loss.detach(), kd_loss.detach())
 
     def _carried(self, total: Tensor, class_loss: Tensor, kd_loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Both values, the gradient of ``total`` on the one that weighs more."""
+        """Both values, with the gradient of ``total`` on the first, where that counts. Without a
+        valid label the first is nan, and so is ``total``."""
         gradient = total - total.detach()
-        if self.ratio < 0.5:
+        if self.ratio < 1:
             return class_loss + gradient / (1 - self.ratio), kd_loss
-        return class_loss, kd_loss + gradient / self.ratio
+        return class_loss, kd_loss + gradient
 
     def _stock(self, hidden: Tensor, taught: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits: Any = self.decoder.unembed(hidden)

@@ -30,6 +30,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torchtune import modules, rlhf, training
 from torchtune.config import instantiate
 from torchtune.models import gemma, gemma2, llama2, llama3, llama3_2, mistral, phi3, qwen2
+from torchtune.modules import loss
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.rlhf.loss import PPOLoss
 
@@ -42,8 +43,11 @@ from liger_fx.torchtune import (
     LayersRecipe,
     Unprojected,
     _check_ranks_agree,
+    _ClassLoss,
+    _DistillationLoss,
     compile_layers,
     flatten,
+    fuse_distillation,
     fuse_head,
     fuse_log_probs,
     load_recipe,
@@ -75,7 +79,7 @@ FAMILIES = {
 @pytest.fixture(autouse=True)
 def head_alone(monkeypatch):
     """On every device, whatever else auto applies there."""
-    monkeypatch.setenv("LIGER_FX_POLICY", "linear_cross_entropy,linear_logprobs")
+    monkeypatch.setenv("LIGER_FX_POLICY", "linear_cross_entropy,linear_logprobs,linear_kl")
 
 
 @pytest.fixture
@@ -307,6 +311,114 @@ def test_log_probs_with_lora_on_the_head(batch, caplog):
     assert relative_error(scores.logprobs, expected) < TOLERANCES[torch.float32]
     assert relative_error(scores.means, logits.mean((1, 2))) < 1e-4
     assert "the logits are a sum (LoRA on the head?), not one projection" in caplog.text
+
+
+def teacher():
+    """Wider than its student, deeper, of the same vocabulary, and frozen."""
+    with torch.device(DEVICE):
+        net = llama3.llama3(**SIZES | dict(num_layers=1, embed_dim=64))
+    for parameter in net.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return net.requires_grad_(False)
+
+
+def distilled(net, taught_by, losses, batch, ratio):
+    """A step of torchtune's distillation recipes: both losses, and the student's gradients."""
+    net.zero_grad()
+    tokens, labels = batch
+    hidden = net(tokens)
+    with torch.no_grad():
+        taught = taught_by(tokens)
+    class_loss, kd_loss = losses(hidden, taught, labels)
+    ((1 - ratio) * class_loss + ratio * kd_loss).backward()
+    return [class_loss.detach(), kd_loss.detach(), *(p.grad.clone() for p in net.parameters())]
+
+
+def stock_losses(loss_fn, kd_loss_fn):
+    def losses(logits, teacher_logits, labels):
+        if not isinstance(logits, list):
+            logits, teacher_logits = logits.flatten(0, 1), teacher_logits.flatten(0, 1)
+            labels = labels.flatten()
+        return loss_fn(logits, labels), kd_loss_fn(logits, teacher_logits, labels)
+
+    return losses
+
+
+DIVERGENCES = {
+    "forward": loss.ForwardKLLoss,
+    "forward_chunked": loss.ForwardKLWithChunkedOutputLoss,
+    "reverse": loss.ReverseKLLoss,
+    "symmetric_chunked": functools.partial(loss.SymmetricKLWithChunkedOutputLoss, sym_kd_ratio=0.3),
+}
+
+
+def distillation(divergence, family="llama3_2"):
+    """Student, teacher, and the two losses of a recipe."""
+    kd_loss_fn = DIVERGENCES[divergence]()
+    net, taught_by = build(family), teacher()
+    if "chunked" not in divergence:
+        return net, taught_by, torch.nn.CrossEntropyLoss(), kd_loss_fn
+    for decoder in (net, taught_by):
+        decoder.set_num_output_chunks(kd_loss_fn.num_output_chunks)
+    return net, taught_by, CEWithChunkedOutputLoss(), kd_loss_fn
+
+
+@pytest.mark.parametrize("family", ["llama3", "llama3_2"], ids=["untied", "tied"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_distillation_follows_the_stock_losses(divergence, family, batch):
+    net, taught_by, *losses = distillation(divergence, family)
+    ratio = 1.0 if family == "llama3" else 0.3  # either may carry the gradient
+    expected = distilled(net, taught_by, stock_losses(*losses), batch, ratio)
+    fused = fuse_distillation(net, taught_by, *losses, ratio, {"inner": "aot_eager"})
+    for _ in range(2):
+        assert_close(distilled(net, taught_by, fused, batch, ratio), expected)
+    (report,) = liger_fx.reports()
+    assert report.counts == {"linear_kl": 1}
+
+
+def test_distillation_without_a_valid_label(batch):
+    tokens, labels = batch[0], torch.full_like(batch[1], -100)
+    net, taught_by, *losses = distillation("forward_chunked")
+    expected = stock_losses(*losses)(net(tokens), taught_by(tokens), labels)
+    fused = fuse_distillation(net, taught_by, *losses, 0.5, {"inner": "aot_eager"})
+    class_loss, kd_loss = fused(net(tokens), taught_by(tokens), labels)
+    assert class_loss.isnan() and expected[0].isnan()
+    assert kd_loss == expected[1] == 0
+
+
+@pytest.mark.parametrize("divergence", ["forward_chunked", "reverse"])
+def test_distillation_with_lora_on_the_head(divergence, batch, caplog):
+    net, taught_by, *losses = distillation(divergence, "llama3")
+    net.output = modules.peft.LoRALinear(32, V, rank=2, alpha=4.0).to(DEVICE)
+    torch.nn.init.normal_(net.output.lora_b.weight)
+    expected = distilled(net, taught_by, stock_losses(*losses), batch, 0.5)
+    fused = fuse_distillation(net, taught_by, *losses, 0.5, {"inner": "aot_eager"})
+    for _ in range(2):
+        assert_close(distilled(net, taught_by, fused, batch, 0.5), expected)
+    assert caplog.text.count("run as in torchtune's recipe: the logits are a sum (LoRA on") == 1
+
+
+def test_distillation_says_which_losses_it_takes():
+    net, taught_by, loss_fn, kd_loss_fn = distillation("forward")
+    with pytest.raises(TypeError, match="L1Loss: expected one of torchtune's divergences"):
+        fuse_distillation(net, taught_by, loss_fn, torch.nn.L1Loss(), 0.5)
+    with pytest.raises(TypeError, match="L1Loss: expected a cross-entropy on logits and labels"):
+        fuse_distillation(net, taught_by, torch.nn.L1Loss(), kd_loss_fn, 0.5)
+    assert net.unembed(torch.zeros(1, 1, 32, device=DEVICE)).shape[-1] == V  # as it was
+
+
+def test_the_second_loss_of_a_distillation_needs_the_first(batch):
+    net, taught_by, *losses = distillation("reverse")
+    head = fuse_distillation(net, taught_by, *losses, 0.5, {"inner": "aot_eager"})
+    first = _DistillationLoss(head)
+    second = _ClassLoss(first)
+    assert second.ignore_index == -100
+    hidden = net(batch[0])
+    first(hidden, taught_by(batch[0]), batch[1])
+    assert second(hidden, batch[1]).dim() == 0
+    with pytest.raises(RuntimeError, match="must be asked for first"):
+        second(hidden, batch[1])
 
 
 def answers(recipe, net, tokens, *, prompt=6, temperature=0.7):
