@@ -15,14 +15,12 @@ others rejected.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from _common import (
-    GIB,
     IGNORE,
     Column,
     Panel,
@@ -31,13 +29,10 @@ from _common import (
     draw,
     in_fresh_process,
     labels_like,
-    lap_times,
     markdown,
     needs_cuda,
-    peak_bytes,
     print_header,
     progress,
-    reset_peak,
     run_arm,
     write_json,
 )
@@ -49,7 +44,15 @@ from torchtune.models.qwen2_5 import qwen2_5_0_5b, qwen2_5_1_5b_base
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.loss import CEWithChunkedOutputLoss, ForwardKLWithChunkedOutputLoss
 from torchtune.rlhf.loss import DPOLoss
-from training_step import LossStep, checkpointed, compared, rewrites, stock_layers, training_step
+from training_step import (
+    LossStep,
+    checkpointed,
+    compared,
+    rewrites,
+    stock_layers,
+    time_and_memory,
+    training_step,
+)
 
 from liger_fx.torchtune import Scores, compile_layers, fuse_distillation, fuse_log_probs
 
@@ -255,19 +258,11 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     for ignored in args.ignored:
         call = partial(train, tokens, labels_like(tokens, ignored, args.seq))
         first = call().item()  # of the weights that all arms begin with, at the first share
-        lap_times(call, args.device, args.warmup - 1)
-        reset_peak(args.device)
-        times = lap_times(call, args.device, args.steps)
-        peak = peak_bytes(args.device)
-        ms = statistics.median(times)
         yield {
             "loss": args.loss,
             "arm": args.arm,
             "ignored": ignored,
-            "ms": ms,
-            "times": times,
-            "tokens_per_s": tokens.numel() / ms * 1e3,
-            "peak_gib": peak and peak / GIB,
+            **time_and_memory(call, tokens.numel(), args),
             "first_loss": first,
             "rewrites": rewrites() if args.arm == "liger_fx_recipe" else None,
         }

@@ -207,22 +207,30 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     for i, ignored in enumerate(args.ignored):
         call = partial(train, tokens, labels_like(tokens, ignored, args.seq))
         first = seconds(call, args.device)
-        lap_times(call, args.device, args.warmup - 1)
-        reset_peak(args.device)
-        times = lap_times(call, args.device, args.steps)
-        peak = peak_bytes(args.device)
-        ms = statistics.median(times)
+        row = time_and_memory(call, tokens.numel(), args)
         yield {
             "arm": args.arm,
             "ignored": ignored,
-            "ms": ms,
-            "times": times,
-            "tokens_per_s": tokens.numel() / ms * 1e3,
-            "peak_gib": peak and peak / GIB,
-            "compile_s": first - ms / 1e3 if i == 0 else None,
+            **row,
+            "compile_s": first - row["ms"] / 1e3 if i == 0 else None,
             "loss": call().item(),
             "rewrites": rewrites(),
         }
+
+
+def time_and_memory(call: Callable[[], object], tokens: int, args: argparse.Namespace) -> Row:
+    """Of a step that has run once."""
+    lap_times(call, args.device, args.warmup - 1)
+    reset_peak(args.device)
+    times = lap_times(call, args.device, args.steps)
+    peak = peak_bytes(args.device)
+    ms = statistics.median(times)
+    return {
+        "ms": ms,
+        "times": times,
+        "tokens_per_s": tokens / ms * 1e3,
+        "peak_gib": peak and peak / GIB,
+    }
 
 
 def rewrites() -> str | None:
