@@ -43,7 +43,10 @@ STEPS = 2  # that are profiled
 
 # A group takes the kernels whose name holds one of its words; the first that fits wins.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "cross-entropy": ("liger_cross_entropy", "nll_loss", "log_softmax", "softmax"),
+    "loss": (
+        *("liger_cross_entropy", "token_loss", "divergence"),
+        *("nll_loss", "log_softmax", "softmax"),
+    ),
     "attention": ("flash", "fmha", "attention", "sdpa"),
     "GEMM": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "cublas"),
     "optimizer": ("multi_tensor", "adam"),
