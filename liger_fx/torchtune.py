@@ -362,12 +362,15 @@ def fuse_distillation(
 
     loss_fn: torchtune's chunked cross-entropy, or ``nn.CrossEntropyLoss``. kd_loss_fn: one of
     torchtune's six. ratio: what ``kd_loss_fn`` weighs, from 0 to 1. As `fuse_head`; returns what to
-    call as ``losses(hidden, taught, labels)``. Raises TypeError for other losses.
+    call as ``losses(hidden, taught, labels)``. Raises HeadNotFused for other losses.
     """
+    apart = "the projections and the losses are not fused, and run as in torchtune's recipe: "
     if not isinstance(loss_fn, CEWithChunkedOutputLoss | nn.CrossEntropyLoss):
-        raise TypeError(f"{type(loss_fn).__name__}: expected a cross-entropy on logits and labels")
+        raise HeadNotFused(f"{apart}expected a cross-entropy, found {type(loss_fn).__name__}")
     if not isinstance(_of_one_chunk(kd_loss_fn), ForwardKLLoss | ReverseKLLoss | SymmetricKLLoss):
-        raise TypeError(f"{type(kd_loss_fn).__name__}: expected one of torchtune's divergences")
+        raise HeadNotFused(
+            f"{apart}expected one of torchtune's divergences, found {type(kd_loss_fn).__name__}"
+        )
     decoder, teachers = _movable_head(model), _movable_head(teacher)
     head = HeadDistillation(decoder, teachers, dict(options or {}), (loss_fn, kd_loss_fn), ratio)
     _leave_out_head(model, decoder)
@@ -734,7 +737,7 @@ class FusedKDRecipe(LayersRecipe):
             head = fuse_distillation(
                 self._model, self._teacher_model, *losses, self._kd_ratio, self._settings
             )
-        except (HeadNotFused, TypeError) as reason:
+        except HeadNotFused as reason:
             utils.log_rank_zero(log, str(reason), logging.WARNING)
             for loss in losses:
                 compile_loss(loss, self._settings)
