@@ -44,6 +44,7 @@ from training_step import MODELS, UNBUDGETED, prepare
 BASE = "torchtune"  # what the others are compared with
 SAFE = 0.97  # of the prediction: the allocator cannot use every byte
 MULTIPLE = 256  # tokens
+STRAIGHT = 0.005  # of the highest peak: how far the others may lie off the line
 
 COLUMNS = [
     Column("arm", "arm"),
@@ -109,7 +110,11 @@ def longest(arm: str, points: list[Row], args: argparse.Namespace, memory: float
     row: Row = {"arm": arm, "memory_gib": memory}
     if errors := [point["error"] for point in points if "error" in point]:
         return row | {"error": errors[0]}
-    row |= fit(points, memory)
+    line = fit(points, memory)
+    if line["off_by_gib"] > STRAIGHT * max(point["peak_gib"] for point in points):
+        why = f"failed: off a line by {line['off_by_gib']:.2f} GiB, take longer lengths"
+        return row | {"points": points, "off_by_gib": line["off_by_gib"], "error": why}
+    row |= line
     return row | confirm(arm, row["predicted"]) if args.confirm else row
 
 

@@ -255,6 +255,20 @@ def test_long_context_predicts_and_confirms(
     assert picture.exists()
 
 
+def test_lengths_at_which_something_else_sets_the_peak(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def child(*arguments: str) -> Rows:
+        seq = int(arguments[arguments.index("--seq") + 1])
+        return [{"seq": seq, "ms": 1.0, "peak_gib": max(10, seq / 400)}]
+
+    monkeypatch.setattr(long_context, "in_fresh_process", child)
+    arguments = ["--arms", "torchtune", "--lengths", "1000", "4000", "8000", "--gib", "24"]
+    printed, (row,) = run(long_context, *TINY, *arguments)
+    assert len(row["points"]) == 3
+    assert f"- torchtune: failed: off a line by {row['off_by_gib']:.2f} GiB" in printed
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU does not count its memory")
 def test_long_context_needs_a_gpu(run: Run, children_here: None) -> None:
     printed, (row,) = run(
