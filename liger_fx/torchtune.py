@@ -252,9 +252,11 @@ def _gathered(module: nn.Module) -> Iterator[None]:
     """Where FSDP shards it on its own, its weight is whole inside."""
     if isinstance(module, FSDPModule):
         module.unshard()
-    yield
-    if isinstance(module, FSDPModule):
-        module.reshard()
+    try:
+        yield
+    finally:
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @dataclass(frozen=True)
@@ -572,7 +574,7 @@ def _token_log_probs(
     return rlhf.logits_to_logprobs(logits, sequences, temperature)
 
 
-class LayersRecipe:
+class LayersRecipe(abc.ABC):
     """Mixed in before a torchtune recipe class: the same recipe with the layers of all its models
     compiled by liger_fx; a subclass says what becomes of its losses. Settings are config keys under
     ``liger_fx:``, the options of the backend."""
@@ -635,9 +637,9 @@ class LayersRecipe:
         )
         optimizer.register_step_pre_hook(budget)
 
+    @abc.abstractmethod
     def _compile_losses(self) -> None:
         """Fuse the losses with the heads whose logits they take, or say why not."""
-        raise NotImplementedError
 
     def _report(self, *_: Any) -> None:
         self._waiting.remove()

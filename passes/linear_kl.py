@@ -93,10 +93,13 @@ def _symmetric(student, teacher, target, ignore_index, forward_share, reverse_sh
     return forward_share * _forward(*both) + reverse_share * _reverse(*both)
 
 
-def _cross_entropy(logits, target, class_weight, ignore_index, reduction, label_smoothing):
-    return F.cross_entropy(
+def _with_cross_entropy(
+    kl, logits, target, class_weight, ignore_index, reduction, label_smoothing
+):  # fmt: skip
+    cross_entropy = F.cross_entropy(
         ce_rows(logits), target, class_weight, None, ignore_index, None, reduction, label_smoothing
     )
+    return kl_weight(kl) + ce_weight(cross_entropy)
 
 
 def forward_and_cross_entropy(
@@ -106,8 +109,8 @@ def forward_and_cross_entropy(
     logits = F.linear(hidden, weight, bias)
     teacher = teacher_rows(F.linear(teacher_hidden, teacher_weight, teacher_bias))
     kl = _forward(rows(logits), teacher, target, ignore_index)
-    return kl_weight(kl) + ce_weight(
-        _cross_entropy(logits, target, class_weight, ignore_index, reduction, label_smoothing)
+    return _with_cross_entropy(
+        kl, logits, target, class_weight, ignore_index, reduction, label_smoothing
     )
 
 
@@ -118,8 +121,8 @@ def reverse_and_cross_entropy(
     logits = F.linear(hidden, weight, bias)
     teacher = teacher_rows(F.linear(teacher_hidden, teacher_weight, teacher_bias))
     kl = _reverse(rows(logits), teacher, target, ignore_index)
-    return kl_weight(kl) + ce_weight(
-        _cross_entropy(logits, target, class_weight, ignore_index, reduction, label_smoothing)
+    return _with_cross_entropy(
+        kl, logits, target, class_weight, ignore_index, reduction, label_smoothing
     )
 
 
@@ -130,8 +133,8 @@ def symmetric_and_cross_entropy(
     logits = F.linear(hidden, weight, bias)
     teacher = teacher_rows(F.linear(teacher_hidden, teacher_weight, teacher_bias))
     kl = _symmetric(rows(logits), teacher, target, ignore_index, forward_share, reverse_share)
-    return kl_weight(kl) + ce_weight(
-        _cross_entropy(logits, target, class_weight, ignore_index, reduction, label_smoothing)
+    return _with_cross_entropy(
+        kl, logits, target, class_weight, ignore_index, reduction, label_smoothing
     )
 
 

@@ -132,7 +132,7 @@ def test_per_token_with_any_upstream_gradient(dtype, temperature):
 
 
 @pytest.mark.parametrize("skip", [True, False])
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 8, 36, 37, 38, 0])
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 8, 36, 37, 38, 0, -1])
 def test_any_chunk_size_gives_the_same(chunk_tokens, skip):
     case = Case(bias=True)
     assert max(errors(case, lambda *t: case.fused(*t, chunk_tokens=chunk_tokens, skip=skip))) < 2e-6

@@ -38,6 +38,7 @@ import liger_fx
 from liger_fx import Report
 from liger_fx.advice import advice
 from liger_fx.torchtune import (
+    FusedRecipe,
     HeadNotFused,
     HeadTokenLogProbs,
     LayersRecipe,
@@ -658,7 +659,7 @@ def test_no_advice_elsewhere():
 
 def recipe_on(device, *, checkpointed, optimizer=True):
     """What a torchtune recipe has set up when it is asked to keep within a budget."""
-    recipe = object.__new__(LayersRecipe)
+    recipe = object.__new__(FusedRecipe)
     recipe._model, recipe._device = model(), torch.device(device)
     if checkpointed:
         training.set_activation_checkpointing(

@@ -101,7 +101,7 @@ def run(
         # plain our own kernel takes care: it scales in fp32 whatever it reads and writes.
         dtype = torch.float32
     itemsize = dtype.itemsize + (dtype != x.dtype) * x.element_size()  # the gradient is cast back
-    size = chunk_tokens or chunk_size(tokens, itemsize, x, head, wanted)
+    size = chunk_size(tokens, itemsize, x, head, wanted, chunk_tokens)
     # A sum over chunks is kept in its own dtype; a single product is rounded once, by its GEMM.
     accum = wanted.accum_dtype if size < tokens else kept_dtype(x.dtype)
     outcome = allocate(x, head, wanted, accum, tokens)
@@ -120,8 +120,13 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def chunk_size(tokens: int, itemsize: int, x: Tensor, head: Head, wanted: Wanted) -> int:
-    """Tokens of a chunk, as equal as they come. itemsize: bytes for each logit."""
+def chunk_size(
+    tokens: int, itemsize: int, x: Tensor, head: Head, wanted: Wanted, chunk_tokens: int = 0
+) -> int:
+    """Tokens of a chunk: ``chunk_tokens`` if positive, or else by budget and as equal as they come.
+    itemsize: bytes for each logit."""
+    if chunk_tokens > 0:
+        return chunk_tokens
     most = chunk_tokens_for(head.vocab, itemsize, x.device.type)
     if tokens <= most or _fits_one_chunk(tokens, itemsize, x, head, wanted):
         return max(1, tokens)

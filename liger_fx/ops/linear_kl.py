@@ -141,7 +141,7 @@ def _run(
     valid = valid_tokens(target, loss.ignore_index) if skip_ignored else None
     tokens = target.numel() if valid is None else valid.numel()
     itemsize = x.element_size() + teacher_x.element_size()
-    size = chunk_tokens or chunk_size(tokens, itemsize, x, student, wanted)
+    size = chunk_size(tokens, itemsize, x, student, wanted, chunk_tokens)
     accum = wanted.accum_dtype if size < tokens else kept_dtype(x.dtype)
     sums = torch.zeros(2, dtype=loss_dtype(x.dtype), device=x.device)
     outcome = replace(allocate(x, student, wanted, accum, tokens), losses=sums)
