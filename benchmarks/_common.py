@@ -80,6 +80,16 @@ def labels_like(tokens: torch.Tensor, ignored: float, period: int) -> torch.Tens
     return tokens.masked_fill(position < round(ignored * period), IGNORE)
 
 
+def padding(tokens: torch.Tensor, share: float) -> torch.Tensor:
+    """Which of ``tokens``, [sequences, length], pad a sequence on its right, bool: the ``share`` of
+    all, at most half. Lengths are spread evenly below the whole one, in random order."""
+    sequences, length = tokens.shape
+    order = torch.randperm(sequences, generator=torch.Generator().manual_seed(0))
+    shares = 2 * share * (order + 0.5) / sequences
+    lengths = (length * (1 - shares)).round().to(tokens.device)
+    return torch.arange(length, device=tokens.device) >= lengths[:, None]
+
+
 def run_arm(measure: Callable[[], Iterable[Row]]) -> None:
     """The child's side of `in_fresh_process`: print each row for the parent, or what went wrong."""
     try:

@@ -6,7 +6,8 @@
 The arms are those of training_step.py, the layers as wide as those of Llama-3.2-1B, the tokens so
 few that running them costs nothing. Seconds are those of the first step less those of the second.
 Hits and misses are those of the second process, in Inductor's cache of FX graphs and AOTAutograd's:
-they say whether it compiled at all. ``graphs`` is how many of them Dynamo traced.
+they say whether it compiled at all. ``graphs`` is how many of them Dynamo traced. With ``--jobs``
+several are compiled at a time, each with Inductor's own processes, and all take longer.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -81,6 +83,7 @@ def cold_and_warm(arm: str, depth: int) -> Row:
     with tempfile.TemporaryDirectory() as caches:
         for state in ("cold", "warm"):
             measured = in_process(Path(caches), "--arm", arm, "--depth", str(depth))[-1]
+            progress(f"{arm}, {depth} layers, {state}: {measured.get('error', 'done')}")
             if "error" in measured:
                 return row | {"error": f"{depth} layers, {state}: {measured['error']}"}
             row |= {f"{state}_s": measured.pop("seconds")} | measured
@@ -119,6 +122,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--arms", choices=UNBUDGETED, nargs="+", default=arms)
     parser.add_argument("--layers", type=int, nargs="+", default=[16, 32, 80])
     parser.add_argument("--model", choices=SIZES, default="llama3_2_1b", help="whose widths")
+    parser.add_argument("--jobs", type=int, default=1, help="arms that compile at a time")
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--seq", type=int, default=128)
     parser.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, default=True)
@@ -136,11 +140,11 @@ def main() -> None:
         return run_arm(partial(measure, args))
     header = print_header(args.device)
     rows: list[Row] = []
-    for depth in args.layers:
-        for arm in args.arms:
-            rows.append(cold_and_warm(arm, depth))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        cases = [(arm, depth) for depth in args.layers for arm in args.arms]
+        for row in pool.map(cold_and_warm, *zip(*cases, strict=True)):
+            rows.append(row)
             write_json(args.json, rows, header)  # a run that is cut off keeps what it has
-            progress(f"{arm}, {depth} layers: {rows[-1].get('error', 'done')}")
     print(markdown(compared(rows), COLUMNS))
     write_json(args.json, rows, header)
     draw(args.picture, "Compiling a training step", panels(rows, args.arms), header)

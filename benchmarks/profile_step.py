@@ -27,7 +27,6 @@ from _common import (
     Unavailable,
     draw,
     in_fresh_process,
-    labels_like,
     lap_times,
     markdown,
     print_header,
@@ -37,7 +36,7 @@ from _common import (
 )
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from training_step import ARMS, MODELS, arguments, prepare
+from training_step import ARMS, MODELS, arguments, labels_of, prepare
 
 STEPS = 2  # that are profiled
 
@@ -152,7 +151,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     if args.device.type != "cuda":
         raise Unavailable("kernels are profiled on a GPU")
     step, tokens = prepare(args)
-    train = partial(step, tokens, labels_like(tokens, args.ignored[0], args.seq))
+    train = partial(step, tokens, labels_of(tokens, args.ignored[0], args))
     lap_times(train, args.device, args.warmup)
     (ms,) = lap_times(train, args.device, 1)
     kernels = kernel_times(train)

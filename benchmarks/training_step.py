@@ -3,8 +3,11 @@
     python benchmarks/training_step.py --batch 128 --seq 512
     python benchmarks/training_step.py --batch 16 --seq 2048 --no-checkpoint
     python benchmarks/training_step.py --ignored 0 0.5 0.8
+    python benchmarks/training_step.py --padded 0.4
 
-Random weights and tokens, bf16. Every arm trains the same model on the same batches in a process of
+Random weights and tokens, bf16. The first part of a sequence is the prompt, whose labels are
+ignored. With ``--padded`` sequences differ in length, as in a batch that is not packed, and what
+fills them up is ignored too. Every arm trains the same model on the same batches in a process of
 its own, so the losses must agree and neither memory nor compiled code is shared.
 """
 
@@ -32,6 +35,7 @@ from _common import (
     lap_times,
     markdown,
     needs_cuda,
+    padding,
     peak_bytes,
     print_header,
     progress,
@@ -205,7 +209,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     """One row for each share of ignored labels; only the first one compiles."""
     train, tokens = prepare(args)
     for i, ignored in enumerate(args.ignored):
-        call = partial(train, tokens, labels_like(tokens, ignored, args.seq))
+        call = partial(train, tokens, labels_of(tokens, ignored, args))
         first = seconds(call, args.device)
         row = time_and_memory(call, tokens.numel(), args)
         yield {
@@ -216,6 +220,11 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
             "loss": call().item(),
             "rewrites": rewrites(),
         }
+
+
+def labels_of(tokens: Tensor, ignored: float, args: argparse.Namespace) -> Tensor:
+    labels = labels_like(tokens, ignored, args.seq)
+    return labels.masked_fill(padding(tokens, args.padded), IGNORE)
 
 
 def time_and_memory(call: Callable[[], object], tokens: int, args: argparse.Namespace) -> Row:
@@ -286,6 +295,9 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--ignored", type=float, nargs="+", default=[0.0], help="shares of labels")
     parser.add_argument("--warmup", type=int, default=3, help="steps, the compiling one included")
+    parser.add_argument(
+        "--padded", type=float, default=0.0, help="share of tokens, on the right of sequences"
+    )
     parser.add_argument("--gib", type=float, default=29.87, help="for the arm liger_fx_budget")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -198,10 +199,25 @@ def compile_rewritten(
     from torch._inductor.compile_fx import compile_fx
 
     patches = {**(list_mode_options(mode) if mode else {}), **options.inductor}
-    with torch.compiler.config.patch(cache_key_tag=_cache_key_tag()):  # type: ignore[attr-defined]
+    tag = torch.compiler.config.patch(cache_key_tag=_cache_key_tag())  # type: ignore[attr-defined]
+    with tag, _cacheable_random_state(patches):
         return compile_fx(  # type: ignore[return-value]
             gm, list(example_inputs), config_patches=patches
         )
+
+
+def _cacheable_random_state(patches: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """On a GPU, attention in an activation checkpoint counts as random, dropout or not, and runs
+    under an operator that restores the generator's state for the recomputation. Of two such
+    operators torch before 2.13 takes the one whose graphs are never cached, so that every process
+    compiles again (https://github.com/pytorch/pytorch/pull/185562); only in CUDA graphs is it
+    needed."""
+    from torch._inductor import config as inductor
+
+    in_cuda_graphs = patches.get("triton.cudagraphs", inductor.triton.cudagraphs)
+    if in_cuda_graphs or torch._prims.rng_prims.graphsafe_run_with_rng_state.cacheable():
+        return contextlib.nullcontext()
+    return torch._functorch.config.patch(graphsafe_rng_functionalization=False)
 
 
 def _fingerprint() -> str:

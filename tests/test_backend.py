@@ -268,3 +268,41 @@ def test_compile_caches_hit_and_miss(tmp_path):  # A33, A34
     assert hits() == "1", "the second finds it"
     assert hits(tag="another version") == "0"
     assert hits(options={"linear_cross_entropy.chunk_tokens": 4}) == "0"
+
+
+CHECKPOINT_SCRIPT = """
+import torch, torch.nn.functional as F
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+
+def attend(x):
+    return F.scaled_dot_product_attention(x, x, x, is_causal=True).sin()
+
+f = torch.compile(lambda x: checkpoint(attend, x, use_reentrant=False), backend="liger_fx")
+x = torch.randn(1, 2, 64, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+f(x).sum().backward()
+expected, = torch.autograd.grad(attend(x).sum(), x)
+torch.testing.assert_close(x.grad, expected)
+print(*(counters["inductor"]["fxgraph_cache_" + what] for what in ("hit", "miss", "bypass")))
+"""
+
+
+@pytest.mark.gpu
+def test_attention_in_a_checkpoint_is_cached(tmp_path):
+    def run():
+        return run_python(CHECKPOINT_SCRIPT, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)).stdout.split()
+
+    assert (run(), run()) == (["0", "2", "0"], ["2", "0", "0"])
+
+
+@pytest.mark.parametrize(
+    ("cacheable", "patches", "graphsafe"),
+    [(False, {}, False), (False, {"triton.cudagraphs": True}, True), (True, {}, True)],
+)
+def test_which_random_state_is_kept(cacheable, patches, graphsafe):
+    operator = torch._prims.rng_prims.graphsafe_run_with_rng_state
+    with (
+        mock.patch.object(operator, "_cacheable", cacheable),
+        liger_fx.backend._cacheable_random_state(patches),
+    ):
+        assert torch._functorch.config.graphsafe_rng_functionalization == graphsafe

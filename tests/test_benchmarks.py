@@ -21,6 +21,7 @@ import torch
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import _common  # noqa: E402
 import compile_time  # noqa: E402
 import host_time  # noqa: E402
 import linear_cross_entropy  # noqa: E402
@@ -175,6 +176,14 @@ def test_training_step(run: Run, children_here: None) -> None:
         ("liger_fx_step", "linear_cross_entropy 1")
     ]
     assert f"{rows[0]['ms']:.1f}" in table(printed, "0%", "liger_fx_step")
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5])
+def test_padding_is_on_the_right_and_has_its_share(share: float) -> None:
+    padded = _common.padding(torch.zeros(8, 100), share)
+    assert padded.float().mean().item() == pytest.approx(share, abs=0.01)
+    assert (padded.int().diff(dim=1) >= 0).all()
+    assert len(set(padded.sum(1).tolist())) == (8 if share else 1)
 
 
 def test_preference_and_distillation(run: Run, children_here: None, picture: Path) -> None:

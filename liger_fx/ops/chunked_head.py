@@ -20,6 +20,7 @@ from torch import Tensor
 
 from liger_fx.ops.matmul import accumulate_mm
 from liger_fx.ops.token_loss import TokenLoss, check_labels, loss_dtype, write_losses
+from liger_fx.ops.tokens import valid_tokens
 
 # Bytes of logits a chunk may take. 1 GiB is 4096 tokens of Llama-3's vocabulary in bf16: beyond it
 # the GEMMs gain nothing; below it each chunk's pass over the fp32 weight gradient begins to show.
@@ -91,7 +92,6 @@ def run(
     is a device-side assertion, both as in eager.
     """
     check_labels(target, head.vocab, head.loss)
-    skip_ignored = skip_ignored and not capturing(x)
     valid = valid_tokens(target, head.loss.ignore_index) if skip_ignored else None
     tokens = target.numel() if valid is None else valid.numel()
     scaled = upstream is not None or head.loss.temperature != 1.0
@@ -225,35 +225,3 @@ def project(x: Tensor, head: Head, out: Tensor) -> None:
         torch.mm(x, head.weight.t(), out=out)
     else:
         torch.addmm(head.bias, x, head.weight.t(), out=out)
-
-
-# -- which tokens ----------------------------------------------------------------------
-
-
-def valid_tokens(target: Tensor, ignore_index: int) -> Tensor | None:
-    """The indices of the tokens whose label counts, None if all of them do.
-
-    The host waits for their number, which decides how many chunks there are: work that is queued
-    first to fill the wait, a chunk whatever the number, costs more than the wait.
-    """
-    valid = target != ignore_index
-    count = _on_host(valid.sum())
-    if count == target.numel():
-        return None
-    return torch.nonzero_static(valid, size=count).squeeze(1)
-
-
-def _on_host(number: Tensor) -> int:
-    if not number.is_cuda:
-        return int(number)
-    copy = torch.empty((), dtype=number.dtype, pin_memory=True)
-    copy.copy_(number, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-    copied.synchronize()
-    return int(copy)
-
-
-def capturing(x: Tensor) -> bool:
-    """While a CUDA graph is captured nothing may depend on the host: no token is skipped then."""
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -45,7 +45,7 @@ def linear_cross_entropy(
     (a sum over tokens can exceed float16's range).
 
     On CUDA, with ``skip_ignored``, the host waits once for the number of valid tokens (see
-    `chunked_head.valid_tokens`).
+    `tokens.valid_tokens`).
     """
     head = Head(weight, bias, TokenLoss(ignore_index, label_smoothing, softcap))
     outcome = run(

@@ -20,17 +20,16 @@ from liger_fx.ops.chunked_head import (
     Wanted,
     add_gradients,
     allocate,
-    capturing,
     chunk_size,
     kept_dtype,
     logits_buffer,
     project,
-    valid_tokens,
 )
 from liger_fx.ops.kl_loss import Divergence, write_losses
 from liger_fx.ops.library import once_differentiable
 from liger_fx.ops.linear_cross_entropy import scaled
 from liger_fx.ops.token_loss import TokenLoss, check_labels, loss_dtype
+from liger_fx.ops.tokens import valid_tokens
 
 
 @torch.library.custom_op("liger_fx::linear_kl", mutates_args=())
@@ -71,7 +70,7 @@ def linear_kl(
     float16); one that was not asked for is an empty tensor.
 
     On CUDA, with ``skip_ignored``, the host waits once for the number of valid tokens (see
-    `chunked_head.valid_tokens`).
+    `tokens.valid_tokens`).
 
     Raises ValueError for one weight without the other, and with weights, as `chunked_head.run`,
     IndexError for a label out of range.
@@ -137,7 +136,6 @@ def _run(
     """The loop of `chunked_head.run` over two heads. The losses are sums, [2]."""
     if weights is not None:
         check_labels(target, student.vocab, student.loss)
-    skip_ignored = skip_ignored and not capturing(x)
     valid = valid_tokens(target, loss.ignore_index) if skip_ignored else None
     tokens = target.numel() if valid is None else valid.numel()
     itemsize = x.element_size() + teacher_x.element_size()

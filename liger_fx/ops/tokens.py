@@ -1,0 +1,68 @@
+"""Which tokens count, known to the host: those that do not are left out of matrix products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Share of tokens above which leaving out the others saves less than copying these costs.
+_WORTH_A_COPY = 31 / 32
+
+# Whether the last batch of labels had ignored ones, and no layer since has been found without a
+# token to leave out. Decides whether to look for some, not what is computed of the others.
+_expected = False
+
+
+def valid_tokens(target: Tensor, ignore_index: int) -> Tensor | None:
+    """The indices, int64, of the tokens whose label counts, None for all of them.
+
+    The host waits for their number, which decides how many chunks there are: work that is queued
+    first to fill the wait, a chunk whatever the number, costs more than the wait.
+    """
+    global _expected
+    if capturing(target):
+        return None
+    valid = _indices(target != ignore_index)
+    _expected = valid is not None
+    return valid
+
+
+def tokens_with_gradient(grad: Tensor) -> Tensor | None:
+    """The indices, int64, of those rows of ``grad``, [tokens, H], that are not exactly zero, None
+    for all of them; also where there are few others.
+
+    Zero are the rows of tokens that pad a sequence on its right, in every layer, and in the last
+    layer those of all ignored labels. The host waits for their number, half a millisecond in which
+    the GPU runs dry. So in a batch without ignored labels there is no look, and none beyond the
+    first layer, in order of the backward, that has no row to leave out.
+    """
+    global _expected
+    if not _expected or capturing(grad):
+        return None
+    rows = _indices(grad.any(1), at_most=_WORTH_A_COPY)
+    _expected = rows is not None
+    return rows
+
+
+def _indices(mask: Tensor, at_most: float = 1.0) -> Tensor | None:
+    """Where ``mask``, bool [N], is true; None if it is everywhere, or beyond a share of places."""
+    count = _on_host(mask.sum())
+    if count == mask.numel() or count > at_most * mask.numel():
+        return None
+    return torch.nonzero_static(mask, size=count).squeeze(1)
+
+
+def _on_host(number: Tensor) -> int:
+    if not number.is_cuda:
+        return int(number)
+    copy = torch.empty((), dtype=number.dtype, pin_memory=True)
+    copy.copy_(number, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    copied.synchronize()
+    return int(copy)
+
+
+def capturing(x: Tensor) -> bool:
+    """While a CUDA graph is captured nothing may depend on the host: no token is left out then."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
