@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
@@ -142,8 +142,9 @@ def main() -> None:
     rows: list[Row] = []
     with ThreadPoolExecutor(args.jobs) as pool:
         cases = [(arm, depth) for depth in args.layers for arm in args.arms]
-        for row in pool.map(cold_and_warm, *zip(*cases, strict=True)):
-            rows.append(row)
+        for done in as_completed(pool.submit(cold_and_warm, *case) for case in cases):
+            rows.append(done.result())
+            rows.sort(key=lambda row: cases.index((row["arm"], row["layers"])))
             write_json(args.json, rows, header)  # a run that is cut off keeps what it has
     print(markdown(compared(rows), COLUMNS))
     write_json(args.json, rows, header)

@@ -22,8 +22,12 @@ from expecttest import assert_expected_inline
 from liger_fx.passes import DEFAULT, tiled_mlp
 from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
+from torchtune.models.llama3 import llama3
+from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.training import set_activation_checkpointing
 
 import liger_fx
+from liger_fx.ops.tokens import _indices
 
 capture = only(tiled_mlp)
 B, S, H, M = 2, 5, 16, 24  # batch, sequence, hidden, intermediate
@@ -452,3 +456,36 @@ def test_numerics(spelling, dtype, tile_tokens, monkeypatch):
 def test_numerics_under_inductor(spelling):
     fn = smaller_weights(spelling)
     no_worse_than_eager(fn, fn, LARGE, "tiled_mlp", torch.bfloat16, "inductor")
+
+
+def test_a_padded_step_computes_its_tokens_only():
+    """The loss head says that labels are ignored, each layer's backward leaves out the padding."""
+    model = llama3(
+        vocab_size=64,
+        num_layers=3,
+        num_heads=2,
+        num_kv_heads=1,
+        embed_dim=32,
+        max_seq_len=16,
+        intermediate_dim=48,
+    ).to(DEVICE)
+    tokens = torch.randint(64, (3, 16), device=DEVICE)
+    labels = tokens.clone()
+    labels[:, :2] = labels[0, 9:] = labels[1, 3:] = -100  # prompts and padding
+    set_activation_checkpointing(model, {TransformerSelfAttentionLayer})
+
+    def step(tokens, labels):
+        return F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
+
+    def gradients_of(fn):
+        loss = fn(tokens, labels)
+        return loss, *torch.autograd.grad(loss, list(model.parameters()))
+
+    with mock.patch("liger_fx.ops.tokens._indices", wraps=_indices) as spy:
+        options = {"policy": "all", "inner": "aot_eager", "require": "tiled_mlp"}
+        got = gradients_of(torch.compile(step, backend="liger_fx", fullgraph=True, options=options))
+    # Those of all labels and of each layer, from the last; what is left of 48 tokens.
+    masks = [int(call.args[0].sum()) for call in spy.call_args_list]
+    assert masks == [22, 22, 28, 28]
+    for g, e in zip(got, gradients_of(step), strict=True):
+        assert relative_error(g, e) < 1e-5
