@@ -124,7 +124,7 @@ def test_tokens_without_a_gradient_are_left_out(dtype, kept, tile):
     if kept < 41:  # one token less is not worth the copy of the others
         unread.view(42, -1)[order[kept:]] = torch.nan
     upstream = upstream.view(2, 21, OUT)
-    valid_tokens(torch.tensor([-100]), -100)  # the batch has ignored labels
+    valid_tokens(torch.tensor([False]))  # the batch has ignored labels
 
     def gradients(op, x, *rest):
         tensors = [x.detach().requires_grad_(), *rest[:3]]
@@ -141,15 +141,15 @@ def test_tokens_without_a_gradient_are_left_out(dtype, kept, tile):
 
 def test_who_looks_for_tokens_without_a_gradient():
     """After a batch with ignored labels, until nothing was found."""
-    labels, grad = torch.tensor([-100, 1]), torch.tensor([[0.0, 0.0], [torch.nan, 0.0]])
+    valid, grad = torch.tensor([False, True]), torch.tensor([[0.0, 0.0], [torch.nan, 0.0]])
     with mock.patch.object(tokens, "_expected", False):
         assert tokens_with_gradient(grad) is None
-        valid_tokens(labels, -100)
+        valid_tokens(valid)
         assert tokens_with_gradient(grad).tolist() == tokens_with_gradient(grad).tolist() == [1]
         assert tokens_with_gradient(grad + 1) is None
         assert tokens_with_gradient(grad) is None
-        valid_tokens(labels, -100)
-        valid_tokens(labels, 7)
+        valid_tokens(valid)
+        valid_tokens(torch.tensor([True]))
         assert tokens_with_gradient(grad) is None
 
 

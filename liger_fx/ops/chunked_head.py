@@ -92,7 +92,7 @@ def run(
     is a device-side assertion, both as in eager.
     """
     check_labels(target, head.vocab, head.loss)
-    valid = valid_tokens(target, head.loss.ignore_index) if skip_ignored else None
+    valid = valid_tokens(target != head.loss.ignore_index) if skip_ignored else None
     tokens = target.numel() if valid is None else valid.numel()
     scaled = upstream is not None or head.loss.temperature != 1.0
     dtype = x.dtype

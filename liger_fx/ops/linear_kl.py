@@ -136,7 +136,7 @@ def _run(
     """The loop of `chunked_head.run` over two heads. The losses are sums, [2]."""
     if weights is not None:
         check_labels(target, student.vocab, student.loss)
-    valid = valid_tokens(target, loss.ignore_index) if skip_ignored else None
+    valid = valid_tokens(target != loss.ignore_index) if skip_ignored else None
     tokens = target.numel() if valid is None else valid.numel()
     itemsize = x.element_size() + teacher_x.element_size()
     size = chunk_size(tokens, itemsize, x, student, wanted, chunk_tokens)

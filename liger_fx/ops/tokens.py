@@ -13,18 +13,18 @@ _WORTH_A_COPY = 31 / 32
 _expected = False
 
 
-def valid_tokens(target: Tensor, ignore_index: int) -> Tensor | None:
-    """The indices, int64, of the tokens whose label counts, None for all of them.
+def valid_tokens(valid: Tensor) -> Tensor | None:
+    """The indices, int64, of the tokens whose label counts, None for all of them. valid: bool [N].
 
     The host waits for their number, which decides how many chunks there are: work that is queued
     first to fill the wait, a chunk whatever the number, costs more than the wait.
     """
     global _expected
-    if capturing(target):
+    if capturing(valid):
         return None
-    valid = _indices(target != ignore_index)
-    _expected = valid is not None
-    return valid
+    indices = _indices(valid)
+    _expected = indices is not None
+    return indices
 
 
 def tokens_with_gradient(grad: Tensor) -> Tensor | None:
