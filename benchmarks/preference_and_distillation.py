@@ -3,6 +3,7 @@
     python benchmarks/preference_and_distillation.py
     python benchmarks/preference_and_distillation.py --layers 0     # heads and losses alone
     python benchmarks/preference_and_distillation.py --losses dpo --ignored 0 0.5
+    python benchmarks/preference_and_distillation.py --losses dpo --padded 0.4
 
 DPO trains Llama-3.2-1B against a frozen copy of it, distillation Qwen2.5-0.5B on Qwen2.5-1.5B:
 random weights and tokens, bf16, fused AdamW, each arm in a process of its own. ``torchtune`` is the
@@ -28,7 +29,6 @@ from _common import (
     add_outputs,
     draw,
     in_fresh_process,
-    labels_like,
     markdown,
     needs_cuda,
     print_header,
@@ -48,6 +48,7 @@ from training_step import (
     LossStep,
     checkpointed,
     compared,
+    labels_of,
     rewrites,
     stock_layers,
     time_and_memory,
@@ -256,7 +257,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     """One row for each share of ignored labels; only the first one compiles."""
     train, tokens = prepare(args)
     for ignored in args.ignored:
-        call = partial(train, tokens, labels_like(tokens, ignored, args.seq))
+        call = partial(train, tokens, labels_of(tokens, ignored, args))
         first = call().item()  # of the weights that all arms begin with, at the first share
         yield {
             "loss": args.loss,
@@ -314,6 +315,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seq", type=int, default=1024)
     parser.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--ignored", type=float, nargs="+", default=[0.0], help="shares of labels")
+    parser.add_argument("--padded", type=float, default=0.0, help="share of tokens, on the right")
     parser.add_argument("--warmup", type=int, default=3, help="steps, the compiling one included")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--lr", type=float, default=1e-4)
