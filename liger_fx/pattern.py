@@ -61,7 +61,15 @@ class Chain:
     source: Term
 
 
-Term = Binding | Cast | Op | Chain | Any  # anything else is a literal, matched by equality
+@dataclass(frozen=True)
+class Constant:
+    """``source``, if its value needs no gradient (see `constant`)."""
+
+    source: Term
+
+
+# Anything else is a literal, matched by equality.
+Term = Binding | Cast | Op | Chain | Constant | Any
 
 
 def chain(name: str, step: Step) -> Callable[[Any], Any]:
@@ -77,6 +85,12 @@ def chain(name: str, step: Step) -> Callable[[Any], Any]:
 
     wildcard.chain = (name, step)  # type: ignore[attr-defined]
     return wildcard
+
+
+def constant(x: Any) -> Any:
+    """For patterns: ``x``, if its value needs no gradient. It tells the teacher from the student
+    where both are computed alike."""
+    return x.tracer.create_proxy("call_function", constant, (x,), {})
 
 
 class Pattern:
@@ -116,6 +130,8 @@ def _term(node: fx.Node, terms: dict[fx.Node, Term]) -> Term:
     if wildcard is not None:
         name, step = wildcard
         return Chain(name, step, sub(node.args[0]))
+    if node.target is constant:
+        return Constant(sub(node.args[0]))
     if node.target is getattr and node.args[1] == "dtype":
         return _DtypeOf(sub(node.args[0]))
     op = op_name(node)

@@ -166,7 +166,8 @@ def forward(self, L_args_0_: "f32[2, 6, 8]", L_args_1_: "f32[13, 8]", L_args_2_:
     _set_grad_enabled = torch._C._set_grad_enabled(False)
     _set_grad_enabled_1 = torch._C._set_grad_enabled(True)
     reshape_2: "i64[12]" = l_args_4_.reshape(-1)
-    linear_kl_default = torch.ops.liger_fx.linear_kl.default(l_args_0_, l_args_1_, None, None, None, l_args_2_, l_args_3_, None, reshape_2, -100, 0.3, 0.7, True, True, False, 0, torch.float32, True)
+    ne_3: "b8[12]" = reshape_2 != -100
+    linear_kl_default = torch.ops.liger_fx.linear_kl.default(l_args_0_, l_args_1_, None, None, None, l_args_2_, l_args_3_, None, None, -100, ne_3, 0.3, 0.7, None, 1.0, True, True, False, 0, torch.float32, True)
     getitem: "f32[]" = linear_kl_default[0]
     ne_2: "b8[2, 6]" = l_args_4_ != -100
     sum_5: "i64[]" = ne_2.sum()
@@ -190,7 +191,8 @@ def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_th_: "f32[2, 6, 6]
     _set_grad_enabled_1 = torch._C._set_grad_enabled(True)
     ne: "b8[2, 6]" = l_y_ != -100
     mask: "i32[2, 6]" = ne.int()
-    linear_kl_default = torch.ops.liger_fx.linear_kl.default(l_h_, l_w_, None, None, None, l_th_, l_tw_, None, l_y_, -100, 0.0, 1.0, True, True, False, 0, torch.float32, True)
+    ne_4: "b8[2, 6]" = l_y_ != -100
+    linear_kl_default = torch.ops.liger_fx.linear_kl.default(l_h_, l_w_, None, None, None, l_th_, l_tw_, None, None, -100, ne_4, 0.0, 1.0, None, 1.0, True, True, False, 0, torch.float32, True)
     getitem_9: "f32[]" = linear_kl_default[0]
     view_6: "i32[12]" = mask.view(-1)
     sum_7: "i64[]" = torch.sum(view_6, dim = 0)
@@ -222,7 +224,7 @@ def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_th_: "f32[2, 6, 6]
     mul_4: "f32[]" = truediv_1 * 0.6
     truediv_2: "f32[]" = new_ones / valid
     mul_5: "f32[]" = truediv_2 * 0.4
-    linear_kl_default = torch.ops.liger_fx.linear_kl.default(l_h_, l_w_, None, mul_4, mul_5, l_th_, l_tw_, None, y, -100, 1.0, 0.0, True, True, False, 0, torch.float32, True)
+    linear_kl_default = torch.ops.liger_fx.linear_kl.default(l_h_, l_w_, None, mul_4, mul_5, l_th_, l_tw_, None, y, -100, ne_2, 1.0, 0.0, None, 1.0, True, True, False, 0, torch.float32, True)
     getitem: "f32[]" = linear_kl_default[0]
     getitem_1: "f32[2]" = linear_kl_default[1]
     getitem_2: "f32[]" = getitem_1[0]
@@ -254,7 +256,8 @@ def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_th_: "f32[2, 6, 6]
     getitem_2: "i64[2, 5]" = l_y_[(slice(None, None, None), slice(1, None, None))]
     getitem_3: "f32[2, 5, 8]" = l_h_[(slice(None, None, None), slice(None, -1, None))]
     getitem_4: "f32[2, 5, 6]" = l_th_[(slice(None, None, None), slice(None, -1, None))]
-    linear_kl_default = torch.ops.liger_fx.linear_kl.default(getitem_3, l_w_, None, None, None, getitem_4, l_tw_, None, getitem_2, -100, 1.0, 0.0, True, True, False, 0, torch.float32, True)
+    ne_1: "b8[2, 5]" = getitem_2 != -100
+    linear_kl_default = torch.ops.liger_fx.linear_kl.default(getitem_3, l_w_, None, None, None, getitem_4, l_tw_, None, None, -100, ne_1, 1.0, 0.0, None, 1.0, True, True, False, 0, torch.float32, True)
     getitem_5: "f32[]" = linear_kl_default[0]
     return (getitem_5,)""",
     )

@@ -92,7 +92,7 @@ def run(
     """
     check_labels(target, head.vocab, head.loss)
     skip_ignored = skip_ignored and not capturing(x)
-    valid = valid_tokens(target, head.loss.ignore_index) if skip_ignored else None
+    valid = valid_tokens(target != head.loss.ignore_index) if skip_ignored else None
     tokens = target.numel() if valid is None else valid.numel()
     scaled = upstream is not None or head.loss.temperature != 1.0
     dtype = x.dtype
@@ -230,15 +230,14 @@ def project(x: Tensor, head: Head, out: Tensor) -> None:
 # -- which tokens ----------------------------------------------------------------------
 
 
-def valid_tokens(target: Tensor, ignore_index: int) -> Tensor | None:
-    """The indices of the tokens whose label counts, None if all of them do.
+def valid_tokens(valid: Tensor) -> Tensor | None:
+    """The indices of the tokens that count, None if all of them do. valid: bool [N].
 
     The host waits for their number, which decides how many chunks there are: work that is queued
     first to fill the wait, a chunk whatever the number, costs more than the wait.
     """
-    valid = target != ignore_index
     count = _on_host(valid.sum())
-    if count == target.numel():
+    if count == valid.numel():
         return None
     return torch.nonzero_static(valid, size=count).squeeze(1)
 
