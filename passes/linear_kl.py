@@ -47,7 +47,7 @@ from liger_fx import ops
 from liger_fx.canonical import fake, hint, op_name, specialise
 from liger_fx.matcher import Match, Reject, name_of
 from liger_fx.ops.chunked_head import chunk_tokens_for
-from liger_fx.pattern import chain, constant
+from liger_fx.pattern import chain, guard
 from liger_fx.rewrite import Rewrite
 
 
@@ -75,6 +75,8 @@ def _detaches(node: fx.Node) -> bool:
 rows = chain("rows", keeps_or_scales_rows)
 teacher_rows = chain("teacher_rows", lambda node: keeps_or_scales_rows(node) or _detaches(node))
 teacher_softmax = chain("teacher_softmax", _detaches)
+constant = guard("a value without gradient", lambda value: not value.requires_grad)
+scalar = guard("a scalar", lambda value: not value.dim())
 ce_rows = chain("ce_rows", keeps_rows)
 ce_weight = chain("ce_weight", _scaled_loss)
 kl_weight = chain("kl_weight", _scaled_loss)
@@ -108,7 +110,7 @@ def _summed(products, target, ignore_index):
 
 def symmetric(student, teacher, target, ignore_index, forward_share, reverse_share):
     both = (student, teacher, target, ignore_index)
-    return forward_share * forward(*both) + reverse_share * reverse(*both)
+    return scalar(forward_share * forward(*both)) + reverse_share * reverse(*both)
 
 
 def kl_div(log_q, p, kl_reduction):
@@ -154,7 +156,7 @@ def and_cross_entropy(
     cross_entropy = F.cross_entropy(
         ce_rows(logits), target, class_weight, None, ignore_index, None, reduction, label_smoothing
     )
-    return kl_weight(loss) + ce_weight(cross_entropy)
+    return scalar(kl_weight(loss)) + ce_weight(cross_entropy)
 
 
 def reduced_and_cross_entropy(

@@ -170,6 +170,17 @@ def hinton(h, w, th, tw, y, divergence="kl_div", T=2.0, share=0.3):
     return share * ce + (1 - share) * kd
 
 
+def hugging_face(h, w, th, tw, y, divergence="kl_div"):
+    """The model's own loss, of labels that it shifts itself, and soft ones of other tokens."""
+    student, teacher = F.linear(h, w), teacher_logits(th, tw)
+    shifted = F.pad(y, (0, 1), value=-100)[..., 1:].contiguous()
+    logits = student.to(torch.promote_types(student.dtype, torch.float32)).view(-1, w.size(0))
+    ce = F.cross_entropy(logits, shifted.view(-1), reduction="sum") / (shifted != -100).sum()
+    kd = KL_DIVS[divergence](student / 2.0, teacher / 2.0, "none").sum(-1)
+    mask = y > 3
+    return ce + 0.5 * 2.0**2 * ((kd * mask).sum() / mask.sum())
+
+
 def exact(h, w, th, tw, y, direction, normalise=True, mix=False):
     student, teacher = flat(F.linear(h, w)), flat(F.linear(th, tw))
     valid = (y != -100).sum() if normalise else 1
@@ -202,11 +213,16 @@ SPELLINGS = [
 ]
 
 
-OF_KL_DIV = [partial(masked, divergence=name) for name in KL_DIVS]
-OF_KL_DIV += [
-    partial(fn, divergence=name) for fn in (averaged, by_batch, hinton) for name in KL_DIVS
+ENDINGS = (masked, averaged, by_batch, hinton, hugging_face)
+OF_KL_DIV = [partial(fn, divergence=name) for fn in ENDINGS for name in KL_DIVS]
+SOME_OF_KL_DIV = [
+    partial(masked, divergence="kl_div"),
+    partial(averaged, divergence="jensen_shannon_of_log_sums"),
+    partial(by_batch, divergence="reverse_kl_div"),
+    partial(hinton, divergence="reverse_kl_div_of_logs"),
+    partial(hugging_face, divergence="jensen_shannon"),
 ]
-SOME_OF_KL_DIV = [OF_KL_DIV[i] for i in (1, 4, 8, 16, 18, 22)]  # each ending, three divergences
+HINTON = partial(hinton, divergence="kl_div")
 
 
 def spelling_name(spelling):
@@ -246,7 +262,7 @@ def test_fires_once_on_every_use_of_kl_div(spelling, heads, labels):
     torch.testing.assert_close(found.value, spelling(*heads, labels))
 
 
-@pytest.mark.parametrize("spelling", SOME_OF_KL_DIV, ids=spelling_name)
+@pytest.mark.parametrize("spelling", SOME_OF_KL_DIV[1:4], ids=spelling_name)
 def test_sizes_and_numbers_that_vary(spelling, heads, labels):
     found = capture(spelling, *heads, labels, dynamic=True)
     assert found.reports[0].counts == {"linear_kl": 1}
@@ -350,7 +366,7 @@ def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_th_: "f32[2, 6, 6]
 def test_the_loss_of_a_student_that_needs_no_gradient(heads, labels):
     """Evaluation of many tokens: the value is the same, whoever is the student."""
     with torch.no_grad():
-        for spelling in OF_KL_DIV[1:5]:
+        for spelling in OF_KL_DIV[1:6:2]:
             found = capture(
                 spelling, *heads, labels, rewrites=[replace(linear_kl, settings=ONE_TOKEN_A_CHUNK)]
             )
@@ -1056,7 +1072,7 @@ def test_numerics_of_kl_div(spelling):
 
 
 @pytest.mark.parametrize(
-    "spelling", [SPELLINGS[2], SPELLINGS[4], SPELLINGS[7], OF_KL_DIV[18]], ids=spelling_name
+    "spelling", [SPELLINGS[2], SPELLINGS[4], SPELLINGS[7], HINTON], ids=spelling_name
 )
 def test_numerics_under_inductor(spelling):
     check_numerics(spelling, inputs(torch.float32), inner="inductor")
@@ -1087,9 +1103,7 @@ def test_every_token_is_ignored(spelling, inner):
     assert grad_hidden.abs().sum() == 0 and grad_weight.abs().sum() == 0
 
 
-@pytest.mark.parametrize(
-    "spelling", [SPELLINGS[2], SPELLINGS[7], OF_KL_DIV[8], OF_KL_DIV[18]], ids=spelling_name
-)
+@pytest.mark.parametrize("spelling", [SPELLINGS[2], SPELLINGS[7], HINTON], ids=spelling_name)
 def test_dynamic_shapes_compile_once(spelling):
     fn = compiled(spelling)
     for tokens in (37, 23, 51, 40):
