@@ -12,6 +12,7 @@ Rules, all decided from each node's ``example_value``:
 - ``view``, ``reshape``, ``flatten``, ``unsqueeze``, ``x[:, None]`` ... are ``reshape``;
 - ``reshape`` and ``expand`` have no sizes: those are in the ``example_value``;
 - ``x * x``, ``square(x)`` and ``x ** 2`` are ``pow``;
+- ``logsumexp(stack([a, b]), 0)`` is ``logaddexp(a, b)``;
 - arguments of known functions are positional, with their defaults filled in;
 - ``item()`` of a number that Dynamo has specialised (``dynamic=True``) is that number.
 """
@@ -54,7 +55,7 @@ _ALIASES = {
     "imul": "mul_",
     "itruediv": "div_",
 }
-COMMUTATIVE = frozenset({"add", "mul"})
+COMMUTATIVE = frozenset({"add", "mul", "logaddexp"})
 SIZELESS = frozenset({"reshape", "expand"})  # operations whose sizes are not arguments
 
 
@@ -149,7 +150,21 @@ class View:
             op = "reshape"
         if op in SIZELESS:
             return Expr(op, (self.resolve(_first(node)),))
-        return Expr(*as_power(op, tuple(self.resolve(a) for a in positional(node))))
+        args = tuple(self.resolve(a) for a in positional(node))
+        if (
+            op == "logsumexp"
+            and args[1:] == (0, False)
+            and len(pair := self._stacked(args[0])) == 2
+        ):
+            return Expr("logaddexp", pair)
+        return Expr(*as_power(op, args))
+
+    def _stacked(self, node: Any) -> tuple[Any, ...]:
+        """The tensors of which ``node`` is a stack, in its first dimension; none if it is none."""
+        if not isinstance(node, fx.Node) or op_name(node) != "stack":
+            return ()
+        tensors, dim = [*node.args, *node.kwargs.values(), 0][:2]
+        return self.resolve(tensors) if dim == 0 else ()
 
     def same(self, a: Any, b: Any) -> bool:
         """Do two resolved values always hold the same number? True for the same node, for equal

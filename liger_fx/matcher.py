@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from liger_fx.canonical import View, does_nothing, fake, mutated_arguments, op_name, storage_key
-from liger_fx.pattern import Binding, Cast, Chain, Op, Pattern, Term
+from liger_fx.pattern import Binding, Cast, Chain, Guard, Op, Pattern, Term
 
 
 class Reject(Exception):
@@ -93,7 +93,7 @@ def size(term: Term) -> int:
     """How many operations a term has."""
     if isinstance(term, Op):
         return 1 + sum(map(size, term.args))
-    if isinstance(term, Cast | Chain):
+    if isinstance(term, Cast | Chain | Guard):
         return size(term.source)
     if isinstance(term, tuple | list):
         return sum(map(size, term))
@@ -147,6 +147,10 @@ class Matcher:
             return self._match_cast(term, value, state)
         if isinstance(term, Chain):
             return self._match_chain(term, value, state)
+        if isinstance(term, Guard):
+            if not isinstance(fake(value), torch.Tensor) or not term.holds(fake(value)):
+                return self._missed(term.wanted, value, state)
+            return self._match(term.source, value, state)
         if isinstance(term, Op):
             return self._match_op(term, value, state)
         if isinstance(term, tuple | list):

@@ -61,7 +61,17 @@ class Chain:
     source: Term
 
 
-Term = Binding | Cast | Op | Chain | Any  # anything else is a literal, matched by equality
+@dataclass(frozen=True)
+class Guard:
+    """``source``, if its value is ``wanted`` (see `guard`)."""
+
+    wanted: str
+    holds: Callable[[Any], bool]
+    source: Term
+
+
+# Anything else is a literal, matched by equality.
+Term = Binding | Cast | Op | Chain | Guard | Any
 
 
 def chain(name: str, step: Step) -> Callable[[Any], Any]:
@@ -77,6 +87,22 @@ def chain(name: str, step: Step) -> Callable[[Any], Any]:
 
     wildcard.chain = (name, step)  # type: ignore[attr-defined]
     return wildcard
+
+
+def guard(wanted: str, holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
+    """A condition in patterns: ``scalar = guard("a scalar", lambda value: value.dim() == 0)``, then
+    ``scalar(x)``.
+
+    It matches ``x`` where ``holds(value)`` is true of its fake value. What tells two parts of a
+    pattern apart that are computed alike has to be one; all else is for a rewrite's ``check``,
+    which says why it refuses.
+    """
+
+    def guarded(x: fx.Proxy) -> fx.Proxy:
+        return x.tracer.create_proxy("call_function", guarded, (x,), {})
+
+    guarded.guard = (wanted, holds)  # type: ignore[attr-defined]
+    return guarded
 
 
 class Pattern:
@@ -116,6 +142,10 @@ def _term(node: fx.Node, terms: dict[fx.Node, Term]) -> Term:
     if wildcard is not None:
         name, step = wildcard
         return Chain(name, step, sub(node.args[0]))
+    condition = getattr(node.target, "guard", None)
+    if condition is not None:
+        wanted, holds = condition
+        return Guard(wanted, holds, sub(node.args[0]))
     if node.target is getattr and node.args[1] == "dtype":
         return _DtypeOf(sub(node.args[0]))
     op = op_name(node)

@@ -63,7 +63,9 @@ def _terms(node: fx.Node, losses: Container[fx.Node]) -> list[fx.Node]:
 
 def _merge(view: View, root: fx.Node, parts: list[Match]) -> Match | None:
     first = parts[0]
-    if first.bindings.get("reduction", "sum") != "sum":
+    if "target" not in first.bindings or any(
+        first.bindings.get(name, "sum") != "sum" for name in ("reduction", "kl_reduction")
+    ):
         return None
     if any(len(part.outputs) > 1 for part in parts):
         return None

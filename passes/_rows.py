@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from liger_fx.canonical import fake, op_name
+from liger_fx.canonical import fake, hint, op_name, specialise
 from liger_fx.matcher import Match, Reject
 from liger_fx.pattern import chain
 
@@ -39,6 +39,17 @@ def _is_row_slice(index: Any, dims: int) -> bool:
     return len(items) < dims or items[-1] in (slice(None), slice(0, None))
 
 
+def keeps_or_scales_rows(node: fx.Node) -> bool:
+    return keeps_rows(node) or is_division_by_a_number(node)
+
+
+def is_division_by_a_number(node: fx.Node) -> bool:
+    """By a temperature, that is."""
+    if op_name(node) != "div" or node.kwargs or len(node.args) != 2:  # rounding_mode, say
+        return False
+    return not isinstance(fake(node.args[1]), torch.Tensor)
+
+
 rows = chain("rows", keeps_rows)
 
 
@@ -54,6 +65,24 @@ def kept_rows(match: Match, prefix: str = "") -> torch.Tensor:
     """The fake logits, as the loss takes them."""
     name = f"{prefix}rows"
     return fake([*match.chains[name], match.sources[name]][0])
+
+
+def slices(match: Match, name: str = "rows") -> list[Any]:
+    """What is left of the logits' rows, comparable from one chain to another."""
+    found = (node for node in match.chains[name] if op_name(node) == "getitem")
+    return [(node.args[1], [str(size) for size in fake(node.args[0]).shape]) for node in found]
+
+
+def temperature(match: Match, name: str = "rows") -> float | None:
+    """What the logits are divided by in all; None if that is no positive constant."""
+    product = 1.0
+    for node in match.chains[name]:
+        if is_division_by_a_number(node):
+            divisor = fake(node.args[1])
+            if (hint(divisor) or 0.0) <= 0:
+                return None
+            product *= specialise(divisor)
+    return product
 
 
 def needs_gradient(match: Match, name: str) -> bool:

@@ -2,19 +2,26 @@
 student's nor teacher's logits.
 
 Matches      torchtune's ForwardKLLoss, ReverseKLLoss and SymmetricKLLoss with ``normalize=False``
-             over rows of two ``F.linear``, the teacher's without gradient; the sum of such losses
-             over chunks of both hidden states (their WithChunkedOutput forms), which becomes one
-             op; and the weighted sum of one of them and ``F.cross_entropy`` of the same logits, the
-             loss of distillation: one projection, one gradient of the head.
+             over rows of two ``F.linear``, the teacher's without gradient; ``F.kl_div`` in both
+             directions, of a target in probabilities or in logarithms; the generalised
+             Jensen-Shannon divergence as TRL (GKD) and Liger write it; each at a constant
+             temperature, with any mask of tokens, added up or averaged in any way (`_sums`). The
+             sum of torchtune's losses over chunks of both hidden states (their WithChunkedOutput
+             forms), which becomes one op. The weighted sum of one of all these and
+             ``F.cross_entropy`` of the same logits, as in Hinton et al., 2015, without the
+             temperature: one projection, one gradient of the head.
 Leaves alone logits that anybody else sees; losses of one projection that are not added up, or of
              which others see more than a detached value; a teacher that is trained; LoRA on the
-             student's head.
-Numerics     Logits in each projection's dtype, softmax in fp32, parameter gradients summed in fp32.
-             The weights of the sum are multiplied in fp32, before the gradient is rounded.
+             student's head; ``jsd[mask]`` (the graph ends there: its shape depends on data).
+Numerics     Logits in each projection's dtype, softmax and temperature in fp32, parameter gradients
+             summed in fp32. The weights of the sum are multiplied in fp32, before the gradient is
+             rounded. Of infinite logits: `liger_fx.ops.kl_loss`.
 """
 
+import inspect
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,19 +32,22 @@ from liger_fx.passes._rows import (
     check_projection,
     check_rows,
     head_arguments,
+    keeps_or_scales_rows,
     keeps_rows,
     kept_rows,
     logits_of,
     needs_gradient,
-    rows,
+    slices,
+    temperature,
 )
+from liger_fx.passes._sums import check_sum, losses, mask_of, scaled_as_the_mean
 from torch import fx
 
 from liger_fx import ops
 from liger_fx.canonical import fake, hint, op_name, specialise
-from liger_fx.matcher import Match, Reject
+from liger_fx.matcher import Match, Reject, name_of
 from liger_fx.ops.chunked_head import chunk_tokens_for
-from liger_fx.pattern import chain
+from liger_fx.pattern import chain, guard
 from liger_fx.rewrite import Rewrite
 
 
@@ -58,7 +68,15 @@ def _dims(value: fx.node.Argument) -> int | None:
     return value.dim() if isinstance(value, torch.Tensor) else None
 
 
-teacher_rows = chain("teacher_rows", lambda node: keeps_rows(node) or op_name(node) == "detach")
+def _detaches(node: fx.Node) -> bool:
+    return op_name(node) == "detach"
+
+
+rows = chain("rows", keeps_or_scales_rows)
+teacher_rows = chain("teacher_rows", lambda node: keeps_or_scales_rows(node) or _detaches(node))
+teacher_softmax = chain("teacher_softmax", _detaches)
+constant = guard("a value without gradient", lambda value: not value.requires_grad)
+scalar = guard("a scalar", lambda value: not value.dim())
 ce_rows = chain("ce_rows", keeps_rows)
 ce_weight = chain("ce_weight", _scaled_loss)
 kl_weight = chain("kl_weight", _scaled_loss)
@@ -66,15 +84,17 @@ kl_weight = chain("kl_weight", _scaled_loss)
 
 _WEIGHTS = ("ce_weight", "kl_weight")  # as the op takes them
 
+_Part = Callable[..., Any]  # of a pattern, in the words of the model
 
-def _forward(student, teacher, target, ignore_index):
+
+def forward(student, teacher, target, ignore_index):
     p = F.softmax(teacher, -1, dtype=torch.float32)
     log_q = F.log_softmax(student, -1, dtype=torch.float32)
     products = torch.masked_fill(p * log_q, torch.isinf(student), 0)
     return _summed(products, target, ignore_index)
 
 
-def _reverse(student, teacher, target, ignore_index):
+def reverse(student, teacher, target, ignore_index):
     q = F.softmax(student, -1, dtype=torch.float32)
     log_q = F.log_softmax(student, -1, dtype=torch.float32)
     log_p = F.log_softmax(teacher, -1, dtype=torch.float32)
@@ -88,95 +108,127 @@ def _summed(products, target, ignore_index):
     return -torch.sum(torch.sum(products, dim=-1).view(-1) * mask.view(-1), dim=0)
 
 
-def _symmetric(student, teacher, target, ignore_index, forward_share, reverse_share):
+def symmetric(student, teacher, target, ignore_index, forward_share, reverse_share):
     both = (student, teacher, target, ignore_index)
-    return forward_share * _forward(*both) + reverse_share * _reverse(*both)
+    return scalar(forward_share * forward(*both)) + reverse_share * reverse(*both)
 
 
-def _with_cross_entropy(
-    kl, logits, target, class_weight, ignore_index, reduction, label_smoothing
+def kl_div(log_q, p, kl_reduction):
+    return F.kl_div(log_q, p, None, None, kl_reduction, False)
+
+
+def kl_div_of_logs(log_q, log_p, kl_reduction):
+    return F.kl_div(log_q, log_p, None, None, kl_reduction, True)
+
+
+def reverse_kl_div(q, log_p, kl_reduction):
+    return F.kl_div(log_p, q, None, None, kl_reduction, False)
+
+
+def reverse_kl_div_of_logs(log_q, log_p, kl_reduction):
+    return F.kl_div(log_p, log_q, None, None, kl_reduction, True)
+
+
+def jensen_shannon(
+    log_q, log_p, student_share, teacher_share, log_student_share, log_teacher_share, kl_reduction
+):
+    mixture = torch.logaddexp(log_q + log_student_share, log_p + log_teacher_share)
+    of_teacher = F.kl_div(mixture, log_p, None, None, kl_reduction, True)
+    of_student = F.kl_div(mixture, log_q, None, None, kl_reduction, True)
+    return teacher_share * of_teacher + student_share * of_student
+
+
+def alone(loss):
+    return loss
+
+
+def summed(loss, sum_dim):
+    return torch.sum(losses(loss), dim=sum_dim)
+
+
+def averaged(loss):
+    return torch.mean(losses(loss))
+
+
+def and_cross_entropy(
+    loss, logits, target, class_weight, ignore_index, reduction, label_smoothing
 ):  # fmt: skip
     cross_entropy = F.cross_entropy(
         ce_rows(logits), target, class_weight, None, ignore_index, None, reduction, label_smoothing
     )
-    return kl_weight(kl) + ce_weight(cross_entropy)
+    return scalar(kl_weight(loss)) + ce_weight(cross_entropy)
 
 
-def forward_and_cross_entropy(
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, ignore_index,
-    class_weight, reduction, label_smoothing,
+def reduced_and_cross_entropy(
+    loss, logits, target, class_weight, ignore_index, reduction, label_smoothing
 ):  # fmt: skip
-    logits = F.linear(hidden, weight, bias)
-    teacher = teacher_rows(F.linear(teacher_hidden, teacher_weight, teacher_bias))
-    kl = _forward(rows(logits), teacher, target, ignore_index)
-    return _with_cross_entropy(
-        kl, logits, target, class_weight, ignore_index, reduction, label_smoothing
-    )
+    labels = (target, class_weight, ignore_index, reduction, label_smoothing)
+    return and_cross_entropy(losses(loss), logits, *labels)
 
 
-def reverse_and_cross_entropy(
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, ignore_index,
-    class_weight, reduction, label_smoothing,
-):  # fmt: skip
-    logits = F.linear(hidden, weight, bias)
-    teacher = teacher_rows(F.linear(teacher_hidden, teacher_weight, teacher_bias))
-    kl = _reverse(rows(logits), teacher, target, ignore_index)
-    return _with_cross_entropy(
-        kl, logits, target, class_weight, ignore_index, reduction, label_smoothing
-    )
+TORCHTUNE: list[_Part] = [forward, reverse, symmetric]
+KL_DIV: list[_Part] = [
+    kl_div,
+    kl_div_of_logs,
+    reverse_kl_div,
+    reverse_kl_div_of_logs,
+    jensen_shannon,
+]
 
 
-def symmetric_and_cross_entropy(
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, ignore_index,
-    forward_share, reverse_share, class_weight, reduction, label_smoothing,
-):  # fmt: skip
-    logits = F.linear(hidden, weight, bias)
-    teacher = teacher_rows(F.linear(teacher_hidden, teacher_weight, teacher_bias))
-    kl = _symmetric(rows(logits), teacher, target, ignore_index, forward_share, reverse_share)
-    return _with_cross_entropy(
-        kl, logits, target, class_weight, ignore_index, reduction, label_smoothing
-    )
+def patterns(divergences: Sequence[_Part], ending: _Part) -> list[_Part]:
+    """One for each divergence, with this ending. Parts get by name what they ask for."""
+    return [_pattern(divergence, ending) for divergence in divergences]
 
 
-def forward(
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, ignore_index
-):
-    student = rows(F.linear(hidden, weight, bias))
-    teacher = teacher_rows(F.linear(teacher_hidden, teacher_weight, teacher_bias))
-    return _forward(student, teacher, target, ignore_index)
+def _pattern(divergence: _Part, ending: _Part) -> _Part:
+    def pattern(
+        hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, softmax_dim,
+        softmax_dtype, kl_reduction, student_share, teacher_share, log_student_share,
+        log_teacher_share, forward_share, reverse_share, sum_dim, target, ignore_index,
+        class_weight, reduction, label_smoothing,
+    ):  # fmt: skip
+        named = locals()
+        logits = F.linear(hidden, weight, bias)
+        student = rows(logits)
+        teacher = teacher_rows(F.linear(teacher_hidden, teacher_weight, teacher_bias))
+        how = dict(dim=softmax_dim, dtype=softmax_dtype)
+        named |= dict(
+            logits=logits,
+            student=student,
+            teacher=teacher,
+            q=F.softmax(student, **how),
+            log_q=F.log_softmax(student, **how),
+            p=constant(teacher_softmax(F.softmax(teacher, **how))),
+            log_p=constant(teacher_softmax(F.log_softmax(teacher, **how))),
+        )
+        named["loss"] = _call(divergence, named)
+        return _call(ending, named)
+
+    names = (divergence.__name__, "" if ending is alone else f"_{ending.__name__}")
+    pattern.__name__ = "".join(names)
+    return pattern
 
 
-def reverse(
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, ignore_index
-):
-    student = rows(F.linear(hidden, weight, bias))
-    teacher = teacher_rows(F.linear(teacher_hidden, teacher_weight, teacher_bias))
-    return _reverse(student, teacher, target, ignore_index)
-
-
-def symmetric(
-    hidden, weight, bias, teacher_hidden, teacher_weight, teacher_bias, target, ignore_index,
-    forward_share, reverse_share,
-):  # fmt: skip
-    student = rows(F.linear(hidden, weight, bias))
-    teacher = teacher_rows(F.linear(teacher_hidden, teacher_weight, teacher_bias))
-    return _symmetric(student, teacher, target, ignore_index, forward_share, reverse_share)
+def _call(part: _Part, named: dict[str, Any]) -> Any:
+    return part(*(named[name] for name in inspect.signature(part).parameters))
 
 
 def lora_head(hidden, weight, bias, update, teacher, target, ignore_index):
-    return _forward(rows(F.linear(hidden, weight, bias) + update), teacher, target, ignore_index)
+    return forward(rows(F.linear(hidden, weight, bias) + update), teacher, target, ignore_index)
 
 
 def lora_head_reverse(hidden, weight, bias, update, teacher, target, ignore_index):
-    return _reverse(rows(F.linear(hidden, weight, bias) + update), teacher, target, ignore_index)
+    return reverse(rows(F.linear(hidden, weight, bias) + update), teacher, target, ignore_index)
 
 
 def check(
     match: Match,
     weight,
     teacher_weight,
-    target,
-    ignore_index,
+    target=None,
+    ignore_index=-100,
+    softmax_dim=-1,
     forward_share=1.0,
     reverse_share=1.0,
 ):
@@ -190,12 +242,25 @@ def check(
         raise Reject(
             f"the student's logits are {list(student.shape)}, the teacher's {list(teacher.shape)}"
         )
-    if not _agree([target.numel()], [math.prod(student.shape[:-1])]):
+    tokens = math.prod(student.shape[:-1])
+    if target is not None and not _agree([target.numel()], [tokens]):
         raise Reject(f"there are {target.numel()} labels for logits {list(student.shape)}")
+    if softmax_dim not in (-1, student.dim() - 1):
+        raise Reject("the softmax is not over the vocabulary")
+    if temperature(match) is None:
+        raise Reject("the temperature is computed or not positive, expected a constant")
+    if temperature(match, "teacher_rows") != temperature(match):
+        raise Reject("the teacher's logits have another temperature than the student's")
     if not isinstance(ignore_index, int):
         raise Reject("ignore_index is computed in the graph, expected a constant")
     if hint(forward_share) is None or hint(reverse_share) is None:
         raise Reject("the shares of both directions are computed in the graph, expected constants")
+    if "softmax_dim" in match.bindings:
+        check_sum(match, fake(match.sources.get("kl_weight", match.root)))
+        if _divergence(match)[2] is math.nan:
+            raise Reject(
+                "the weights of both divergences are not those of the mixture, or no constants"
+            )
     if "ce_rows" in match.chains:
         _check_cross_entropy(match, **{name: match.values[name] for name in _OF_CROSS_ENTROPY})
     fitting = chunk_tokens_for(
@@ -203,7 +268,7 @@ def check(
         logits_of(match).element_size() + logits_of(match, "teacher_").element_size(),
         student.device.type,
     )
-    check_gain(match, target.numel(), match.settings["chunk_tokens"] or fitting)
+    check_gain(match, tokens, match.settings["chunk_tokens"] or fitting)
 
 
 def _agree(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
@@ -223,7 +288,7 @@ def _check_cross_entropy(match: Match, target, class_weight, reduction, label_sm
         raise Reject("the losses of single tokens are added up, expected their sum or mean")
     if kept_rows(match, "ce_").dim() != 2 or target.dim() != 1:
         raise Reject("the class dimension of the loss is not the projection's output dimension")
-    if _slices(match, "ce_rows") != _slices(match, "rows"):
+    if slices(match, "ce_rows") != slices(match):
         raise Reject("the cross-entropy and the divergence are of other rows of the logits")
     first = min(match.outputs)
     for node in (step for name in _WEIGHTS for step in match.chains[name]):
@@ -234,14 +299,10 @@ def _check_cross_entropy(match: Match, target, class_weight, reduction, label_sm
                 raise Reject(f"{factor.name}, a weight, is computed only after {first.name}")
 
 
-def _slices(match: Match, name: str) -> list[fx.Node]:
-    return [node for node in match.chains[name] if op_name(node) == "getitem"]
-
-
 def detached_losses(match: Match) -> list[fx.Node]:
     """What the model keeps of both losses for its log."""
-    losses = [node for name in _WEIGHTS for node in _steps(match, name)]
-    return [user for node in losses for user in node.users if op_name(user) == "detach"]
+    both = [node for name in _WEIGHTS for node in _steps(match, name)]
+    return [user for node in both for user in node.users if op_name(user) == "detach"]
 
 
 def _steps(match: Match, name: str) -> list[fx.Node]:
@@ -257,37 +318,45 @@ def replace(
     teacher_hidden,
     teacher_weight,
     teacher_bias,
-    target,
-    ignore_index,
+    target=None,
+    ignore_index=-100,
     reduction="sum",
 ):
     student = head_arguments(match, hidden, weight, bias)
     teacher = head_arguments(match, teacher_hidden, teacher_weight, teacher_bias, "teacher_")
-    valid = (target != ignore_index).sum() if reduction == "mean" else None
+    mixed = "ce_weight" in match.chains
+    labelled: Any = None if target is None else target != ignore_index
+    valid = labelled.sum() if reduction == "mean" else None
+    textbook = "softmax_dim" in match.bindings
 
     def weighted(name: str, value: fx.Proxy, node: fx.Node | None = None) -> fx.Proxy:
         """What the model makes of ``value``, a sum over tokens, up to ``node`` or to the end."""
-        value = value / valid if name == "ce_weight" and valid is not None else value
+        if name == "ce_weight" and valid is not None:
+            value = value / valid
+        if name == "kl_weight" and textbook:
+            value = scaled_as_the_mean(match, value, student[0], weight)
         steps = _steps(match, name)
         return _scaled(steps[steps.index(node) if node else 0 : -1], value)
 
     weights: list[fx.Proxy | None] = [None, None]
-    if "ce_weight" in match.chains:
+    if mixed:
         one = hidden.new_ones((), dtype=torch.float32)
         weights = [weighted(name, one) for name in _WEIGHTS]
     made = ops.linear_kl(
         *student,
         *weights,
         *teacher,
-        target,
+        target if mixed else None,
         ignore_index,
-        *_shares(match),
+        mask_of(match, hidden) if textbook else labelled,
+        *_divergence(match),
+        temperature(match),
         *(needs_gradient(match, name) for name in ("hidden", "weight", "bias")),
         match.settings["chunk_tokens"],
         match.settings["accum_dtype"],
         match.settings["skip_ignored"],
     )
-    values = [made[0]]
+    values = [made[0] if mixed else weighted("kl_weight", made[0])]
     for output in match.outputs[1:]:
         (node,) = output.all_input_nodes
         name = next(name for name in _WEIGHTS if node in _steps(match, name))
@@ -298,12 +367,51 @@ def replace(
     )
 
 
-def _shares(match: Match) -> tuple[float, float]:
-    """Of both directions."""
-    if "forward_share" in match.bindings:
-        values = match.values
-        return specialise(values["forward_share"]), specialise(values["reverse_share"])
-    return (1.0, 0.0) if match.pattern.name.startswith("forward") else (0.0, 1.0)
+def _divergence(match: Match) -> tuple[float, float, float | None]:
+    """The shares of torchtune's directions, and beta; nan if the shares are none of a mixture."""
+    values, name = match.values, match.pattern.name
+    if "forward_share" in values:
+        return specialise(values["forward_share"]), specialise(values["reverse_share"]), None
+    if "student_share" in values:
+        return 0.0, 0.0, _teacher_share(match)
+    reverse = float(name.startswith("reverse"))
+    return (0.0, 0.0, reverse) if "softmax_dim" in values else (1.0 - reverse, reverse, None)
+
+
+def _teacher_share(match: Match) -> float:
+    """Of both the mixture and the sum of divergences; nan unless the student's is the rest."""
+    named = (f"{log}{who}_share" for who in ("student", "teacher") for log in ("", "log_"))
+    student, log_student, teacher, log_teacher = (_number(match.bindings[name]) for name in named)
+    shares = (1.0 - teacher, math.exp(log_student)), (teacher, math.exp(log_teacher))
+    agree = all(
+        math.isclose(share, expected, abs_tol=1e-6)
+        for share, both in zip((student, teacher), shares, strict=True)
+        for expected in both
+    )
+    return teacher if agree and 0.0 < teacher < 1.0 else math.nan
+
+
+_ARITHMETIC: dict[str, Callable[..., float]] = {
+    "tensor": float,  # by torch._refs if the number may vary
+    "neg": operator.neg,
+    "log": math.log,
+    "log1p": math.log1p,
+    "add": operator.add,
+    "sub": operator.sub,
+}
+
+
+def _number(value: Any) -> float:
+    """The number that ``value`` is, or is computed of numbers alone to be; nan if it is neither."""
+    if hint(fake(value)) is not None:
+        return specialise(fake(value))
+    op = name_of(op_name(value)) if isinstance(value, fx.Node) else None
+    if op not in _ARITHMETIC or (value.kwargs and op != "tensor"):
+        return math.nan
+    try:
+        return _ARITHMETIC[op](*map(_number, value.args))
+    except ValueError:  # the logarithm of 0
+        return math.nan
 
 
 def _scaled(nodes: list[fx.Node], value: fx.Proxy) -> fx.Proxy:
@@ -318,12 +426,12 @@ def _scaled(nodes: list[fx.Node], value: fx.Proxy) -> fx.Proxy:
 linear_kl = Rewrite(
     name="linear_kl",
     patterns=[
-        forward_and_cross_entropy,
-        reverse_and_cross_entropy,
-        symmetric_and_cross_entropy,
-        forward,
-        reverse,
-        symmetric,
+        *patterns(TORCHTUNE, and_cross_entropy),
+        *patterns(KL_DIV, reduced_and_cross_entropy),
+        *patterns(TORCHTUNE, alone),
+        *patterns(KL_DIV, summed),
+        *patterns(KL_DIV, averaged),
+        *patterns(KL_DIV, alone),
     ],
     refuses=[
         (twin, "the logits are a sum (LoRA on the head?), not one projection")

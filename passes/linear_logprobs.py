@@ -25,18 +25,18 @@ from liger_fx.passes._rows import (
     check_projection,
     check_rows,
     head_arguments,
-    keeps_rows,
+    keeps_or_scales_rows,
+    slices,
+    temperature,
 )
 from torch import fx
 
 from liger_fx import ops
 from liger_fx.canonical import (
     fake,
-    hint,
     mutated_arguments,
     op_name,
     same_sizes,
-    specialise,
     storage_key,
 )
 from liger_fx.matcher import Match, Reject
@@ -46,23 +46,13 @@ from liger_fx.rewrite import Rewrite
 NO_LABEL = -(1 << 31)  # in no vocabulary, and in no data set
 
 
-def _keeps_or_scales_rows(node: fx.Node) -> bool:
-    return keeps_rows(node) or _is_division_by_a_number(node)
-
-
-def _is_division_by_a_number(node: fx.Node) -> bool:
-    if op_name(node) != "div" or node.kwargs or len(node.args) != 2:  # rounding_mode, say
-        return False
-    return not isinstance(fake(node.args[1]), torch.Tensor)
-
-
 def _detaches(node: fx.Node) -> bool:
     return op_name(node) == "detach"
 
 
-rows = chain("rows", _keeps_or_scales_rows)
-summed_rows = chain("summed_rows", _keeps_or_scales_rows)
-entropy_rows = chain("entropy_rows", lambda node: _keeps_or_scales_rows(node) or _detaches(node))
+rows = chain("rows", keeps_or_scales_rows)
+summed_rows = chain("summed_rows", keeps_or_scales_rows)
+entropy_rows = chain("entropy_rows", lambda node: keeps_or_scales_rows(node) or _detaches(node))
 detached = chain("detached", _detaches)
 
 
@@ -110,7 +100,7 @@ def check(match: Match, weight, label, softmax_dim, gather_dim, entropy_dim=-1, 
         raise Reject("the labels are not one class of the last dimension for each token")
     if match.chains.get("summed_rows", match.chains["rows"]) != match.chains["rows"]:
         raise Reject("the sum is taken over other logits than those of the labels")
-    if _temperature(match) is None:
+    if temperature(match) is None:
         raise Reject("the temperature is computed or not positive, expected a constant")
     if match.companion is not None:
         _check_entropy(match, label, {entropy_dim, sum_dim} <= last)
@@ -118,19 +108,13 @@ def check(match: Match, weight, label, softmax_dim, gather_dim, entropy_dim=-1, 
 
 def _check_entropy(match: Match, label: torch.Tensor, of_last_dimension: bool) -> None:
     entropy = fake(match.outputs[1])
-    same_rows = _slices(match, "entropy_rows") == _slices(match)
+    same_rows = slices(match, "entropy_rows") == slices(match)
     if not (same_rows and of_last_dimension and same_sizes(entropy.shape, label.shape)):
         raise Reject("the entropy is not that of each token which has a label")
     if entropy.dtype == torch.float64:
         raise Reject("the entropy is computed in torch.float64; the kernel computes in float32")
-    if _temperature(match, "entropy_rows") != _temperature(match):
+    if temperature(match, "entropy_rows") != temperature(match):
         raise Reject("the entropy has another temperature than the log-probabilities")
-
-
-def _slices(match: Match, chain_name: str = "rows") -> list[Any]:
-    """What is left of the logits' rows, comparable from one chain to another."""
-    slices = (n for n in match.chains[chain_name] if op_name(n) == "getitem")
-    return [(n.args[1], [str(size) for size in fake(n.args[0]).shape]) for n in slices]
 
 
 def replace(match: Match, hidden, weight, bias, label):
@@ -143,7 +127,7 @@ def replace(match: Match, hidden, weight, bias, label):
         NO_LABEL,
         0.0,
         0.0,
-        _temperature(match),
+        temperature(match),
         match.settings["chunk_tokens"],
         match.settings["accum_dtype"],
         match.settings["skip_ignored"],
@@ -186,18 +170,6 @@ def _is_mask(factor: fx.Node, node: fx.Node) -> bool:
         return False
     written = (t for n in factor.graph.nodes for t in mutated_arguments(n))
     return all(storage_key(target) != storage_key(factor) for target in written)
-
-
-def _temperature(match: Match, chain_name: str = "rows") -> float | None:
-    """What the logits are divided by in all."""
-    temperature = 1.0
-    for node in match.chains[chain_name]:
-        if _is_division_by_a_number(node):
-            divisor = fake(node.args[1])
-            if (hint(divisor) or 0.0) <= 0:
-                return None
-            temperature *= specialise(divisor)
-    return temperature
 
 
 linear_logprobs = Rewrite(

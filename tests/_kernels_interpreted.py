@@ -202,41 +202,66 @@ def test_losses_of_a_head(options, differentiate, dtype):
     torch.testing.assert_close(liger, plain, **TOLERANCES[dtype])
 
 
+DIRECTIONS = [kl_loss.Divergence(3, *each) for each in [(1.0, 0.0), (0.0, 1.0), (0.3, 0.7)]]
+BETAS = [kl_loss.Divergence(3, beta=b, temperature=2.0) for b in (0.0, 0.1, 0.5, 1.0)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("differentiate", [True, False])
-@pytest.mark.parametrize("direction", [(1.0, 0.0), (0.0, 1.0), (0.3, 0.7)])
+@pytest.mark.parametrize("loss", DIRECTIONS, ids=str)
 @pytest.mark.parametrize("weights", [None, [0.6, -2.0]])
 @pytest.mark.parametrize("infinite", [False, True])
-def test_divergences_of_a_head(direction, weights, differentiate, infinite, dtype, monkeypatch):
+def test_divergences_of_a_head(loss, weights, differentiate, infinite, dtype, monkeypatch):
     monkeypatch.setattr(kl_triton, "_BLOCK", 16)
-    loss = kl_loss.Divergence(3, *direction)
+    check_divergence(loss, weights, differentiate, infinite, dtype)
+
+
+@pytest.mark.parametrize("infinite", [False, True])
+@pytest.mark.parametrize("loss", BETAS, ids=str)
+def test_jensen_shannon_divergences_of_a_head(loss, infinite, monkeypatch):
+    monkeypatch.setattr(kl_triton, "_BLOCK", 16)
+    check_divergence(loss, [0.6, -2.0], True, infinite, torch.float32)
+    if not infinite:
+        check_divergence(loss, None, loss.beta == 0.5, infinite, torch.float16)
+
+
+def check_divergence(loss, weights, differentiate, infinite, dtype):
     logits, target = CrossEntropy.CASES[3].make((7, 53), dtype)
     teacher = torch.randn(7, 53).to(dtype)
-    target[1] = 3
+    target[1] = target[3] = 3
+    mask = torch.tensor([True, False, True, True, True, False, True])
+    mask = None if loss.beta == 0.1 else mask
     if infinite:  # a whole block, single ones, another block of the teacher's, everything
         logits = logits.detach().clone()
         logits[0, :16] = logits[2, 5] = logits[4] = -torch.inf
         teacher[2, 32:48] = teacher[5, 7] = -torch.inf
-        logits[6, 20] = torch.inf
+        if loss.beta in (None, 1.0):
+            logits[6, 20] = torch.inf
+        if loss.beta == 0.0:  # then the divergence is infinite, and where it is depends on p = 0
+            teacher[0, :16] = teacher[2, 5] = -torch.inf
     weights = weights and torch.tensor(weights)
     plain, triton = (torch.zeros(7, 64, dtype=dtype)[:, :53].copy_(logits.detach()) for _ in "ab")
     losses = torch.zeros(2, 2, 7)
-    kl_loss.write_losses_torch(plain, teacher, target, losses[0], loss, weights, differentiate)
-    kl_triton.write_losses_triton(triton, teacher, target, losses[1], loss, weights, differentiate)
+    for logits, write, to in (
+        (plain, kl_loss.write_losses_torch, losses[0]),
+        (triton, kl_triton.write_losses_triton, losses[1]),
+    ):
+        labels = None if weights is None else target
+        write(logits, teacher, labels, mask, to, loss, weights, differentiate)
     torch.testing.assert_close(losses[1], losses[0], equal_nan=True)
     torch.testing.assert_close(triton, plain, equal_nan=True, **TOLERANCES[dtype])
 
 
-@pytest.mark.parametrize("direction", [(1.0, 0.0), (0.0, 1.0)])
-def test_divergences_of_confident_rows(direction, monkeypatch):
+@pytest.mark.parametrize("loss", [*DIRECTIONS[:2], *BETAS], ids=str)
+def test_divergences_of_confident_rows(loss, monkeypatch):
     monkeypatch.setattr(kl_triton, "_BLOCK", 16)
     generator = torch.Generator().manual_seed(0)
-    student = 100 + torch.randn(64, 61, generator=generator)
-    student[range(64), torch.arange(64) % 61] += 9
-    teacher = 50 + student + 0.1 * torch.randn(64, 61, generator=generator)
-    losses, exact = torch.zeros(2, 64), torch.zeros(2, 64, dtype=torch.float64)
-    loss, weights = kl_loss.Divergence(-100, *direction), torch.tensor([1.0, 1.0])
-    arguments = (teacher, torch.arange(64) % 61)
+    student = 100 + torch.randn(16, 61, generator=generator)
+    student[range(16), torch.arange(16)] += 9
+    teacher = 50 + student + 0.1 * torch.randn(16, 61, generator=generator)
+    losses, exact = torch.zeros(2, 16), torch.zeros(2, 16, dtype=torch.float64)
+    weights = torch.tensor([1.0, 1.0])
+    arguments = (teacher, torch.arange(16), None)
     kl_triton.write_losses_triton(student, *arguments, losses, loss, weights, False)
     kl_loss.write_losses_torch(student, *arguments, exact, loss, weights.double(), False)
     torch.testing.assert_close(losses.double(), exact, atol=1e-6, rtol=1e-6)

@@ -37,6 +37,11 @@ SAME = {
         x[:, None, ...],
         x.view(2, 1, 3, 4),
     ),
+    "logarithms of sums": lambda x, w: (
+        torch.logsumexp(torch.stack([x, x.view(2, 3, 4)]), dim=0),
+        torch.stack((x, x), dim=0).logsumexp(0),
+        torch.logaddexp(x, x),
+    ),
     "expand": lambda x, w: (x.expand(5, 2, 3, 4), x.expand(5, -1, -1, -1), x.expand(7, 2, 3, 4)),
     "attention": lambda x, w: (
         F.scaled_dot_product_attention(x, x, x),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -38,6 +40,9 @@ DIRECTIONS = list(LOSSES)
 
 def name_of(direction):
     return {(1.0, 0.0): "forward", (0.0, 1.0): "reverse"}.get(direction, "symmetric")
+
+
+ONE_TOKEN_A_CHUNK = linear_kl.settings | {"chunk_tokens": 1}
 
 
 @pytest.fixture
@@ -95,6 +100,87 @@ def mixed_sums(h, w, th, tw, y, direction=(1.0, 0.0)):
     return kl * 0.4 / valid + ce / valid * 0.6, ce.detach() / valid, kl.detach() / valid
 
 
+# -- F.kl_div and what is built of it
+
+
+def log_mixture(log_q, log_p, beta):
+    """As Liger writes it."""
+    shifted = [log_q + math.log(1 - beta), log_p + math.log(beta)]
+    return torch.logsumexp(torch.stack(shifted, dim=0), dim=0)
+
+
+def gkd(log_q, log_p, reduction):
+    """As TRL's GKDTrainer writes it, for a beta of 0.3."""
+    beta = torch.tensor(0.3, dtype=log_q.dtype, device=log_q.device)
+    mixture = torch.logsumexp(
+        torch.stack([log_q + torch.log1p(-beta), log_p + torch.log(beta)]), dim=0
+    )
+    of_teacher = F.kl_div(mixture, log_p, reduction=reduction, log_target=True)
+    of_student = F.kl_div(mixture, log_q, reduction=reduction, log_target=True)
+    return beta * of_teacher + (1 - beta) * of_student
+
+
+def of_log_sums(log_q, log_p, reduction, beta=0.1):
+    """The student's divergence first, the mixture's the other way round."""
+    mixture = torch.logaddexp(math.log(beta) + log_p, math.log1p(-beta) + log_q)
+    of_student = F.kl_div(mixture, log_q, reduction=reduction, log_target=True)
+    of_teacher = F.kl_div(mixture, log_p, reduction=reduction, log_target=True)
+    return (1 - beta) * of_student + of_teacher * beta
+
+
+KL_DIVS = {
+    "kl_div": lambda s, t, r: F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction=r),
+    "kl_div_of_logs": lambda s, t, r: F.kl_div(
+        F.log_softmax(s, dim=-1), F.log_softmax(t, dim=-1).detach(), reduction=r, log_target=True
+    ),
+    "reverse_kl_div": lambda s, t, r: F.kl_div(t.log_softmax(-1), s.softmax(-1), reduction=r),
+    "reverse_kl_div_of_logs": lambda s, t, r: F.kl_div(
+        F.log_softmax(t, -1), F.log_softmax(s, -1), reduction=r, log_target=True
+    ),
+    "jensen_shannon": lambda s, t, r: gkd(s.log_softmax(-1), t.log_softmax(-1), r),
+    "jensen_shannon_of_log_sums": lambda s, t, r: of_log_sums(
+        s.log_softmax(-1), t.log_softmax(-1), r
+    ),
+}
+
+
+def masked(h, w, th, tw, y, divergence="jensen_shannon"):
+    """Over the tokens that have a label."""
+    loss = KL_DIVS[divergence](F.linear(h, w), teacher_logits(th, tw), "none").sum(-1)
+    mask = y != -100
+    return (loss * mask).sum() / mask.sum()
+
+
+def averaged(h, w, th, tw, y, divergence="jensen_shannon"):
+    """Over all tokens, at a temperature."""
+    student, teacher = F.linear(h, w) / 0.7, teacher_logits(th, tw) / 0.7
+    return KL_DIVS[divergence](student, teacher, "none").sum(dim=-1).mean()
+
+
+def by_batch(h, w, th, tw, y, divergence="jensen_shannon"):
+    return KL_DIVS[divergence](F.linear(h, w), teacher_logits(th, tw), "batchmean")
+
+
+def hinton(h, w, th, tw, y, divergence="kl_div", T=2.0, share=0.3):
+    """Next-token losses: hard labels at temperature 1, soft ones of every token at T."""
+    student = F.linear(h, w)[..., :-1, :].contiguous().view(-1, w.size(0))
+    teacher = teacher_logits(th, tw)[..., :-1, :].contiguous().view(-1, w.size(0))
+    ce = F.cross_entropy(student, y[..., 1:].contiguous().view(-1))
+    kd = KL_DIVS[divergence](student / T, teacher / T, "batchmean") * T**2
+    return share * ce + (1 - share) * kd
+
+
+def hugging_face(h, w, th, tw, y, divergence="kl_div"):
+    """The model's own loss, of labels that it shifts itself, and soft ones of other tokens."""
+    student, teacher = F.linear(h, w), teacher_logits(th, tw)
+    shifted = F.pad(y, (0, 1), value=-100)[..., 1:].contiguous()
+    logits = student.to(torch.promote_types(student.dtype, torch.float32)).view(-1, w.size(0))
+    ce = F.cross_entropy(logits, shifted.view(-1), reduction="sum") / (shifted != -100).sum()
+    kd = KL_DIVS[divergence](student / 2.0, teacher / 2.0, "none").sum(-1)
+    mask = y > 3
+    return ce + 0.5 * 2.0**2 * ((kd * mask).sum() / mask.sum())
+
+
 def exact(h, w, th, tw, y, direction, normalise=True, mix=False):
     student, teacher = flat(F.linear(h, w)), flat(F.linear(th, tw))
     valid = (y != -100).sum() if normalise else 1
@@ -127,14 +213,30 @@ SPELLINGS = [
 ]
 
 
+ENDINGS = (masked, averaged, by_batch, hinton, hugging_face)
+OF_KL_DIV = [partial(fn, divergence=name) for fn in ENDINGS for name in KL_DIVS]
+SOME_OF_KL_DIV = [
+    partial(masked, divergence="kl_div"),
+    partial(averaged, divergence="jensen_shannon_of_log_sums"),
+    partial(by_batch, divergence="reverse_kl_div"),
+    partial(hinton, divergence="reverse_kl_div_of_logs"),
+    partial(hugging_face, divergence="jensen_shannon"),
+]
+HINTON = partial(hinton, divergence="kl_div")
+
+
 def spelling_name(spelling):
-    return f"{spelling.func.__name__}-{name_of(spelling.keywords['direction'])}"
+    named = spelling.keywords
+    which = name_of(named["direction"]) if "direction" in named else named["divergence"]
+    return f"{spelling.func.__name__}-{which}"
 
 
 spellings = pytest.mark.parametrize("spelling", SPELLINGS, ids=spelling_name)
 
 
 def reference(spelling):
+    if "divergence" in spelling.keywords:
+        return spelling
     mix = spelling.func in (mixed, mixed_sums)
     return partial(exact, **spelling.keywords, normalise=spelling.func is not plain, mix=mix)
 
@@ -152,6 +254,126 @@ def test_fires_once_on_every_spelling(spelling, dynamic, heads, labels):
     torch.testing.assert_close(found.value, spelling(*heads, labels))
 
 
+@pytest.mark.parametrize("spelling", OF_KL_DIV, ids=spelling_name)
+def test_fires_once_on_every_use_of_kl_div(spelling, heads, labels):
+    found = capture(spelling, *heads, labels)
+    (report,) = found.reports
+    assert report.counts == {"linear_kl": 1} and report.rejections == [], report
+    torch.testing.assert_close(found.value, spelling(*heads, labels))
+
+
+@pytest.mark.parametrize("spelling", SOME_OF_KL_DIV[1:4], ids=spelling_name)
+def test_sizes_and_numbers_that_vary(spelling, heads, labels):
+    found = capture(spelling, *heads, labels, dynamic=True)
+    assert found.reports[0].counts == {"linear_kl": 1}
+    torch.testing.assert_close(found.value, spelling(*heads, labels))
+
+
+def filled(kl, mask):
+    return kl.sum(-1).masked_fill(~mask, 0.0).sum() / mask.sum()
+
+
+def chosen(kl, mask):
+    return torch.where(mask.view(-1), kl.sum(-1).view(-1), 0).sum()
+
+
+def multiplied_by_floats(kl, mask):
+    return (mask.float() * kl.sum(dim=-1)).sum(-1).mean()
+
+
+def of_each_class(kl, mask):
+    return (4.0 * (kl * mask.unsqueeze(-1))).sum() / mask.sum()
+
+
+def filled_in_place(kl, mask):
+    return (kl / 2).masked_fill_(~mask[:, :, None], 0.0).sum(dim=(-1,)).sum()
+
+
+def mean_of_all(kl, mask):
+    return kl.mean()
+
+
+REDUCTIONS = [filled, chosen, multiplied_by_floats, of_each_class, filled_in_place, mean_of_all]
+
+
+def reduced(h, w, th, tw, y, reduction):
+    kl = KL_DIVS["reverse_kl_div_of_logs"](F.linear(h, w), teacher_logits(th, tw), "none")
+    return reduction(kl, y > 3)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS, ids=lambda f: f.__name__)
+def test_fires_on_every_reduction(reduction, heads, labels):
+    fn = partial(reduced, reduction=reduction)
+    found = capture(fn, *heads, labels)
+    assert found.reports[0].counts == {"linear_kl": 1}
+    actual = torch.autograd.grad(found.value, heads[:2])
+    torch.testing.assert_close(found.value, fn(*heads, labels))
+    torch.testing.assert_close(actual, torch.autograd.grad(fn(*heads, labels), heads[:2]))
+
+
+def test_hinton_graph(heads, labels):
+    assert_expected_inline(
+        show(capture(hinton, *heads, labels).graphs[0]),
+        """\
+def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_th_: "f32[2, 6, 6]", L_tw_: "f32[13, 6]", L_y_: "i64[2, 6]"):
+    l_h_ = L_h_
+    l_w_ = L_w_
+    l_th_ = L_th_
+    l_tw_ = L_tw_
+    l_y_ = L_y_
+    _set_grad_enabled = torch._C._set_grad_enabled(False)
+    _set_grad_enabled_1 = torch._C._set_grad_enabled(True)
+    getitem_2: "i64[2, 5]" = l_y_[(Ellipsis, slice(1, None, None))]
+    contiguous_2: "i64[2, 5]" = getitem_2.contiguous()
+    view_2: "i64[10]" = contiguous_2.view(-1)
+    getitem_3: "f32[2, 5, 8]" = l_h_[(Ellipsis, slice(None, -1, None), slice(None, None, None))]
+    getitem_4: "f32[2, 5, 6]" = l_th_[(Ellipsis, slice(None, -1, None), slice(None, None, None))]
+    ne: "b8[10]" = view_2 != -100
+    sum_1: "i64[]" = ne.sum()
+    new_ones: "f32[]" = l_h_.new_ones((), dtype = torch.float32)
+    truediv_2: "f32[]" = new_ones / sum_1
+    mul_3: "f32[]" = truediv_2 * 0.3
+    truediv_3: "f32[]" = new_ones / 10
+    mul_4: "f32[]" = truediv_3 * 4.0
+    mul_5: "f32[]" = mul_4 * 0.7
+    linear_kl_default = torch.ops.liger_fx.linear_kl.default(getitem_3, l_w_, None, mul_3, mul_5, getitem_4, l_tw_, None, view_2, -100, None, 0.0, 0.0, 0.0, 2.0, True, True, False, 0, torch.float32, True)
+    getitem_5: "f32[]" = linear_kl_default[0]
+    return (getitem_5,)""",
+    )
+
+
+def test_masked_jensen_shannon_graph(heads, labels):
+    assert_expected_inline(
+        show(capture(masked, *heads, labels).graphs[0]),
+        """\
+def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_th_: "f32[2, 6, 6]", L_tw_: "f32[13, 6]", L_y_: "i64[2, 6]"):
+    l_h_ = L_h_
+    l_w_ = L_w_
+    l_th_ = L_th_
+    l_tw_ = L_tw_
+    l_y_ = L_y_
+    _set_grad_enabled = torch._C._set_grad_enabled(False)
+    _set_grad_enabled_1 = torch._C._set_grad_enabled(True)
+    mask: "b8[2, 6]" = l_y_ != -100
+    linear_kl_default = torch.ops.liger_fx.linear_kl.default(l_h_, l_w_, None, None, None, l_th_, l_tw_, None, None, -100, mask, 0.0, 0.0, 0.3, 1.0, True, True, False, 0, torch.float32, True)
+    getitem: "f32[]" = linear_kl_default[0]
+    sum_3: "i64[]" = mask.sum()
+    truediv: "f32[]" = getitem / sum_3
+    return (truediv,)""",
+    )
+
+
+def test_the_loss_of_a_student_that_needs_no_gradient(heads, labels):
+    """Evaluation of many tokens: the value is the same, whoever is the student."""
+    with torch.no_grad():
+        for spelling in OF_KL_DIV[1:6:2]:
+            found = capture(
+                spelling, *heads, labels, rewrites=[replace(linear_kl, settings=ONE_TOKEN_A_CHUNK)]
+            )
+            assert found.reports[0].counts == {"linear_kl": 1}
+            torch.testing.assert_close(found.value, spelling(*heads, labels))
+
+
 def test_fires_graph(heads, labels):
     found = capture(partial(mean, direction=(0.3, 0.7)), *heads, labels)
     assert_expected_inline(
@@ -166,7 +388,8 @@ def forward(self, L_args_0_: "f32[2, 6, 8]", L_args_1_: "f32[13, 8]", L_args_2_:
     _set_grad_enabled = torch._C._set_grad_enabled(False)
     _set_grad_enabled_1 = torch._C._set_grad_enabled(True)
     reshape_2: "i64[12]" = l_args_4_.reshape(-1)
-    linear_kl_default = torch.ops.liger_fx.linear_kl.default(l_args_0_, l_args_1_, None, None, None, l_args_2_, l_args_3_, None, reshape_2, -100, 0.3, 0.7, True, True, False, 0, torch.float32, True)
+    ne_3: "b8[12]" = reshape_2 != -100
+    linear_kl_default = torch.ops.liger_fx.linear_kl.default(l_args_0_, l_args_1_, None, None, None, l_args_2_, l_args_3_, None, None, -100, ne_3, 0.3, 0.7, None, 1.0, True, True, False, 0, torch.float32, True)
     getitem: "f32[]" = linear_kl_default[0]
     ne_2: "b8[2, 6]" = l_args_4_ != -100
     sum_5: "i64[]" = ne_2.sum()
@@ -190,7 +413,8 @@ def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_th_: "f32[2, 6, 6]
     _set_grad_enabled_1 = torch._C._set_grad_enabled(True)
     ne: "b8[2, 6]" = l_y_ != -100
     mask: "i32[2, 6]" = ne.int()
-    linear_kl_default = torch.ops.liger_fx.linear_kl.default(l_h_, l_w_, None, None, None, l_th_, l_tw_, None, l_y_, -100, 0.0, 1.0, True, True, False, 0, torch.float32, True)
+    ne_4: "b8[2, 6]" = l_y_ != -100
+    linear_kl_default = torch.ops.liger_fx.linear_kl.default(l_h_, l_w_, None, None, None, l_th_, l_tw_, None, None, -100, ne_4, 0.0, 1.0, None, 1.0, True, True, False, 0, torch.float32, True)
     getitem_9: "f32[]" = linear_kl_default[0]
     view_6: "i32[12]" = mask.view(-1)
     sum_7: "i64[]" = torch.sum(view_6, dim = 0)
@@ -222,7 +446,7 @@ def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_th_: "f32[2, 6, 6]
     mul_4: "f32[]" = truediv_1 * 0.6
     truediv_2: "f32[]" = new_ones / valid
     mul_5: "f32[]" = truediv_2 * 0.4
-    linear_kl_default = torch.ops.liger_fx.linear_kl.default(l_h_, l_w_, None, mul_4, mul_5, l_th_, l_tw_, None, y, -100, 1.0, 0.0, True, True, False, 0, torch.float32, True)
+    linear_kl_default = torch.ops.liger_fx.linear_kl.default(l_h_, l_w_, None, mul_4, mul_5, l_th_, l_tw_, None, y, -100, ne_2, 1.0, 0.0, None, 1.0, True, True, False, 0, torch.float32, True)
     getitem: "f32[]" = linear_kl_default[0]
     getitem_1: "f32[2]" = linear_kl_default[1]
     getitem_2: "f32[]" = getitem_1[0]
@@ -254,7 +478,8 @@ def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_th_: "f32[2, 6, 6]
     getitem_2: "i64[2, 5]" = l_y_[(slice(None, None, None), slice(1, None, None))]
     getitem_3: "f32[2, 5, 8]" = l_h_[(slice(None, None, None), slice(None, -1, None))]
     getitem_4: "f32[2, 5, 6]" = l_th_[(slice(None, None, None), slice(None, -1, None))]
-    linear_kl_default = torch.ops.liger_fx.linear_kl.default(getitem_3, l_w_, None, None, None, getitem_4, l_tw_, None, getitem_2, -100, 1.0, 0.0, True, True, False, 0, torch.float32, True)
+    ne_1: "b8[2, 5]" = getitem_2 != -100
+    linear_kl_default = torch.ops.liger_fx.linear_kl.default(getitem_3, l_w_, None, None, None, getitem_4, l_tw_, None, None, -100, ne_1, 1.0, 0.0, None, 1.0, True, True, False, 0, torch.float32, True)
     getitem_5: "f32[]" = linear_kl_default[0]
     return (getitem_5,)""",
     )
@@ -548,6 +773,149 @@ def test_refuses_losses_of_other_rows(heads, labels):
     )
 
 
+def with_kl(summed_up, temperatures=(1.0, 1.0), divergence="kl_div_of_logs"):
+    def fn(h, w, th, tw, y):
+        student, teacher = F.linear(h, w), teacher_logits(th, tw)
+        student, teacher = (t / T for t, T in zip((student, teacher), temperatures, strict=True))
+        return summed_up(KL_DIVS[divergence](student, teacher, "none"), y)
+
+    return fn
+
+
+def test_refuses_another_temperature_of_the_teacher(heads, labels):
+    fn = with_kl(lambda kl, y: kl.sum(), (2.0, 1.0))
+    assert_expected_inline(
+        refusal(fn, *heads, labels),
+        """the teacher's logits have another temperature than the student's""",
+    )
+
+
+def test_refuses_a_temperature_that_is_not_positive(heads, labels):
+    fn = with_kl(lambda kl, y: kl.sum(), (-1.0, -1.0))
+    assert_expected_inline(
+        refusal(fn, *heads, labels),
+        """the temperature is computed or not positive, expected a constant""",
+    )
+
+
+def test_refuses_weights_of_tokens(heads, labels):
+    fn = with_kl(lambda kl, y: (kl.sum(-1) * y.float().abs()).sum())
+    assert_expected_inline(
+        refusal(fn, *heads, labels),
+        """the losses are multiplied by torch.float32, expected a mask of bools""",
+    )
+
+
+def test_refuses_several_masks(heads, labels):
+    fn = with_kl(lambda kl, y: (kl.sum(-1) * (y > 3) * (y < 7)).sum())
+    assert_expected_inline(
+        refusal(fn, *heads, labels),
+        """the losses have several masks, expected one""",
+    )
+
+
+def test_refuses_a_mask_of_sequences(heads, labels):
+    fn = with_kl(lambda kl, y: (kl.sum(-1) * (y[:, :1] > 3)).sum())
+    assert_expected_inline(refusal(fn, *heads, labels), """the mask is not one of tokens""")
+
+
+def test_refuses_a_mask_of_classes(hidden, weight):
+    """Even if there are as many as tokens."""
+    teacher = torch.randn(1, V, T, device=DEVICE), torch.randn(V, T, device=DEVICE)
+    fn = with_kl(lambda kl, y: (kl * (y > 3)).sum())
+    student = torch.randn(1, V, H, device=DEVICE, requires_grad=True), weight
+    assert_expected_inline(
+        refusal(fn, *student, *teacher, torch.arange(V, device=DEVICE)),
+        """the mask is not one of tokens""",
+    )
+
+
+def test_refuses_a_mask_that_is_written_to(heads, labels):
+    def summed_up(kl, y):
+        mask = y > 3
+        masked = kl.sum(-1) * mask.float()
+        mask.fill_(True)
+        return masked.sum(), mask
+
+    assert_expected_inline(
+        refusal(with_kl(summed_up), *heads, labels),
+        """mask, the mask, is written in place""",
+    )
+
+
+def test_refuses_a_mean_over_something_else(heads, labels):
+    fn = with_kl(lambda kl, y: kl.view(-1, V).sum(-1).view(3, -1).sum(-1).mean())
+    assert_expected_inline(
+        refusal(fn, *heads, labels),
+        """the mean is over something else than sequences, tokens or all classes""",
+    )
+
+
+def test_refuses_losses_of_tokens(heads, labels):
+    fn = with_kl(lambda kl, y: kl.sum(-1), divergence="jensen_shannon")
+    assert_expected_inline(
+        refusal(fn, *heads, labels),
+        """the divergences of single classes or tokens leave the graph, or are added up by more than sum(), mean() and a mask; jsd[mask] ends the graph, jsd * mask does not""",
+    )
+
+
+def test_refuses_a_softmax_over_something_else(heads, labels):
+    def fn(h, w, th, tw, y):
+        log_q, p = F.linear(h, w).log_softmax(1), teacher_logits(th, tw).softmax(1)
+        return F.kl_div(log_q, p, reduction="sum")
+
+    assert_expected_inline(
+        refusal(fn, *heads, labels),
+        """the softmax is not over the vocabulary""",
+    )
+
+
+def test_refuses_a_mixture_of_other_weights(heads, labels):
+    def fn(h, w, th, tw, y, share):
+        log_q, log_p = F.linear(h, w).log_softmax(-1), teacher_logits(th, tw).log_softmax(-1)
+        mixture = log_mixture(log_q, log_p, 0.3)
+        of_teacher = F.kl_div(mixture, log_p, reduction="sum", log_target=True)
+        of_student = F.kl_div(mixture, log_q, reduction="sum", log_target=True)
+        return share * of_teacher + (1 - share) * of_student
+
+    for share in (0.4, torch.tensor(0.3, device=DEVICE)):
+        assert refusal(fn, *heads, labels, share) == (
+            "the weights of both divergences are not those of the mixture, or no constants"
+        )
+
+
+def test_a_teacher_that_is_trained_is_none(heads, labels):
+    def fn(h, w, th, tw, y):
+        log_q, log_p = F.linear(h, w).log_softmax(-1), F.linear(th, tw).log_softmax(-1)
+        return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+    h, w, th, tw = heads
+    (report,) = capture_kl(fn, h, w, th, tw.requires_grad_(), labels).reports
+    assert report.counts == {} and report.rejections == []
+    assert_expected_inline(
+        report.near_misses[0].reason,
+        """wanted a value without gradient, found `log_softmax` (log_p)""",
+    )
+
+
+def test_a_choice_of_tokens_breaks_the_graph(heads, labels):
+    """``jsd[mask]``, as TRL has it: its shape depends on data."""
+
+    def fn(h, w, th, tw, y):
+        log_q, log_p = F.linear(h, w).log_softmax(-1), teacher_logits(th, tw).log_softmax(-1)
+        mask = y != -100
+        return gkd(log_q, log_p, "none")[mask].sum() / mask.sum()
+
+    torch._dynamo.reset()
+    options = {"policy": ["linear_kl"], "inner": "eager"}
+    value = torch.compile(fn, backend="liger_fx", options=options)(*heads, labels)
+    torch.testing.assert_close(value, fn(*heads, labels))
+    assert_expected_inline(
+        reasons(liger_fx.Report.merged(liger_fx.reports())),
+        """the divergences of single classes or tokens leave the graph, or are added up by more than sum(), mean() and a mask; jsd[mask] ends the graph, jsd * mask does not""",
+    )
+
+
 def test_refuses_where_nothing_would_be_saved(heads, labels):
     with torch.no_grad():
         assert_expected_inline(
@@ -697,7 +1065,15 @@ def test_numerics(spelling, dtype, chunk_tokens):
     check_numerics(spelling, inputs(dtype), **{"linear_kl.chunk_tokens": chunk_tokens})
 
 
-@pytest.mark.parametrize("spelling", [SPELLINGS[2], SPELLINGS[4], SPELLINGS[7]], ids=spelling_name)
+@pytest.mark.parametrize("spelling", SOME_OF_KL_DIV, ids=spelling_name)
+def test_numerics_of_kl_div(spelling):
+    for dtype, chunk_tokens in ((torch.float32, 7), (torch.bfloat16, 0)):
+        check_numerics(spelling, inputs(dtype), **{"linear_kl.chunk_tokens": chunk_tokens})
+
+
+@pytest.mark.parametrize(
+    "spelling", [SPELLINGS[2], SPELLINGS[4], SPELLINGS[7], HINTON], ids=spelling_name
+)
 def test_numerics_under_inductor(spelling):
     check_numerics(spelling, inputs(torch.float32), inner="inductor")
 
@@ -727,7 +1103,7 @@ def test_every_token_is_ignored(spelling, inner):
     assert grad_hidden.abs().sum() == 0 and grad_weight.abs().sum() == 0
 
 
-@pytest.mark.parametrize("spelling", [SPELLINGS[2], SPELLINGS[7]], ids=spelling_name)
+@pytest.mark.parametrize("spelling", [SPELLINGS[2], SPELLINGS[7], HINTON], ids=spelling_name)
 def test_dynamic_shapes_compile_once(spelling):
     fn = compiled(spelling)
     for tokens in (37, 23, 51, 40):

@@ -13,7 +13,7 @@ from _util import show
 from expecttest import assert_expected_inline
 
 from liger_fx import Reject, Rewrite, rewrite_graph
-from liger_fx.pattern import Binding, Cast, Op, Pattern
+from liger_fx.pattern import Binding, Cast, Op, Pattern, guard
 
 
 def swiglu_pattern(gate, up):
@@ -129,6 +129,25 @@ def forward(self, L_g_: "f32[3, 4]", L_u_: "f32[3, 4]"):
     sub_2: "f32[3, 4]" = torch.sub(sub, l_u_)
     return (sub_1, sub_2)""",
     )
+
+
+def test_a_condition_tells_two_parts_apart():
+    constant = guard("a value without gradient", lambda value: not value.requires_grad)
+
+    def difference(trained, fixed):
+        return torch.dist(trained.exp(), constant(fixed.exp()))
+
+    rewrite = Rewrite("difference", [difference], lambda match, trained, fixed: trained.sum())
+    trained = A.clone().requires_grad_()
+    for fn in (
+        lambda a, b: torch.dist(a.exp(), b.exp()),
+        lambda a, b: torch.dist(b.exp(), a.exp()),
+    ):
+        first = rewritten(fn, trained, B, rewrites=[rewrite]).report
+        second = rewritten(fn, B, trained, rewrites=[rewrite]).report
+        assert sum(map(len, (first.replacements, second.replacements))) == 1
+        (miss,) = first.near_misses + second.near_misses
+        assert miss.reason.startswith("wanted a value without gradient, found `exp`")
 
 
 def test_symbolic_shapes():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from liger_fx.ops import chunked_head
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DIRECTIONS = [(1.0, 0.0), (0.0, 1.0), (0.3, 0.7)]
+BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 
 
 def torchtune_loss(forward, reverse):
@@ -31,9 +34,24 @@ def divergence(student, teacher, target, forward, reverse):
     return per_token[target != -100].sum()
 
 
+def jensen_shannon(student, teacher, beta, reduction="sum"):
+    """As TRL and Liger write it; KL(p || q) for 0, KL(q || p) for 1."""
+    log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
+    if beta in (0.0, 1.0):
+        input, target = (log_q, log_p) if beta == 0.0 else (log_p, log_q)
+        return F.kl_div(input, target, reduction=reduction, log_target=True)
+    shifted = [log_q + math.log(1 - beta), log_p + math.log(beta)]
+    mixture = torch.logsumexp(torch.stack(shifted), dim=0)
+    of_teacher, of_student = (
+        F.kl_div(mixture, target, reduction=reduction, log_target=True) for target in (log_p, log_q)
+    )
+    return beta * of_teacher + (1 - beta) * of_student
+
+
 class Case:
     """Inputs of both heads; ``ignored`` is the share of ignored labels, ``mixed`` asks for the
-    cross-entropy as well."""
+    cross-entropy as well. ``divergence``: torchtune's shares, or a beta, and then other tokens are
+    masked than have no label, or none."""
 
     def __init__(
         self,
@@ -44,7 +62,8 @@ class Case:
         dtype=torch.float32,
         ignored=0.3,
         bias=False,
-        direction=(0.3, 0.7),
+        divergence=(0.3, 0.7),
+        temperature=1.0,
         mixed=False,
         seed=0,
     ):
@@ -61,7 +80,13 @@ class Case:
         target = torch.randint(0, vocab, (tokens,), generator=g)
         target[torch.rand(tokens, generator=g) < ignored] = -100
         self.target = target.to(DEVICE)
-        self.direction = direction
+        self.mask = self.target != -100
+        self.direction, self.beta, self.temperature = (0.0, 0.0), None, temperature
+        if isinstance(divergence, tuple):
+            self.direction = divergence
+        else:
+            self.beta = divergence
+            self.mask = torch.rand(tokens, generator=g).to(DEVICE) >= ignored if ignored else None
         weights = (torch.tensor(w, device=DEVICE) for w in (0.6 / 37, 0.4 / 37))
         self.weights = tuple(weights) if mixed else (None, None)
 
@@ -72,7 +97,11 @@ class Case:
     def eager(self, input, weight, bias=None):
         student = F.linear(input, weight, bias)
         teacher = F.linear(*(t if t is None else t.to(input.dtype) for t in self.teacher))
-        if input.dtype == torch.float64:
+        if self.beta is not None:
+            rows = slice(None) if self.mask is None else self.mask
+            logits = (t[rows] / self.temperature for t in (student, teacher))
+            kl = jensen_shannon(*logits, self.beta)
+        elif input.dtype == torch.float64:
             kl = divergence(student, teacher, self.target, *self.direction)
         else:
             kl = torchtune_loss(*self.direction)(student, teacher, self.target, normalize=False)
@@ -85,9 +114,14 @@ class Case:
     def outputs(self, input, weight, bias=None, *, chunk_tokens=8, accum=torch.float32, skip=True):
         needed = [t is not None and t.requires_grad for t in (input, weight, bias)]
         return ops.linear_kl(
-            input, weight, bias, *self.weights, *self.teacher, self.target, -100, *self.direction,
-            *needed, chunk_tokens, accum, skip,
+            input, weight, bias, *self.weights, *self.teacher, *self.literals, *needed,
+            chunk_tokens, accum, skip,
         )  # fmt: skip
+
+    @property
+    def literals(self):
+        target = None if self.weights[0] is None else self.target
+        return target, -100, self.mask, *self.direction, self.beta, self.temperature
 
     def fused(self, *tensors, **how):
         return self.outputs(*tensors, **how)[0]
@@ -111,10 +145,17 @@ def mean_errors(samples):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("mixed", [False, True])
-def test_no_less_exact_than_eager(dtype, direction, mixed):
-    how = dict(dtype=dtype, direction=direction, mixed=mixed, bias=True)
+@pytest.mark.parametrize(
+    "how",
+    [
+        *(dict(divergence=d, mixed=m) for d in DIRECTIONS for m in (False, True)),
+        *(dict(divergence=beta, mixed=True, temperature=2.0) for beta in BETAS),
+        dict(divergence=0.5),
+    ],
+    ids=str,
+)
+def test_no_less_exact_than_eager(dtype, how):
+    how = dict(dtype=dtype, bias=True) | how
     cases = [Case(203, vocab=157, seed=i, **how) for i in range(4)]
     ours = mean_errors([errors(case, case.fused) for case in cases])
     eager = mean_errors([errors(case, case.eager) for case in cases])
@@ -124,10 +165,11 @@ def test_no_less_exact_than_eager(dtype, direction, mixed):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the kernels on CUDA compute in fp32")
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("divergence", [*DIRECTIONS, *BETAS])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_gradients_are_the_derivative(direction, mixed):
-    case = Case(7, hidden=3, vocab=5, bias=True, dtype=torch.float64, direction=direction)
+def test_gradients_are_the_derivative(divergence, mixed):
+    how = dict(divergence=divergence, temperature=1.0 if isinstance(divergence, tuple) else 1.7)
+    case = Case(7, hidden=3, vocab=5, bias=True, dtype=torch.float64, **how)
     if mixed:
         case.weights = tuple(torch.tensor(w, dtype=torch.float64) for w in (0.6, -2.0))
 
@@ -151,21 +193,23 @@ def test_both_sums_come_along(mixed):
 @pytest.mark.parametrize("skip", [True, False])
 @pytest.mark.parametrize("chunk_tokens", [1, 7, 8, 36, 37, 38, 0, -1])
 def test_any_chunk_size_gives_the_same(chunk_tokens, skip):
-    case = Case(bias=True, mixed=True)
-    assert max(errors(case, lambda *t: case.fused(*t, chunk_tokens=chunk_tokens, skip=skip))) < 2e-6
+    for case in (Case(bias=True, mixed=True), Case(divergence=0.3, temperature=2.0, mixed=True)):
+        function = partial(case.fused, chunk_tokens=chunk_tokens, skip=skip)
+        assert max(errors(case, function)) < 2e-6
 
 
 @pytest.mark.parametrize(
     ("tokens", "ignored"), itertools.product([1, 2, 129, 700], [0.0, 0.5, 1.0])
 )
 def test_odd_numbers_of_tokens(tokens, ignored):
-    case = Case(tokens=tokens, ignored=ignored, bias=True, mixed=True)
-    tensors = case.tensors()
-    actual = grads(case.fused(*tensors, chunk_tokens=128), tensors)
-    exact = case.tensors(torch.float64)
-    expected = grads(case.eager(*exact), exact)
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a.double(), e, atol=1e-5, rtol=1e-5)
+    for divergence in ((0.3, 0.7), 0.3):
+        case = Case(tokens=tokens, ignored=ignored, bias=True, mixed=True, divergence=divergence)
+        tensors = case.tensors()
+        actual = grads(case.fused(*tensors, chunk_tokens=128), tensors)
+        exact = case.tensors(torch.float64)
+        expected = grads(case.eager(*exact), exact)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a.double(), e, atol=1e-5, rtol=1e-5)
 
 
 def test_no_token_at_all():
@@ -188,8 +232,9 @@ def test_no_token_that_counts(skip):
 
 @pytest.mark.parametrize("vocab", [2, 31, 1000, 4099, 20_001])
 def test_vocabularies_that_are_multiples_of_nothing(vocab):
-    case = Case(vocab=vocab, mixed=True)
-    assert max(errors(case, case.fused)) < 2e-6
+    for divergence in ((0.3, 0.7), 0.3):
+        case = Case(vocab=vocab, mixed=True, divergence=divergence)
+        assert max(errors(case, case.fused)) < 2e-6
 
 
 def test_teacher_of_another_dtype():
@@ -209,7 +254,7 @@ def test_teacher_of_another_dtype():
 @pytest.mark.parametrize("infinity", [-torch.inf, torch.inf])
 def test_infinite_logits(direction, at, infinity):
     """As eager has them, but that the gradient of the reverse is not nan for a single -inf."""
-    case = Case(bias=True, direction=direction, dtype=torch.float32, ignored=0.0)
+    case = Case(bias=True, divergence=direction, dtype=torch.float32, ignored=0.0)
     if at != "teacher":
         case.bias[5] = infinity
     if at != "student":
@@ -227,12 +272,12 @@ def test_infinite_logits(direction, at, infinity):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_class_left_out_gets_the_gradient_of_the_rest(direction):
     """A logit that is -inf for good is no class: the gradients are those without it."""
-    case = Case(bias=True, direction=direction)
+    case = Case(bias=True, divergence=direction)
     case.bias[5] = case.teacher[2][5] = -torch.inf
     tensors = case.tensors()
     actual = grads(case.fused(*tensors), tensors)
     rest = [i for i in range(61) if i != 5]
-    fewer = Case(bias=True, direction=direction)
+    fewer = Case(bias=True, divergence=direction)
     fewer.weight, fewer.bias = case.weight[rest], case.bias[rest]
     fewer.teacher = [case.teacher[0], case.teacher[1][rest], case.teacher[2][rest]]
     exact = fewer.tensors(torch.float64)
@@ -240,6 +285,52 @@ def test_a_class_left_out_gets_the_gradient_of_the_rest(direction):
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         a = a[rest] if i > 1 else a
         assert relative_error(a, e) < 2e-6
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_class_of_probability_0(beta):
+    """-inf is no class where both have it; where only one has, 0 log 0 is 0. Eager is finite where
+    only the teacher has it, for ``F.kl_div`` of its probabilities, and agrees."""
+    case = Case(bias=True, divergence=beta, ignored=0.0)
+    without = Case(bias=True, divergence=beta, ignored=0.0)
+    for each, least in ((case, -torch.inf), (without, -1e4)):
+        each.bias[5] = each.teacher[2][5] = least
+        each.teacher[2][7] = -torch.inf if least == -torch.inf and beta < 1.0 else -1e4
+        if beta > 0.0:
+            each.bias[9] = least
+    tensors, others = case.tensors(), without.tensors()
+    actual = grads(case.fused(*tensors), tensors)
+    torch.testing.assert_close(actual, grads(without.eager(*others), others))
+    if beta == 0.0:
+        case.bias[5] = 0.0
+        tensors = case.tensors()
+        log_q, p = F.linear(*tensors).log_softmax(1), F.linear(*case.teacher).softmax(1)
+        eager = grads(F.kl_div(log_q, p, reduction="sum"), tensors)
+        torch.testing.assert_close(grads(case.fused(*tensors), tensors), eager)
+
+
+def test_student_that_excludes_what_the_teacher_has_is_infinitely_far():
+    case = Case(bias=True, divergence=0.0)
+    case.bias[5] = -torch.inf
+    assert case.fused(*case.tensors()) == case.eager(*case.tensors()) == torch.inf
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_as_ligers_own_loss(beta, temperature):
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    case = Case(bias=True, divergence=beta, temperature=temperature, mixed=True)
+    case.mask = case.target != -100
+    case.weights = tuple(weight / case.mask.sum() for weight in torch.tensor([0.3, 0.7]))
+    liger = LigerFusedLinearJSDLoss(
+        0.3, 0.7, beta, temperature=temperature, compiled=False, chunk_size=8
+    )
+    tensors = case.tensors()
+    x, weight, bias = tensors
+    expected = liger(x, weight, *case.teacher[:2], case.target, bias, case.teacher[2])
+    for a, e in zip(grads(case.fused(*tensors), tensors), grads(expected, tensors), strict=True):
+        torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-5)
 
 
 def test_rows_of_infinite_logits():
@@ -267,8 +358,15 @@ def test_small_weights_do_not_underflow_in_float16():
 def test_one_weight_alone_is_an_error():
     case = Case(mixed=True)
     case.weights = (case.weights[0], None)
-    with pytest.raises(ValueError, match="both of ce_weight and kl_weight, or none"):
+    with pytest.raises(ValueError, match="all of ce_weight, kl_weight and target, or none"):
         case.fused(*case.tensors())
+
+
+def test_numbers_out_of_range_are_an_error():
+    with pytest.raises(ValueError, match=r"expected beta in \[0, 1\], got 1.5"):
+        Case(divergence=1.5).fused(*Case().tensors())
+    with pytest.raises(ValueError, match="expected a positive temperature, got 0"):
+        Case(temperature=0.0).fused(*Case().tensors())
 
 
 def test_two_backwards_with_different_upstream_gradients():
@@ -310,7 +408,7 @@ def test_labels_out_of_range_are_an_error():
     case.target[5] = 61
     with pytest.raises(IndexError, match="Target 61 is out of bounds"):
         case.fused(*case.tensors())
-    case.weights = (None, None)  # the divergence asks only which labels are ignored
+    case.weights = (None, None)  # the divergence knows of no labels
     case.fused(*case.tensors())
 
 
@@ -348,6 +446,7 @@ def test_no_tensor_exceeds_a_chunk_of_logits():
             case.teacher[0],
             chunked_head.Head(case.teacher[1], case.teacher[2], loss),
             case.target,
+            case.mask,
             Divergence(-100, 0.3, 0.7),
             torch.stack(case.weights),
             chunked_head.Wanted(True, True, True),
@@ -386,9 +485,9 @@ def test_autocast_outside_does_not_reach_into_the_op():
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("needed", [(True, True, True), (True, False, False), (False, True, False)])
 def test_opcheck(needed, mixed):
-    case = Case(bias=True, mixed=mixed)
+    case = Case(bias=True, mixed=mixed, **({} if mixed else dict(divergence=0.3, ignored=0.0)))
     tensors = [t.detach().requires_grad_(n) for t, n in zip(case.tensors(), needed, strict=True)]
-    arguments = (*tensors, *case.weights, *case.teacher, case.target, -100, 0.3, 0.7, *needed)
+    arguments = (*tensors, *case.weights, *case.teacher, *case.literals, *needed)
     torch.library.opcheck(ops.linear_kl, (*arguments, 8, torch.float32, True))
 
 

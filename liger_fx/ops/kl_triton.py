@@ -19,7 +19,8 @@ _BLOCK = 4096
 def write_losses_triton(
     student: Tensor,
     teacher: Tensor,
-    target: Tensor,
+    target: Tensor | None,
+    mask: Tensor | None,
     losses: Tensor,
     loss: Divergence,
     weights: Tensor | None,
@@ -30,22 +31,33 @@ def write_losses_triton(
     if not rows:
         return
     block = min(_BLOCK, triton.next_power_of_2(vocab))
+    beta = loss.beta
+    forward, reverse = loss.forward, loss.reverse
+    if beta is not None:
+        forward, reverse = float(beta == 0.0), float(beta == 1.0)
     with torch.cuda.device_of(student):
         _divergence_kernel[(rows,)](
             student,
             student.stride(0),
             teacher,
             teacher.stride(0),
-            target.contiguous(),
+            None if weights is None or target is None else target.contiguous(),
+            None if mask is None else mask.contiguous(),
             losses,
             rows,
             weights,
             vocab,
             loss.ignore_index,
-            loss.forward,
-            loss.reverse,
-            FORWARD=bool(loss.forward),
-            REVERSE=bool(loss.reverse),
+            forward,
+            reverse,
+            0.0 if beta is None else beta,
+            1.0 / loss.temperature,
+            FORWARD=bool(forward),
+            REVERSE=bool(reverse),
+            MIXTURE=beta is not None and 0.0 < beta < 1.0,
+            FINITE=beta is None,
+            TEMPERED=loss.temperature != 1.0,
+            MASKED=mask is not None,
             CROSS_ENTROPY=weights is not None,
             DIFFERENTIATE=differentiate,
             BLOCK=block,
@@ -60,6 +72,7 @@ def _divergence_kernel(
     teacher_ptr,
     teacher_stride,
     target_ptr,
+    mask_ptr,
     losses_ptr,
     rows,
     weights_ptr,
@@ -67,8 +80,14 @@ def _divergence_kernel(
     ignore_index,
     forward,
     reverse,
+    beta,
+    sharpness,  # 1 / temperature
     FORWARD: tl.constexpr,
     REVERSE: tl.constexpr,
+    MIXTURE: tl.constexpr,
+    FINITE: tl.constexpr,  # torchtune's: of the classes with finite logits, no teacher's entropy
+    TEMPERED: tl.constexpr,
+    MASKED: tl.constexpr,
     CROSS_ENTROPY: tl.constexpr,
     DIFFERENTIATE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -77,8 +96,14 @@ def _divergence_kernel(
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
     dtype = student_ptr.dtype.element_ty
-    label = tl.load(target_ptr + row)
-    if label == ignore_index:
+    counts = True
+    labelled = False
+    if MASKED:
+        counts = tl.load(mask_ptr + row) != 0
+    if CROSS_ENTROPY:
+        label = tl.load(target_ptr + row)
+        labelled = label != ignore_index
+    if MASKED and not (counts | labelled):
         if DIFFERENTIATE:
             for start in range(0, vocab, BLOCK):
                 offsets = start + tl.arange(0, BLOCK)
@@ -86,11 +111,12 @@ def _divergence_kernel(
         return
 
     if CROSS_ENTROPY:  # before any thread writes there; the sums below wait for all of them
-        at_label = tl.load(student_ptr + label).to(tl.float32)
+        at_label = tl.load(student_ptr + label, mask=labelled, other=0.0).to(tl.float32)
 
     # One pass: maximum and sum of exponentials of both; of the classes that are left, the sums of
-    # p and p s (forward), of q and q (s - t) (reverse). All of them, s and t too, are relative to
-    # the maximum so far: of a confident row the logits are large and the loss is small.
+    # p and p log (1 / q) or p log (p / q) (forward), of q and q log (q / p) (reverse). All of them,
+    # s and t too, are relative to the maximum so far: of a confident row the logits are large and
+    # the loss is small.
     infinity = float("inf")
     s_max = -infinity
     t_max = -infinity
@@ -98,10 +124,11 @@ def _divergence_kernel(
     t_base = 0.0
     s_sum = 0.0
     t_sum = 0.0
+    plain_sum = 0.0  # of the student's exponentials at temperature 1
     p_kept = 0.0
-    p_s = 0.0
+    p_ratio = 0.0
     q_kept = 0.0
-    q_s_t = 0.0
+    q_ratio = 0.0
     for start in range(0, vocab, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < vocab
@@ -112,52 +139,80 @@ def _divergence_kernel(
         # Nothing but -inf so far: the difference to it would be nan.
         new_s_base = tl.where(new_s_max == -infinity, 0.0, new_s_max)
         new_t_base = tl.where(new_t_max == -infinity, 0.0, new_t_max)
-        s_scale = tl.exp(s_max - new_s_base)
-        t_scale = tl.exp(t_max - new_t_base)
-        s_shift = s_base - new_s_base
-        t_shift = t_base - new_t_base
+        s_scale = tl.exp((s_max - new_s_base) * sharpness)
+        t_scale = tl.exp((t_max - new_t_base) * sharpness)
+        s_shift = (s_base - new_s_base) * sharpness
+        t_shift = (t_base - new_t_base) * sharpness
+        if CROSS_ENTROPY and TEMPERED:
+            plain_sum *= tl.exp(s_max - new_s_base)
+            plain_sum += tl.sum(tl.exp(s - new_s_base), 0)
         s_max, t_max, s_base, t_base = new_s_max, new_t_max, new_s_base, new_t_base
-        kept = tl.abs(s) != infinity
-        kept_by_both = kept & (tl.abs(t) != infinity)
-        s -= s_base
-        t -= t_base
+        s_kept = tl.abs(s) != infinity if FINITE else s != -infinity
+        t_kept = tl.abs(t) != infinity if FINITE else t != -infinity
+        s = (s - s_base) * sharpness
+        t = (t - t_base) * sharpness
         q = tl.exp(s)
         p = tl.exp(t)
         s_sum = s_sum * s_scale + tl.sum(q, 0)
         t_sum = t_sum * t_scale + tl.sum(p, 0)
         if FORWARD:
-            p_s = (p_s + p_kept * s_shift) * t_scale + tl.sum(tl.where(kept, p * s, 0.0), 0)
+            kept = s_kept if FINITE else t_kept
+            ratio = -s if FINITE else t - s
+            p_ratio += p_kept * (-s_shift if FINITE else t_shift - s_shift)
+            p_ratio = p_ratio * t_scale + tl.sum(tl.where(kept, p * ratio, 0.0), 0)
             p_kept = p_kept * t_scale + tl.sum(tl.where(kept, p, 0.0), 0)
         if REVERSE:
-            q_s_t = (q_s_t + q_kept * (s_shift - t_shift)) * s_scale
-            q_s_t += tl.sum(tl.where(kept_by_both, q * (s - t), 0.0), 0)
-            q_kept = q_kept * s_scale + tl.sum(tl.where(kept_by_both, q, 0.0), 0)
+            kept = (s_kept & t_kept) if FINITE else s_kept
+            q_ratio = (q_ratio + q_kept * (s_shift - t_shift)) * s_scale
+            q_ratio += tl.sum(tl.where(kept, q * (s - t), 0.0), 0)
+            q_kept = q_kept * s_scale + tl.sum(tl.where(kept, q, 0.0), 0)
     s_log = tl.log(s_sum)
     t_log = tl.log(t_sum)
-    s_lse = s_max + s_log
-    t_lse = t_max + t_log
 
     divergence = 0.0
     if FORWARD:
         p_kept /= t_sum
-        # With no class left the sum is 0, whatever the log-sum-exp.
-        total = tl.where(s_max == -infinity, 0.0, s_log * p_kept - p_s / t_sum)
+        total = p_ratio / t_sum + (s_log if FINITE else s_log - t_log) * p_kept
+        if FINITE:  # with no class left the sum is 0, whatever the log-sum-exp
+            total = tl.where(s_max == -infinity, 0.0, total)
         divergence += forward * total
     if REVERSE:
         q_kept /= s_sum
-        nothing_left = (s_max == -infinity) | (q_kept == 0.0)
-        total = tl.where(nothing_left, 0.0, q_s_t / s_sum - (s_log - t_log) * q_kept)
+        total = q_ratio / s_sum - (s_log - t_log) * q_kept
+        if FINITE:
+            total = tl.where((s_max == -infinity) | (q_kept == 0.0), 0.0, total)
         divergence += reverse * total
+    if MIXTURE:  # whose probabilities need both sums: a pass of its own
+        total = 0.0
+        of_teacher = 0.0
+        for start in range(0, vocab, BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            inside = offsets < vocab
+            s = tl.load(student_ptr + offsets, mask=inside, other=-infinity).to(tl.float32)
+            t = tl.load(teacher_ptr + offsets, mask=inside, other=-infinity).to(tl.float32)
+            log_q = (s - s_max) * sharpness - s_log
+            log_p = (t - t_max) * sharpness - t_log
+            larger, log_mixture = _mixture(log_q, log_p, beta)
+            of_q = tl.exp(log_q) * ((log_q - larger) - log_mixture)
+            of_p = tl.exp(log_p) * ((log_p - larger) - log_mixture)
+            total += tl.sum(tl.where(s == -infinity, 0.0, of_q), 0)
+            of_teacher += tl.sum(tl.where(t == -infinity, 0.0, of_p), 0)
+        divergence += (1.0 - beta) * total + beta * of_teacher
+    if MASKED:
+        divergence = tl.where(counts, divergence, 0.0)
     tl.store(losses_ptr + rows + row, divergence)
     divergence_weight = 1.0
     label_weight = 0.0
     if CROSS_ENTROPY:
-        label_weight = tl.load(weights_ptr).to(tl.float32)
+        plain_log = tl.log(plain_sum) if TEMPERED else s_log
+        label_weight = tl.where(labelled, tl.load(weights_ptr).to(tl.float32), 0.0)
         divergence_weight = tl.load(weights_ptr + 1).to(tl.float32)
-        tl.store(losses_ptr + row, s_log - (at_label - s_max))
+        cross_entropy = tl.where(labelled, plain_log - (at_label - s_max), 0.0)
+        tl.store(losses_ptr + row, cross_entropy)
     if not DIFFERENTIATE:
         return
 
+    divergence_weight *= sharpness
     forward *= divergence_weight
     reverse *= divergence_weight
     for start in range(0, vocab, BLOCK):
@@ -165,16 +220,35 @@ def _divergence_kernel(
         inside = offsets < vocab
         s = tl.load(student_ptr + offsets, mask=inside, other=-infinity).to(tl.float32)
         t = tl.load(teacher_ptr + offsets, mask=inside, other=-infinity).to(tl.float32)
-        q = tl.exp(s - s_lse)
-        kept = tl.abs(s) != infinity
+        log_q = (s - s_max) * sharpness - s_log
+        log_p = (t - t_max) * sharpness - t_log
+        q = tl.exp(log_q)
         gradient = tl.zeros([BLOCK], tl.float32)
         if FORWARD:
-            p = tl.exp(t - t_lse)
-            gradient += forward * (q * p_kept - tl.where(kept, p, 0.0))
+            p = tl.exp(log_p)
+            kept = tl.abs(s) != infinity
+            gradient += forward * (q * p_kept - (tl.where(kept, p, 0.0) if FINITE else p))
         if REVERSE:
-            kept = kept & (tl.abs(t) != infinity)
-            slope = tl.where(kept, (s - s_lse) - (t - t_lse) + 1.0, 0.0)
+            kept = s != -infinity
+            if FINITE:
+                kept = (tl.abs(s) != infinity) & (tl.abs(t) != infinity)
+            slope = tl.where(kept, log_q - log_p + 1.0, 0.0)
             gradient += reverse * q * (slope - (total + q_kept))
+        if MIXTURE:
+            larger, log_mixture = _mixture(log_q, log_p, beta)
+            slope = tl.where(s == -infinity, 0.0, (log_q - larger) - log_mixture)
+            gradient += divergence_weight * (1.0 - beta) * q * (slope - total)
+        if MASKED:
+            gradient = tl.where(counts, gradient, 0.0)
         if CROSS_ENTROPY:
+            if TEMPERED:
+                q = tl.exp(s - s_max - plain_log)
             gradient += label_weight * tl.where(offsets == label, q - 1.0, q)
         tl.store(student_ptr + offsets, gradient.to(dtype), mask=inside)
+
+
+@triton.jit
+def _mixture(log_q, log_p, beta):
+    """The larger of both, and what the logarithm of ``beta p + (1 - beta) q`` exceeds it by."""
+    larger = tl.maximum(log_q, log_p)
+    return larger, tl.log((1.0 - beta) * tl.exp(log_q - larger) + beta * tl.exp(log_p - larger))

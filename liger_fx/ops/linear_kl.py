@@ -42,10 +42,13 @@ def linear_kl(
     teacher_input: Tensor,
     teacher_weight: Tensor,
     teacher_bias: Tensor | None,
-    target: Tensor,
+    target: Tensor | None,
     ignore_index: int,
+    mask: Tensor | None,
     forward: float,
     reverse: float,
+    beta: float | None,
+    temperature: float,
     input_grad: bool,
     weight_grad: bool,
     bias_grad: bool,
@@ -53,37 +56,47 @@ def linear_kl(
     accum_dtype: torch.dtype,
     skip_ignored: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Sum over tokens of ``forward`` times the forward and ``reverse`` times the reverse divergence
-    of ``input @ weight.T + bias`` from the teacher's logits (see `liger_fx.ops.kl_loss`).
+    """Sum over tokens of the divergence between ``input @ weight.T + bias`` and the teacher's
+    logits, both over ``temperature`` (see `liger_fx.ops.kl_loss`). Without ``beta``: ``forward``
+    times torchtune's forward and ``reverse`` times its reverse divergence. With it, from 0, KL from
+    teacher to student, to 1, the other way round: the generalised Jensen-Shannon divergence.
 
     input: [..., H], weight: [V, H], bias: [V] or None, all float32, bfloat16 or float16 alike (on a
     CPU float64 as well). teacher_*: the same with a hidden size and a dtype of its own; it gets no
-    gradient. target: integers, as many labels as input has rows; tokens with ``ignore_index`` do
-    not count. ce_weight, kl_weight: [], floating point, without gradient: the loss is ``ce_weight``
-    times the cross-entropy against target plus ``kl_weight`` times the divergence. Both None: the
-    divergence alone. *_grad, chunk_tokens, accum_dtype, skip_ignored: as for
-    ``liger_fx::linear_cross_entropy``; the budget is for the logits of both heads.
+    gradient. mask: bool, as many as input has rows, the tokens whose divergence counts; None for
+    all. ce_weight, kl_weight: [], floating point, without gradient: the loss is ``ce_weight`` times
+    the cross-entropy of the logits, at temperature 1, against target, plus ``kl_weight`` times the
+    divergence. target: integers, as many as input has rows; tokens with ``ignore_index`` have no
+    cross-entropy. All three None: the divergence alone. *_grad, chunk_tokens, accum_dtype,
+    skip_ignored: as for ``liger_fx::linear_cross_entropy``, with tokens of which neither loss
+    counts as the ignored ones; the budget is for the logits of both heads.
 
     Returns (loss, sums, grad_input, grad_weight, grad_bias). loss: fp32 []; sums: fp32 [2], the
     cross-entropy (0 without weights) and the divergence, not differentiable. The gradients are the
     loss's, divided by the scale of the weights (with 1/n in them, they would be too small for
     float16); one that was not asked for is an empty tensor.
 
-    On CUDA, with ``skip_ignored``, the host waits once for the number of valid tokens (see
-    `tokens.valid_tokens`).
+    On CUDA, with ``skip_ignored`` and a mask, the host waits once for the number of valid tokens
+    (see `tokens.valid_tokens`).
 
-    Raises ValueError for one weight without the other, and with weights, as `chunked_head.run`,
+    Raises ValueError for some of target and weights without the others, for a beta outside of
+    [0, 1] and for a temperature that is not positive; with a target, as `chunked_head.run`,
     IndexError for a label out of range.
     """
-    if (ce_weight is None) != (kl_weight is None):
-        raise ValueError("expected both of ce_weight and kl_weight, or none; got one")
+    if len({given is None for given in (ce_weight, kl_weight, target)}) > 1:
+        raise ValueError("expected all of ce_weight, kl_weight and target, or none; got some")
+    if beta is not None and not 0.0 <= beta <= 1.0:
+        raise ValueError(f"expected beta in [0, 1], got {beta}")
+    if not temperature > 0.0:
+        raise ValueError(f"expected a positive temperature, got {temperature}")
     outcome = _run(
         input.reshape(-1, input.shape[-1]),
         Head(weight, bias, TokenLoss(ignore_index)),
         teacher_input.reshape(-1, teacher_input.shape[-1]),
         Head(teacher_weight, teacher_bias, TokenLoss(ignore_index)),
-        target.reshape(-1),
-        Divergence(ignore_index, forward, reverse),
+        None if target is None else target.reshape(-1),
+        None if mask is None else mask.reshape(-1),
+        Divergence(ignore_index, forward, reverse, beta, temperature),
         _relative(ce_weight, kl_weight, loss_dtype(input.dtype)),
         Wanted(input_grad, weight_grad, bias_grad, accum_dtype),
         chunk_tokens,
@@ -126,7 +139,8 @@ def _run(
     student: Head,
     teacher_x: Tensor,
     teacher: Head,
-    target: Tensor,
+    target: Tensor | None,
+    mask: Tensor | None,
     loss: Divergence,
     weights: Tensor | None,
     wanted: Wanted,
@@ -134,10 +148,12 @@ def _run(
     skip_ignored: bool,
 ) -> Outcome:
     """The loop of `chunked_head.run` over two heads. The losses are sums, [2]."""
-    if weights is not None:
+    if target is not None:
         check_labels(target, student.vocab, student.loss)
-    valid = valid_tokens(target != loss.ignore_index) if skip_ignored else None
-    tokens = target.numel() if valid is None else valid.numel()
+    valid = None
+    if mask is not None and skip_ignored:
+        valid = valid_tokens(mask if target is None else mask | (target != loss.ignore_index))
+    tokens = x.shape[0] if valid is None else valid.numel()
     itemsize = x.element_size() + teacher_x.element_size()
     size = chunk_size(tokens, itemsize, x, student, wanted, chunk_tokens)
     accum = wanted.accum_dtype if size < tokens else kept_dtype(x.dtype)
@@ -150,12 +166,13 @@ def _run(
         for start in range(0, tokens, size):
             rows: slice | Tensor = slice(start, min(start + size, tokens))
             rows = rows if valid is None else valid[rows]
-            x_c, y_c = x[rows], target[rows]
-            s, t = logits[: y_c.numel()], teacher_logits[: y_c.numel()]
+            x_c = x[rows]
+            y_c, mask_c = (None if t is None else t[rows] for t in (target, mask))
+            s, t = logits[: x_c.shape[0]], teacher_logits[: x_c.shape[0]]
             project(x_c, student, s)
             project(teacher_x[rows], teacher, t)
-            losses = sums.new_zeros(2, y_c.numel())
-            write_losses(s, t, y_c, losses, loss, weights, differentiate=bool(wanted))
+            losses = sums.new_zeros(2, x_c.shape[0])
+            write_losses(s, t, y_c, mask_c, losses, loss, weights, differentiate=bool(wanted))
             sums += losses.sum(1)
             add_gradients(outcome, rows, x_c, student.weight, s, first=start == 0)
     return outcome
@@ -164,8 +181,8 @@ def _run(
 @linear_kl.register_fake
 def _(
     input, weight, bias, ce_weight, kl_weight, teacher_input, teacher_weight, teacher_bias, target,
-    ignore_index, forward, reverse, input_grad, weight_grad, bias_grad, chunk_tokens, accum_dtype,
-    skip_ignored,
+    ignore_index, mask, forward, reverse, beta, temperature, input_grad, weight_grad, bias_grad,
+    chunk_tokens, accum_dtype, skip_ignored,
 ):  # fmt: skip
     kept, wide = kept_dtype(weight.dtype), loss_dtype(input.dtype)
     return (
@@ -182,7 +199,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*inputs[3:5], *output[2:])
     ctx.dtype = inputs[0].dtype
-    ctx.wanted = inputs[12:15]
+    ctx.wanted = inputs[15:18]
 
 
 @once_differentiable
@@ -196,7 +213,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: Any) -> tuple[Tensor | Non
         for i, (gradient, wanted) in enumerate(zip(saved, ctx.wanted, strict=True)):
             if wanted:
                 gradients[i] = scaled(gradient, upstream).to(ctx.dtype)
-    return *gradients, *(None,) * 15
+    return *gradients, *(None,) * 18
 
 
 linear_kl.register_autograd(_backward, setup_context=_setup_context)
