@@ -17,9 +17,9 @@ def advice() -> str | None:
     beside = started.parent.parent / "torchtune" / "__init__.py"
     if not (started.parent.name == "recipes" and beside.exists()):
         return None
-    name = started.stem
-    if not (RECIPES / started.name).exists():
+    name, ours = started.stem, RECIPES / started.name
+    if started == ours or not ours.exists():  # ours has a `torchtune` beside it as well
         return None
     apart = f"torchtune's {name} runs the output projection eagerly, outside of what it compiles"
-    ours = f"`tune run liger_fx/recipes/{name}` with the same arguments"
-    return f"{apart}, so projection and loss cannot be one op; {ours} makes them one"
+    fused = f"`tune run liger_fx/recipes/{name}` with the same arguments"
+    return f"{apart}, so projection and loss cannot be one op; {fused} makes them one"

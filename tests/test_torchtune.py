@@ -43,15 +43,17 @@ from liger_fx.torchtune import (
     HeadTokenLogProbs,
     LayersRecipe,
     Unprojected,
-    _check_ranks_agree,
-    _ClassLoss,
-    _DistillationLoss,
     compile_layers,
-    flatten,
     fuse_distillation,
     fuse_head,
     fuse_log_probs,
     load_recipe,
+)
+from liger_fx.torchtune.recipes import (
+    _check_ranks_agree,
+    _ClassLoss,
+    _DistillationLoss,
+    flatten,
 )
 
 capture = only(linear_cross_entropy)
@@ -618,7 +620,7 @@ def ranks(monkeypatch, *, other):
     def gather(everybody, mine):
         everybody[:] = [mine, other(mine)]
 
-    monkeypatch.setattr(liger_fx.torchtune.utils, "get_world_size_and_rank", lambda: (2, 0))
+    monkeypatch.setattr(liger_fx.torchtune.recipes.utils, "get_world_size_and_rank", lambda: (2, 0))
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
 
 
@@ -653,7 +655,11 @@ def test_advice_in_a_stock_recipe(recipe, says, monkeypatch):
     assert found is None if says is None else says in found
 
 
-def test_no_advice_elsewhere():
+def test_no_advice_elsewhere(monkeypatch):
+    assert advice() is None
+    ours = Path(liger_fx.__file__).parent / "recipes" / "full_finetune_single_device.py"
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(ours), raising=False)
+    advice.cache_clear()
     assert advice() is None
 
 
@@ -990,4 +996,6 @@ def test_recipe_through_tune_run_from_any_folder(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "linear_cross_entropy replaced" in words(done.stdout + done.stderr)
+    said = words(done.stdout + done.stderr)
+    assert "linear_cross_entropy replaced" in said
+    assert "makes them one" not in said  # advice for the stock recipe
