@@ -269,8 +269,8 @@ _SIGNATURES: dict[Any, dict[str, Any]] = {
         scale=None,
         enable_gqa=False,
     ),
-    torch.log_softmax: dict(input=None, dim=None, _stacklevel=3, dtype=None),  # as F.log_softmax
-    torch.softmax: dict(input=None, dim=None, _stacklevel=3, dtype=None),
+    torch.log_softmax: dict(input=None, dim=None, dtype=None),  # as F.log_softmax
+    torch.softmax: dict(input=None, dim=None, dtype=None),
     torch.logsumexp: dict(input=None, dim=None, keepdim=False),
     torch.sum: dict(input=None, dim=None, keepdim=False, dtype=None),
     torch.gather: dict(input=None, dim=None, index=None),
@@ -296,7 +296,7 @@ def specialise(value: float | torch.SymFloat) -> float:
 
 def positional(node: fx.Node) -> tuple[Any, ...]:
     """The arguments of a call in the order of its signature, defaults filled in, without the
-    ``inplace`` flag (see `op_name`).
+    ``inplace`` flag (see `op_name`) and the ``_stacklevel`` of a softmax's warning.
 
     Falls back to the arguments as written, keywords last and sorted by name, where a builtin
     publishes no signature, or several that fit.
@@ -315,7 +315,7 @@ def positional(node: fx.Node) -> tuple[Any, ...]:
         return tuple(
             named.get(p.name, None if p.default is p.empty else p.default)
             for p in parameters
-            if p.name != "inplace"
+            if p.name not in ("inplace", "_stacklevel")
         )
     if kwargs and target is not None:
         try:
