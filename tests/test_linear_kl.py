@@ -1128,6 +1128,15 @@ def test_every_token_is_ignored(spelling, inner):
     assert grad_hidden.abs().sum() == 0 and grad_weight.abs().sum() == 0
 
 
+def test_soft_labels_alone(heads, labels):
+    """The cross-entropy is the mean of none, nan, and without gradient; that of the rest stays."""
+    labels = torch.full_like(labels, -100)
+    value, *gradients = outcome(compiled(HINTON), *heads, labels)
+    expected, *rest = outcome(HINTON, *heads, labels)
+    assert value.isnan() and expected.isnan() and all(g.isfinite().all() for g in rest)
+    torch.testing.assert_close(gradients, rest)
+
+
 @pytest.mark.parametrize("spelling", [SPELLINGS[2], SPELLINGS[7], HINTON], ids=spelling_name)
 def test_dynamic_shapes_compile_once(spelling):
     fn = compiled(spelling)
