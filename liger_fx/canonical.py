@@ -151,19 +151,17 @@ class View:
         if op in SIZELESS:
             return Expr(op, (self.resolve(_first(node)),))
         args = tuple(self.resolve(a) for a in positional(node))
-        if (
-            op == "logsumexp"
-            and args[1:] == (0, False)
-            and len(pair := self._stacked(args[0])) == 2
-        ):
-            return Expr("logaddexp", pair)
+        if op == "logsumexp" and args[1:] == (0, False):
+            stacked = self._stacked(args[0])
+            if len(stacked) == 2:
+                return Expr("logaddexp", stacked)
         return Expr(*as_power(op, args))
 
     def _stacked(self, node: Any) -> tuple[Any, ...]:
-        """The tensors of which ``node`` is a stack, in its first dimension; none if it is none."""
+        """What is stacked in the first dimension of ``node``; nothing if it is no such stack."""
         if not isinstance(node, fx.Node) or op_name(node) != "stack":
             return ()
-        tensors, dim = [*node.args, *node.kwargs.values(), 0][:2]
+        tensors, dim = (*positional(node), 0)[:2]
         return self.resolve(tensors) if dim == 0 else ()
 
     def same(self, a: Any, b: Any) -> bool:

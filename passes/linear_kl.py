@@ -114,10 +114,12 @@ def symmetric(student, teacher, target, ignore_index, forward_share, reverse_sha
 
 
 def kl_div(log_q, p, kl_reduction):
+    """Hinton's, as ``nn.KLDivLoss`` has it."""
     return F.kl_div(log_q, p, None, None, kl_reduction, False)
 
 
 def kl_div_of_logs(log_q, log_p, kl_reduction):
+    """TRL's and Liger's for a beta of 0; the reverse is theirs for 1."""
     return F.kl_div(log_q, log_p, None, None, kl_reduction, True)
 
 
@@ -132,6 +134,7 @@ def reverse_kl_div_of_logs(log_q, log_p, kl_reduction):
 def jensen_shannon(
     log_q, log_p, student_share, teacher_share, log_student_share, log_teacher_share, kl_reduction
 ):
+    """TRL's GKDTrainer and LigerFusedLinearJSDLoss."""
     mixture = torch.logaddexp(log_q + log_student_share, log_p + log_teacher_share)
     of_teacher = F.kl_div(mixture, log_p, None, None, kl_reduction, True)
     of_student = F.kl_div(mixture, log_q, None, None, kl_reduction, True)
