@@ -151,19 +151,17 @@ class View:
         if op in SIZELESS:
             return Expr(op, (self.resolve(_first(node)),))
         args = tuple(self.resolve(a) for a in positional(node))
-        if (
-            op == "logsumexp"
-            and args[1:] == (0, False)
-            and len(pair := self._stacked(args[0])) == 2
-        ):
-            return Expr("logaddexp", pair)
+        if op == "logsumexp" and args[1:] == (0, False):
+            stacked = self._stacked(args[0])
+            if len(stacked) == 2:
+                return Expr("logaddexp", stacked)
         return Expr(*as_power(op, args))
 
     def _stacked(self, node: Any) -> tuple[Any, ...]:
-        """The tensors of which ``node`` is a stack, in its first dimension; none if it is none."""
+        """What is stacked in the first dimension of ``node``; nothing if it is no such stack."""
         if not isinstance(node, fx.Node) or op_name(node) != "stack":
             return ()
-        tensors, dim = [*node.args, *node.kwargs.values(), 0][:2]
+        tensors, dim = (*positional(node), 0)[:2]
         return self.resolve(tensors) if dim == 0 else ()
 
     def same(self, a: Any, b: Any) -> bool:
@@ -269,8 +267,8 @@ _SIGNATURES: dict[Any, dict[str, Any]] = {
         scale=None,
         enable_gqa=False,
     ),
-    torch.log_softmax: dict(input=None, dim=None, _stacklevel=3, dtype=None),  # as F.log_softmax
-    torch.softmax: dict(input=None, dim=None, _stacklevel=3, dtype=None),
+    torch.log_softmax: dict(input=None, dim=None, dtype=None),  # as F.log_softmax
+    torch.softmax: dict(input=None, dim=None, dtype=None),
     torch.logsumexp: dict(input=None, dim=None, keepdim=False),
     torch.sum: dict(input=None, dim=None, keepdim=False, dtype=None),
     torch.gather: dict(input=None, dim=None, index=None),
@@ -296,7 +294,7 @@ def specialise(value: float | torch.SymFloat) -> float:
 
 def positional(node: fx.Node) -> tuple[Any, ...]:
     """The arguments of a call in the order of its signature, defaults filled in, without the
-    ``inplace`` flag (see `op_name`).
+    ``inplace`` flag (see `op_name`) and the ``_stacklevel`` of a softmax's warning.
 
     Falls back to the arguments as written, keywords last and sorted by name, where a builtin
     publishes no signature, or several that fit.
@@ -315,7 +313,7 @@ def positional(node: fx.Node) -> tuple[Any, ...]:
         return tuple(
             named.get(p.name, None if p.default is p.empty else p.default)
             for p in parameters
-            if p.name != "inplace"
+            if p.name not in ("inplace", "_stacklevel")
         )
     if kwargs and target is not None:
         try:

@@ -30,16 +30,20 @@ def _operand(node: fx.Node) -> Any:
         return args[0] if len(args) == 3 and args[2] == 0 else None
     if op == "sum":
         _, dim, keepdim, dtype = positional(node)
-        last = dim in (None, -1, (-1,), fake(args[0]).dim() - 1)
+        last = dim in (None, -1, (-1,), [-1], fake(args[0]).dim() - 1)
         return args[0] if last and not keepdim and dtype is None else None
     if op == "mean":
         return args[0] if len(args) == 1 and not node.kwargs else None
-    return args[0] if op in ("cast", "reshape") else None
+    kept = op == "reshape" or (op == "cast" and fake(node).is_floating_point())
+    return args[0] if kept else None
 
 
 def _scaled(node: fx.Node) -> fx.Node | None:
-    tensors = [n for n in node.all_input_nodes if _is_tensor(n)]
-    if node.kwargs or len(node.args) != 2 or (op_name(node) == "div" and tensors != [node.args[0]]):
+    tensors = [n for n in node.args if isinstance(n, fx.Node) and _is_tensor(n)]
+    squared = len(tensors) != len(set(tensors))
+    if node.kwargs or len(node.args) != 2 or squared:
+        return None
+    if op_name(node) == "div" and tensors != [node.args[0]]:
         return None
     # A mask is no loss, was there before and has no gradient.
     masked = [n for n in tensors if len(tensors) == 1 or _bools(n) is None]
@@ -72,7 +76,7 @@ def _masks(match: Match) -> list[tuple[fx.Node, fx.Node]]:
 
 def check_sum(match: Match, total: torch.Tensor) -> None:
     """Raise `Reject` unless ``total`` is a sum over tokens, with at most one mask, of bools, and
-    divided by no other sizes than `scaled_as_the_mean` knows."""
+    with factors and sizes that `scaled_as_the_mean` can compute where the first output stands."""
     if total.dim():
         raise Reject(
             "the divergences of single classes or tokens leave the graph, or are added up by more "
@@ -83,9 +87,12 @@ def check_sum(match: Match, total: torch.Tensor) -> None:
         raise Reject("the losses have several masks, expected one")
     for node, mask in masks:
         _check_mask(match, node, mask)
-    known = {1, *map(hint, _sizes(match))}
-    if not {hint(count) for count in _divisors(match)} <= known:
-        raise Reject("the mean is over something else than sequences, tokens or all classes")
+    varying = {_formula(count) for count in _divisors(match) if not isinstance(count, int)}
+    if not varying <= {*map(_formula, _sizes(match))}:
+        raise Reject("the mean is over a size that varies, neither sequences, tokens nor classes")
+    for factor in (n for node in _steps(match) for n in node.all_input_nodes if not _is_tensor(n)):
+        if factor > match.first:
+            raise Reject(f"{factor.name}, a weight, is computed only after {match.first.name}")
 
 
 def _check_mask(match: Match, node: fx.Node, mask: fx.Node) -> None:
@@ -128,9 +135,14 @@ def _divisors(match: Match) -> Iterator[int]:
 
 
 def _sizes(match: Match) -> tuple[int, int, int]:
-    """Sequences (or tokens, where they are flat), tokens, classes of all tokens."""
+    """The numbers of sequences (or of tokens, if flat), of tokens, and of classes of them all."""
     logits = kept_rows(match)
     return match.values["hidden"].shape[0], math.prod(logits.shape[:-1]), logits.numel()
+
+
+def _formula(size: int | torch.SymInt) -> str:
+    """Of the symbols: two that are as large today may differ tomorrow."""
+    return str(size if isinstance(size, int) else size.node.expr.expand())
 
 
 def scaled_as_the_mean(
@@ -142,11 +154,11 @@ def scaled_as_the_mean(
     def size(count: int) -> Any:
         if isinstance(count, int):
             return count
-        sequences, tokens, _ = map(hint, _sizes(match))
-        if hint(count) == sequences:
+        sequences, tokens, _ = map(_formula, _sizes(match))
+        if _formula(count) == sequences:
             return hidden.size(0)
         number = hidden.flatten(0, -2).size(0)
-        return number if hint(count) == tokens else number * weight.size(0)
+        return number if _formula(count) == tokens else number * weight.size(0)
 
     for count in _divisors(match):
         total = total / size(count)

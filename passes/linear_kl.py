@@ -114,10 +114,12 @@ def symmetric(student, teacher, target, ignore_index, forward_share, reverse_sha
 
 
 def kl_div(log_q, p, kl_reduction):
+    """Hinton's, as ``nn.KLDivLoss`` has it."""
     return F.kl_div(log_q, p, None, None, kl_reduction, False)
 
 
 def kl_div_of_logs(log_q, log_p, kl_reduction):
+    """TRL's and Liger's for a beta of 0; the reverse is theirs for 1."""
     return F.kl_div(log_q, log_p, None, None, kl_reduction, True)
 
 
@@ -132,6 +134,7 @@ def reverse_kl_div_of_logs(log_q, log_p, kl_reduction):
 def jensen_shannon(
     log_q, log_p, student_share, teacher_share, log_student_share, log_teacher_share, kl_reduction
 ):
+    """TRL's GKDTrainer and LigerFusedLinearJSDLoss."""
     mixture = torch.logaddexp(log_q + log_student_share, log_p + log_teacher_share)
     of_teacher = F.kl_div(mixture, log_p, None, None, kl_reduction, True)
     of_student = F.kl_div(mixture, log_q, None, None, kl_reduction, True)
@@ -236,7 +239,7 @@ def check(
         check_projection(match, head, prefix)
         check_rows(match, prefix)
     student, teacher = kept_rows(match), kept_rows(match, "teacher_")
-    if teacher.requires_grad:
+    if teacher.requires_grad and "teacher_softmax" not in match.chains:
         raise Reject("the teacher's logits require a gradient; the kernel gives them none")
     if not _agree(student.shape, teacher.shape):
         raise Reject(
@@ -257,7 +260,7 @@ def check(
         raise Reject("the shares of both directions are computed in the graph, expected constants")
     if "softmax_dim" in match.bindings:
         check_sum(match, fake(match.sources.get("kl_weight", match.root)))
-        if _divergence(match)[2] is math.nan:
+        if "student_share" in match.bindings and _teacher_share(match) is None:
             raise Reject(
                 "the weights of both divergences are not those of the mixture, or no constants"
             )
@@ -368,7 +371,7 @@ def replace(
 
 
 def _divergence(match: Match) -> tuple[float, float, float | None]:
-    """The shares of torchtune's directions, and beta; nan if the shares are none of a mixture."""
+    """The shares of torchtune's directions, and beta."""
     values, name = match.values, match.pattern.name
     if "forward_share" in values:
         return specialise(values["forward_share"]), specialise(values["reverse_share"]), None
@@ -378,8 +381,8 @@ def _divergence(match: Match) -> tuple[float, float, float | None]:
     return (0.0, 0.0, reverse) if "softmax_dim" in values else (1.0 - reverse, reverse, None)
 
 
-def _teacher_share(match: Match) -> float:
-    """Of both the mixture and the sum of divergences; nan unless the student's is the rest."""
+def _teacher_share(match: Match) -> float | None:
+    """Of the mixture and of the divergences; None unless the student has the rest of both."""
     named = (f"{log}{who}_share" for who in ("student", "teacher") for log in ("", "log_"))
     student, log_student, teacher, log_teacher = (_number(match.bindings[name]) for name in named)
     shares = (1.0 - teacher, math.exp(log_student)), (teacher, math.exp(log_teacher))
@@ -388,7 +391,7 @@ def _teacher_share(match: Match) -> float:
         for share, both in zip((student, teacher), shares, strict=True)
         for expected in both
     )
-    return teacher if agree and 0.0 < teacher < 1.0 else math.nan
+    return teacher if agree and 0.0 < teacher < 1.0 else None
 
 
 _ARITHMETIC: dict[str, Callable[..., float]] = {

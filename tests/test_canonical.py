@@ -37,9 +37,16 @@ SAME = {
         x[:, None, ...],
         x.view(2, 1, 3, 4),
     ),
+    "softmax": lambda x, w: (
+        F.log_softmax(x, dim=-1),
+        torch.log_softmax(x, -1),
+        x.log_softmax(-1),
+        torch.nn.LogSoftmax(-1)(x),
+    ),
     "logarithms of sums": lambda x, w: (
         torch.logsumexp(torch.stack([x, x.view(2, 3, 4)]), dim=0),
         torch.stack((x, x), dim=0).logsumexp(0),
+        torch.logsumexp(torch.stack(dim=0, tensors=[x, x]), 0),
         torch.logaddexp(x, x),
     ),
     "expand": lambda x, w: (x.expand(5, 2, 3, 4), x.expand(5, -1, -1, -1), x.expand(7, 2, 3, 4)),

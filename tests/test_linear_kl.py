@@ -131,7 +131,7 @@ def of_log_sums(log_q, log_p, reduction, beta=0.1):
 KL_DIVS = {
     "kl_div": lambda s, t, r: F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction=r),
     "kl_div_of_logs": lambda s, t, r: F.kl_div(
-        F.log_softmax(s, dim=-1), F.log_softmax(t, dim=-1).detach(), reduction=r, log_target=True
+        torch.nn.LogSoftmax(-1)(s), F.log_softmax(t, dim=-1).detach(), reduction=r, log_target=True
     ),
     "reverse_kl_div": lambda s, t, r: F.kl_div(t.log_softmax(-1), s.softmax(-1), reduction=r),
     "reverse_kl_div_of_logs": lambda s, t, r: F.kl_div(
@@ -844,11 +844,25 @@ def test_refuses_a_mask_that_is_written_to(heads, labels):
 
 
 def test_refuses_a_mean_over_something_else(heads, labels):
-    fn = with_kl(lambda kl, y: kl.view(-1, V).sum(-1).view(3, -1).sum(-1).mean())
+    fn = with_kl(lambda kl, y: kl.sum(-1).view(y.shape[1], -1).sum(-1).mean())
+    assert capture_kl(fn, *heads, labels).reports[0].counts == {"linear_kl": 1}
     assert_expected_inline(
-        refusal(fn, *heads, labels),
-        """the mean is over something else than sequences, tokens or all classes""",
+        refusal(fn, *heads, labels, dynamic=True),
+        """the mean is over a size that varies, neither sequences, tokens nor classes""",
     )
+
+
+def test_leaves_squares_of_losses_alone(heads, labels):
+    fn = with_kl(lambda kl, y: (kl.sum(-1) * kl.sum(-1)).sum() + kl.square().sum())
+    found = capture_kl(fn, *heads, labels)
+    assert found.reports[0].counts == {}
+    torch.testing.assert_close(found.value, fn(*heads, labels))
+
+    def squared(kl, y):
+        tokens = kl.sum(-1)
+        return (tokens * tokens).sum()
+
+    assert capture_kl(with_kl(squared), *heads, labels).reports[0].counts == {}
 
 
 def test_refuses_losses_of_tokens(heads, labels):
@@ -882,6 +896,17 @@ def test_refuses_a_mixture_of_other_weights(heads, labels):
         assert refusal(fn, *heads, labels, share) == (
             "the weights of both divergences are not those of the mixture, or no constants"
         )
+
+
+def test_a_teacher_that_is_trained_by_another_loss(heads, labels):
+    def fn(h, w, th, tw, y):
+        log_q, log_p = F.linear(h, w).log_softmax(-1), F.linear(th, tw).log_softmax(-1).detach()
+        return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True) + tw.sum()
+
+    h, w, th, tw = heads
+    found = capture_kl(fn, h, w, th, tw.requires_grad_(), labels)
+    assert found.reports[0].counts == {"linear_kl": 1}
+    torch.testing.assert_close(found.value, fn(h, w, th, tw, labels))
 
 
 def test_a_teacher_that_is_trained_is_none(heads, labels):
@@ -1101,6 +1126,15 @@ def test_every_token_is_ignored(spelling, inner):
     expected = expected if isinstance(expected, tuple) else (expected,)
     torch.testing.assert_close(values, [v.detach() for v in expected], equal_nan=True)
     assert grad_hidden.abs().sum() == 0 and grad_weight.abs().sum() == 0
+
+
+def test_soft_labels_alone(heads, labels):
+    """The cross-entropy is the mean of none, nan, and without gradient; that of the rest stays."""
+    labels = torch.full_like(labels, -100)
+    value, *gradients = outcome(compiled(HINTON), *heads, labels)
+    expected, *rest = outcome(HINTON, *heads, labels)
+    assert value.isnan() and expected.isnan() and all(g.isfinite().all() for g in rest)
+    torch.testing.assert_close(gradients, rest)
 
 
 @pytest.mark.parametrize("spelling", [SPELLINGS[2], SPELLINGS[7], HINTON], ids=spelling_name)

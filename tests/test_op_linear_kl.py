@@ -300,13 +300,15 @@ def test_a_class_of_probability_0(beta):
             each.bias[9] = least
     tensors, others = case.tensors(), without.tensors()
     actual = grads(case.fused(*tensors), tensors)
-    torch.testing.assert_close(actual, grads(without.eager(*others), others))
+    expected = grads(without.eager(*others), others)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     if beta == 0.0:
         case.bias[5] = 0.0
         tensors = case.tensors()
         log_q, p = F.linear(*tensors).log_softmax(1), F.linear(*case.teacher).softmax(1)
         eager = grads(F.kl_div(log_q, p, reduction="sum"), tensors)
-        torch.testing.assert_close(grads(case.fused(*tensors), tensors), eager)
+        actual = grads(case.fused(*tensors), tensors)
+        torch.testing.assert_close(actual, eager, atol=1e-5, rtol=1e-5)
 
 
 def test_student_that_excludes_what_the_teacher_has_is_infinitely_far():

@@ -129,8 +129,9 @@ def _relative(
 
 
 def _scale(ce_weight: Tensor, kl_weight: Tensor) -> Tensor:
-    """The power of two next to the larger weight: a product with it rounds nothing."""
-    larger = torch.maximum(ce_weight.abs(), kl_weight.abs())
+    """The power of two next to the larger weight: a product with it rounds nothing. One that is
+    not finite is the mean's of no token, which has no gradient; that of the other loss stays."""
+    larger = torch.maximum(*(w.abs().nan_to_num(0.0, posinf=0.0) for w in (ce_weight, kl_weight)))
     return torch.where(larger == 0, 1.0, larger.log2().floor().exp2())
 
 
