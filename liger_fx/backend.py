@@ -209,7 +209,7 @@ def compile_rewritten(
 def _cacheable_random_state(patches: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
     """On a GPU, attention in an activation checkpoint counts as random, dropout or not, and runs
     under an operator that restores the generator's state for the recomputation. Of two such
-    operators torch before 2.13 takes the one whose graphs are never cached, so that every process
+    operators torch takes the one whose graphs torch 2.11 never caches, so that every process
     compiles again (https://github.com/pytorch/pytorch/pull/185562); only in CUDA graphs is it
     needed."""
     from torch._inductor import config as inductor
