@@ -50,6 +50,7 @@ from training_step import (
     compared,
     labels_of,
     rewrites,
+    share_of,
     stock_layers,
     time_and_memory,
     training_step,
@@ -289,7 +290,7 @@ def panels(rows: list[Row], args: argparse.Namespace) -> list[Panel]:
     return [
         Panel(
             axis,
-            [f"{loss}, {share:.0%} ignored" for loss, share in groups],
+            [f"{loss}, {share_of(ignored, args)}" for loss, ignored in groups],
             {
                 arm: [found.get((loss, arm, share), {}).get(key) for loss, share in groups]
                 for arm in args.arms

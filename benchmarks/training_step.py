@@ -265,7 +265,7 @@ def compared(rows: list[Row]) -> list[Row]:
 
 def panels(rows: list[Row], args: argparse.Namespace) -> list[Panel]:
     found = {(row["arm"], row.get("ignored")): row for row in rows}
-    groups = [f"{share:.0%} ignored" for share in args.ignored]
+    groups = [share_of(ignored, args) for ignored in args.ignored]
     return [
         Panel(
             axis,
@@ -278,6 +278,10 @@ def panels(rows: list[Row], args: argparse.Namespace) -> list[Panel]:
             ("GiB allocated at most", "peak_gib", ".2f"),
         )
     ]
+
+
+def share_of(ignored: float, args: argparse.Namespace) -> str:
+    return f"{ignored:.0%} ignored" + (f", {args.padded:.0%} padded" if args.padded else "")
 
 
 def brief(row: Row) -> str:
