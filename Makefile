@@ -10,9 +10,9 @@ export TORCHAO_FORCE_SKIP_LOADING_SO_FILES = 1
 demo: .venv/installed
 	@$(BIN)/python examples/finetune_docstrings.py
 
-# A file is a unit: what it compiles and what it trains is shared within.
+# Whoever is done takes tests from another: as a whole, the longest files would leave a core idle.
 test: lint
-	$(BIN)/pytest -q -n auto --dist loadfile
+	$(BIN)/pytest -q -n auto --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -21,6 +21,10 @@ DEVICE = "cuda" if CUDA else "cpu"
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 
+# For all that Inductor has no part in: the C++ that it makes for a CPU takes seconds to compile.
+aot_compiled = functools.partial(torch.compile, backend="liger_fx", options={"inner": "aot_eager"})
+
+
 class Capture:
     """A backend that rewrites each graph, keeps graph and report, and runs the graph eagerly.
     ``value`` is what that gave."""

@@ -1,15 +1,17 @@
 import os
 
+# Read when torch is imported, here and in the programs that tests run. pytest has a process for each
+# core, whose further threads would be in its way: tensors are too small here to share the work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Of what Inductor compiles for a CPU most is compiled for one test: a third less to compile.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+
 import pytest
 import torch
 from _spellings import B, H, S, V
 from _util import DEVICE
 
-os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
-# Tests run in as many processes as there are cores. With threads of their own these wait for each
-# other's, and on tensors as tiny as here nearly all the time goes there.
-torch.set_num_threads(1)
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 # cuBLAS may split the sum of a product as tiny as those here, and add up its parts in bf16.
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 

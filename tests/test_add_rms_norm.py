@@ -38,8 +38,7 @@ def after(norm, order=(0, 1)):
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("dtype", "dynamic"), [(torch.bfloat16, False), (torch.float32, True)])
 def test_fires_once_on_every_spelling(spelling, dtype, dynamic, inputs):
     found = capture(after(spelling), *(t.to(dtype) for t in inputs), dynamic=dynamic)
     assert found.reports[0].counts == {"add_rms_norm": 1}, found.reports[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from _spellings import H, V, torchtune_chunked
-from _util import DEVICE, gradients, only, show
+from _util import DEVICE, aot_compiled, gradients, only, show
 from expecttest import assert_expected_inline
 from liger_fx.passes import linear_cross_entropy
 
@@ -43,7 +43,7 @@ def test_chunks_of_which_one_is_also_returned_stay_single(hidden, weight, labels
     expected = [v.detach() for v in fn(hidden, weight, labels)]
     found = capture(fn, hidden, weight, labels)
     assert found.reports[0].counts == {"linear_cross_entropy": 3}
-    actual = torch.compile(fn, backend="liger_fx", fullgraph=True)(hidden, weight, labels)
+    actual = aot_compiled(fn, fullgraph=True)(hidden, weight, labels)
     torch.testing.assert_close(list(actual), expected)
 
 
@@ -70,7 +70,7 @@ def test_chunks_of_rows_in_another_order_stay_single(weight):
         return total
 
     expected = gradients(fn, h, weight, y)
-    compiled = torch.compile(fn, backend="liger_fx", options={"inner": "aot_eager"})
+    compiled = aot_compiled(fn)
     actual = gradients(compiled, h, weight, y)
     assert liger_fx.reports()[-1].counts == {"linear_cross_entropy": 2}
     for a, e in zip(actual, expected, strict=True):
@@ -85,7 +85,7 @@ def test_chunks_in_another_order_stay_single(hidden, weight, labels):
         return loss + F.cross_entropy(F.linear(a, w).view(-1, V), y_b.reshape(-1), reduction="sum")
 
     expected = gradients(fn, hidden, weight, labels)
-    actual = gradients(torch.compile(fn, backend="liger_fx"), hidden, weight, labels)
+    actual = gradients(aot_compiled(fn), hidden, weight, labels)
     assert liger_fx.reports()[-1].counts == {"linear_cross_entropy": 2}
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
@@ -99,6 +99,6 @@ def test_not_all_chunks_stay_single(hidden, weight, labels):
         return loss + F.cross_entropy(F.linear(b, w).view(-1, V), y_b.reshape(-1), reduction="sum")
 
     expected = gradients(fn, hidden, weight, labels)
-    actual = gradients(torch.compile(fn, backend="liger_fx"), hidden, weight, labels)
+    actual = gradients(aot_compiled(fn), hidden, weight, labels)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)

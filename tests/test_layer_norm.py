@@ -38,8 +38,7 @@ SPELLINGS = [torch_module, torchtune_fp32]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("dtype", "dynamic"), [(torch.bfloat16, False), (torch.float32, True)])
 def test_fires_once_on_every_spelling(spelling, dtype, dynamic, inputs):
     (report,) = capture(spelling, *(t.to(dtype) for t in inputs), dynamic=dynamic).reports
     assert report.counts == {"layer_norm": 1}, report

@@ -20,7 +20,7 @@ from _spellings import (
     torchtune_chunked,
     torchtune_per_chunk,
 )
-from _util import DEVICE, TOLERANCES, gradients, only, reasons, relative_error, show
+from _util import DEVICE, TOLERANCES, aot_compiled, gradients, only, reasons, relative_error, show
 from expecttest import assert_expected_inline
 from liger_fx.passes import linear_cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -174,9 +174,7 @@ def test_bias_gets_its_gradient(hidden, weight, labels):
         return F.cross_entropy(F.linear(h, w, b).view(-1, V), y.view(-1))
 
     expected = gradients(fn, hidden, weight, bias, labels)
-    actual = gradients(
-        torch.compile(fn, backend="liger_fx", fullgraph=True), hidden, weight, bias, labels
-    )
+    actual = gradients(aot_compiled(fn, fullgraph=True), hidden, weight, bias, labels)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
 
@@ -190,7 +188,7 @@ def test_tied_embedding_gets_both_gradients(labels):
         return F.cross_entropy(F.linear(h, table).view(-1, V), y.view(-1))
 
     expected = gradients(fn, table, labels)
-    actual = gradients(torch.compile(fn, backend="liger_fx", fullgraph=True), table, labels)
+    actual = gradients(aot_compiled(fn, fullgraph=True), table, labels)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
 
@@ -543,12 +541,12 @@ def test_logits_written_in_place_are_left(hidden, weight, labels):
 
 def test_all_labels_ignored_behaves_as_eager(hidden, weight, labels):  # A15
     nothing = torch.full_like(labels, -100)
-    compiled = torch.compile(torchtune_chunked, backend="liger_fx", fullgraph=True)
+    compiled = aot_compiled(torchtune_chunked, fullgraph=True)
     expected = gradients(torchtune_chunked, hidden, weight, nothing)
     actual = gradients(compiled, hidden, weight, nothing)
     for a, e in zip(actual, expected, strict=True):  # the loss is nan, the gradients are zero
         torch.testing.assert_close(a, e, equal_nan=True)
-    summed = torch.compile(torchtune_per_chunk, backend="liger_fx", fullgraph=True)
+    summed = aot_compiled(torchtune_per_chunk, fullgraph=True)
     for value in gradients(summed, hidden, weight, nothing):
         assert value.abs().sum() == 0
 
@@ -558,7 +556,7 @@ def test_gradient_accumulation_stays_exact(weight):  # A14
     y = torch.randint(0, V, (8, S), device=DEVICE)
     for row in range(8):
         y[row, : min(row, S)] = -100  # the last two rows have no valid token at all
-    compiled = torch.compile(torchtune_per_chunk, backend="liger_fx")
+    compiled = aot_compiled(torchtune_per_chunk)
     whole = torch.autograd.grad(compiled(h, weight, y) / (y != -100).sum(), weight)[0]
     parts = sum(
         torch.autograd.grad(compiled(h[i : i + 1], weight, y[i : i + 1]), weight)[0]
@@ -599,9 +597,7 @@ def test_autocast_computes_as_autocast_does(inside, hidden, weight, labels):  # 
 
     with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=not inside):
         eager = gradients(fn, hidden, weight, labels)
-        actual = gradients(
-            torch.compile(fn, backend="liger_fx", fullgraph=True), hidden, weight, labels
-        )
+        actual = gradients(aot_compiled(fn, fullgraph=True), hidden, weight, labels)
     assert liger_fx.reports()[-1].counts == {"linear_cross_entropy": 1}
     for a, e in zip(actual, eager, strict=True):
         assert a.dtype == e.dtype
@@ -609,7 +605,7 @@ def test_autocast_computes_as_autocast_does(inside, hidden, weight, labels):  # 
 
 
 def test_integer_constants_under_dynamic_shapes_recompile_once(weight):  # A40
-    compiled = torch.compile(torchtune_per_chunk, backend="liger_fx")
+    compiled = aot_compiled(torchtune_per_chunk)
     for s in (5, 7, 11, 29):
         h = torch.randn(B, s, H, device=DEVICE, requires_grad=True)
         y = torch.randint(0, V, (B, s), device=DEVICE)
@@ -648,7 +644,7 @@ def test_checkpointing_runs_the_op_once(inner, hidden, weight, labels, monkeypat
 def test_saves_the_gradients_and_nothing_else(hidden, weight, labels):  # A18, A19
     def saved(h, w):
         torch._dynamo.reset()
-        loss = torch.compile(torchtune_per_chunk, backend="liger_fx", fullgraph=True)(h, w, labels)
+        loss = aot_compiled(torchtune_per_chunk, fullgraph=True)(h, w, labels)
         return sorted(tuple(t.shape) for t in loss.grad_fn.saved_tensors)
 
     assert saved(hidden, weight) == [(B, S, H), (V, H)]
@@ -660,7 +656,7 @@ def test_frozen_head_and_frozen_input(hidden, weight, labels):
     for h, w in ((hidden.detach(), weight), (hidden, weight.detach())):
         torch._dynamo.reset()
         expected = gradients(torchtune_per_chunk, h, w, labels)
-        compiled = torch.compile(torchtune_per_chunk, backend="liger_fx", fullgraph=True)
+        compiled = aot_compiled(torchtune_per_chunk, fullgraph=True)
         for a, e in zip(gradients(compiled, h, w, labels), expected, strict=True):
             torch.testing.assert_close(a, e)
 
@@ -672,7 +668,7 @@ def test_several_losses_share_the_hidden_state(hidden, labels):
         return sum(F.cross_entropy(F.linear(h, w).view(-1, V), y.view(-1)) for w in (a, b, c))
 
     expected = gradients(fn, hidden, *heads, labels)
-    actual = gradients(torch.compile(fn, backend="liger_fx"), hidden, *heads, labels)
+    actual = gradients(aot_compiled(fn), hidden, *heads, labels)
     assert liger_fx.reports()[-1].counts == {"linear_cross_entropy": 3}
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)

@@ -22,6 +22,7 @@ from _models import (
     checkpoint_inside,
     families,
     modes,
+    per_layer,
     second_length,
     whole_step,
 )
@@ -135,18 +136,19 @@ def test_step(row):
 
 
 @pytest.mark.parametrize("row", FAMILIES, ids=str)
-def test_deeper_and_in_bf16(row):
-    actual = run(row, 3, "liger_fx", torch.bfloat16)
-    assert actual.report.counts == laws(row, layers=3)
-    assert_same(actual, run_eagerly(row, 3, torch.bfloat16), HALF)
+def test_one_layer_in_bf16(row):
+    actual = run(row, 1, "liger_fx", torch.bfloat16)
+    assert actual.report.counts == laws(row, layers=1)
+    assert_same(actual, run_eagerly(row, 1, torch.bfloat16), HALF)
 
 
 OWN_LAWS = [row for row in MODES if row.cells not in [family.cells for family in FAMILIES]]
 
 
 @pytest.mark.parametrize("row", [r for r in OWN_LAWS if r.mode is not second_length], ids=str)
-def test_deeper(row):
-    assert run(row, 3, "liger_fx").report.counts == laws(row, layers=3)
+def test_another_depth(row):
+    depth = 3 if row.mode is per_layer else 1  # a graph serves all layers, of gemma2 every other
+    assert run(row, depth, "liger_fx").report.counts == laws(row, depth)
 
 
 def test_step_under_inductor(monkeypatch):

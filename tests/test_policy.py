@@ -186,8 +186,8 @@ def test_the_table_that_is_shipped(inner, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """Nothing is remembered yet."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    """Nothing is remembered yet. What Inductor keeps beside it, compiled headers, takes long."""
+    monkeypatch.setattr(liger_fx.measure, "cache_dir", lambda: str(tmp_path))
     return tmp_path / "liger_fx"
 
 
@@ -273,13 +273,15 @@ print(liger_fx.reports()[-1].to_json())
 
 
 def test_another_process_reads_the_answer(cache):
-    code = SCRIPT.format(tests=os.path.dirname(__file__))
-    runs = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        for _ in range(2)
-    ]
-    first, second = (json.loads(run.stdout[run.stdout.index("{") :]) for run in runs)
-    assert first["decisions"] == second["decisions"]
+    _, report = measured(layer, *tensors())
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(tests=os.path.dirname(__file__))],
+        env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache.parent)},
+        capture_output=True,
+        text=True,
+    )
+    there = json.loads(run.stdout[run.stdout.index("{") :])
+    assert there["decisions"] == dict(report.decisions)
     assert len(list(cache.iterdir())) == 1
 
 

@@ -29,8 +29,7 @@ def w():
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("dtype", "dynamic"), [(torch.bfloat16, False), (torch.float32, True)])
 def test_fires_once_on_every_spelling(spelling, dtype, dynamic, x, w):
     (report,) = capture(spelling, x.to(dtype), w.to(dtype), dynamic=dynamic).reports
     assert report.counts == {"rms_norm": 1}, report

@@ -149,8 +149,7 @@ class Rotation(torch.nn.Module):
 
 
 @pytest.mark.parametrize("case", SPELLINGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("dtype", "dynamic"), [(torch.bfloat16, False), (torch.float32, True)])
 def test_fires_once_on_every_spelling(case, dtype, dynamic, x):
     spelling, caches, convention = SPELLINGS[case]
     made = list(caches())

@@ -59,8 +59,7 @@ def gate_and_up_in_one(gate_up):
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("dtype", "dynamic"), [(torch.bfloat16, False), (torch.float32, True)])
 def test_fires_once_on_every_spelling(spelling, dtype, dynamic, gate, up):
     (report,) = capture(spelling, gate.to(dtype), up.to(dtype), dynamic=dynamic).reports
     assert report.counts == {"swiglu": 1}, report
