@@ -2,6 +2,7 @@
 
     python benchmarks/rewrites.py --write
     python benchmarks/rewrites.py --show sm90
+    python benchmarks/rewrites.py --inner aot_eager
     python benchmarks/rewrites.py --model tiny --device cpu --batch 2 --seq 32 --laps 2
 
 Two decoder layers of torchtune's, in the sizes of real models, forward and backward, with random
@@ -70,7 +71,7 @@ TABLE = Path(__file__).parent.parent / "liger_fx" / "measured.json"
 PACKAGES = ("torch", "triton", "liger_kernel", "torchtune")
 
 TURN = 3  # laps
-INNER = ("inductor", "eager")
+INNER = ("inductor", "eager")  # of which the table has rows: to auto aot_eager is as eager
 LAYERS, VOCABULARY = 2, 8  # the vocabulary is that of a head and an embedding that nobody calls
 LOGITS = {"logits [4096, 128256]": (4096, 128_256), "tiny logits [64, 512]": (64, 512)}
 
@@ -115,16 +116,17 @@ class Case(NamedTuple):
         return f"{self.model}, {self.form}, {checkpoint}, {self.inner}"
 
 
-def cases(models: Sequence[str]) -> list[Case]:
+def cases(models: Sequence[str], inners: Sequence[str]) -> list[Case]:
     """Those that take longest to compile first. Without Inductor the form makes no difference."""
     small = "tiny" in models
     logits = [name for name in LOGITS if name.startswith("tiny") == small]
     found = [
         Case(model, form, checkpoint, inner)
-        for inner, forms in (("inductor", ("step", "layers")), ("eager", ("layers",)))
-        for model, form, checkpoint in itertools.product(models, forms, (True, False))
+        for inner in inners
+        for form in (("step", "layers") if inner == "inductor" else ("layers",))
+        for model, checkpoint in itertools.product(models, (True, False))
     ]
-    return found + [Case(name, "loss", False, inner) for name in logits for inner in INNER]
+    return found + [Case(name, "loss", False, inner) for name in logits for inner in inners]
 
 
 # -- a case ----------------------------------------------------------------------------------------
@@ -341,7 +343,7 @@ def cell(rows: list[TableRow]) -> str | None:
     return f"{text}; {memory:.2f}"
 
 
-def panels(rows: Sequence[Row]) -> list[Panel]:
+def panels(rows: Sequence[Row], inners: Sequence[str]) -> list[Panel]:
     """A panel for each inner compiler, a group for each case and rewrite."""
     found = [row for row in rows if "error" not in row]
     names = list(dict.fromkeys(row["rewrite"] for row in found))
@@ -367,7 +369,7 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
             reference=1.0,
             title=inner,
         )
-        for inner in INNER
+        for inner in inners
     ]
 
 
@@ -390,6 +392,8 @@ def parse_args() -> argparse.Namespace:
     )
     real = [name for name in MODELS if name != "tiny"]
     parser.add_argument("--model", choices=MODELS, nargs="+", default=real, dest="models")
+    choices = (*INNER, "aot_eager")
+    parser.add_argument("--inner", choices=choices, nargs="+", default=INNER, help="compilers")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--laps", type=int, default=15, help="at least, of each arm")
@@ -402,6 +406,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.write and args.device.type != "cuda":
         parser.error("--write is for a GPU: on a CPU nothing is decided from the table")
+    if args.write and set(args.inner) != set(INNER):
+        parser.error(f"--write is for a whole table, of {' and '.join(INNER)}")
     return args
 
 
@@ -412,7 +418,7 @@ def main() -> None:
     if args.show:
         return print(summary(args.show))
     header = print_header(args.device)
-    children = [Child(case) for case in cases(args.models)]
+    children = [Child(case) for case in cases(args.models, args.inner)]
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda child: child.compile(threads), children))
@@ -423,7 +429,7 @@ def main() -> None:
             args.json, rows, header
         )  # after every case: a run that is cut off keeps what it has
     print(markdown(rows, COLUMNS))
-    draw(args.picture, "Each rewrite on its own", panels(rows), header)
+    draw(args.picture, "Each rewrite on its own", panels(rows, args.inner), header)
     if args.write:
         write_table([row for row in rows if "error" not in row], args.device)
 
