@@ -10,7 +10,8 @@ The backward of a tile has three buffers. Gate and up become their gradients; th
 product becomes the product, which the gradient of ``Wd`` needs.
 
 A token whose gradient is exactly zero adds nothing to any gradient, and the backward leaves it out
-(see `tokens.tokens_with_gradient`): tokens that pad a sequence cost no matrix product here.
+(see `tokens.tokens_with_gradient`): tokens that pad a sequence cost no matrix product here. Where
+such a token is infinite or nan, eager's weight gradients are nan and these are not.
 """
 
 from __future__ import annotations
