@@ -46,9 +46,8 @@ def tile_tokens_for(intermediate: int, itemsize: int, budget: int, unit: int) ->
 def _unit(device: torch.device) -> int:
     """The fewest tokens whose matrix products keep every multiprocessor of a GPU busy to their end.
 
-    cuBLAS cuts the output into blocks of 128 x 256; widths are most often multiples of 1024. On an
-    H200 (132 multiprocessors) the products of a Llama-3.2-1B ran at 704 TFLOP/s over 16896 tokens,
-    four times the unit, at 682 over 16384 and at 651 over 17408.
+    cuBLAS cuts the output into blocks of 128 x 256; widths are most often multiples of 1024. With
+    fewer blocks than multiprocessors in the last round some of these have nothing to do.
     """
     if device.type != "cuda":
         return 128

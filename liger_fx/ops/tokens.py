@@ -32,8 +32,8 @@ def tokens_with_gradient(grad: Tensor) -> Tensor | None:
     for all of them; also where there are few others.
 
     Zero are the rows of tokens that pad a sequence on its right, in every layer, and in the last
-    layer those of all ignored labels. The host waits for their number, half a millisecond in which
-    the GPU runs dry. So in a batch without ignored labels there is no look, and none beyond the
+    layer those of all ignored labels. The host waits for their number, and the GPU runs dry
+    meanwhile. So in a batch without ignored labels there is no look, and none beyond the
     first layer, in order of the backward, that has no row to leave out.
     """
     global _expected
