@@ -50,13 +50,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "GEMM": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "cublas"),
     "optimizer": ("multi_tensor", "adam"),
     "Inductor": ("triton_",),
-    # Liger's, and our own two
+    # Liger's, and our own
     "liger_fx": (
         "_swiglu",
         "_geglu",
         "_rms_norm",
         "_layer_norm",
-        "rotate_pairs",
+        "_rotate",
         "gated_gradients",
     ),
     "copies": ("memcpy", "memset", "copy", "fill"),

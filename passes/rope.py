@@ -6,9 +6,9 @@ Matches      By halves (``x * cos + cat((-x2, x1)) * sin``): Hugging Face on [b,
              packed; torchtitan's product of complex numbers.
              Each query and each key is a match of its own.
 Leaves alone angles that are trained, that a graph computes in another way than as two equal halves
-             (Liger's kernel reads the left one), or that fit both layouts; vision models' axial
+             (the kernel reads the left one), or that fit both layouts; vision models' axial
              positions.
-Numerics     Interleaved: fp32, rounded once, as the models do. By halves: in the dtype of cos.
+Numerics     fp32, rounded once: interleaved as the models do, by halves finer than they do.
 """
 
 from typing import Any

@@ -8,13 +8,12 @@ angle of their position, ``(a cos - b sin, b cos + a sin)``:
   Gemma).
 
 A rotation is linear and its transpose is the rotation backwards, so the derivative is the op itself
-with ``inverse`` set, any number of times. Liger's kernel for halves rotates in place; here it does
-so on a copy. The one for pairs is our own (`rope_triton`).
+with ``inverse`` set, any number of times. The kernels are our own (`rope_triton`): Liger's rotate
+in place, and would need a copy.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -54,52 +53,29 @@ def _copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-# -- Liger's kernels ------------------------------------------------------------------------------
+# -- Triton ---------------------------------------------------------------------------------------
 
 
-def _halves_liger(liger: Any, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    out = _copy(x)
-    batch, seq, heads, size = out.shape
-    if not out.numel():
-        return out
-    rotary = cos.shape[-1]
-    if cos.dtype != x.dtype and cos.dtype != torch.float32:
-        cos, sin = cos.float(), sin.float()  # the kernel computes in the dtype of the angles
-    cos, sin = _rows_in_order(cos), _rows_in_order(sin)
-    tables = (cos, cos.stride(1), sin, sin.stride(1))
-    # The kernel takes q and k at once; a k without heads is left out by its masks.
-    shape = _padded(heads, size, rotary)
-    liger._triton_rope[(batch * seq,)](
-        *(out, heads * size, out, 0, *tables, seq),
-        *(1, cos.shape[0], heads, 0, *shape),
-        BACKWARD_PASS=inverse,
-    )
+def _halves_triton(liger: Any, x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    from liger_fx.ops.rope_triton import rotate_halves
+
+    x, cos, sin = map(_rows_in_order, (x, cos, sin))
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rotate_halves(x, cos, sin, out, inverse)
     return out
-
-
-def _rows_in_order(table: Tensor) -> Tensor:
-    """[1 or b, s, R] with the batch stride that the kernel takes for granted."""
-    regular = table.shape[0] == 1 or table.stride(0) == table.shape[1] * table.stride(1)
-    return table if regular and table.stride(-1) == 1 else table.contiguous()
-
-
-@functools.cache
-def _padded(heads: int, size: int, rotary: int) -> tuple[int, ...]:
-    """The kernel's ``hd, pad_n_qh, pad_n_kh, pad_hd, pad_rd, rd, BLOCK_SIZE``."""
-
-    def power(n: int) -> int:
-        return 1 << max(n - 1, 0).bit_length()
-
-    return size, power(heads), 1, power(size), power(rotary), rotary, power(heads)
 
 
 def _pairs_triton(liger: Any, x: Tensor, angles: Tensor, inverse: bool) -> Tensor:
     from liger_fx.ops.rope_triton import rotate_pairs
 
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = _rows_in_order(x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     rotate_pairs(x, angles.float().contiguous(), out, inverse)  # in fp32 as the models do
     return out
+
+
+def _rows_in_order(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # -- the ops --------------------------------------------------------------------------------------
@@ -108,7 +84,7 @@ _halves = kernel(
     "rope_forward(Tensor x, Tensor cos, Tensor sin, bool inverse) -> Tensor",
     fake=lambda x, cos, sin, inverse: x.new_empty(x.shape),
     cpu=_halves_torch,
-    cuda=_halves_liger,
+    cuda=_halves_triton,
     liger="rope",
 )
 _pairs = kernel(
@@ -149,8 +125,8 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
     x: [b, s, h, d], float32, bfloat16 or float16 (on a CPU float64 as well), in any layout. cos,
     sin: [1 or b, s, R], R even and at most d; the right half repeats the left one, as everywhere in
-    the field, and is not read. They get no gradient. inverse: rotate backwards. Computed in fp32 on
-    a CPU, in the dtype of cos on CUDA. Returns a contiguous tensor of x's shape and dtype.
+    the field, and is not read. They get no gradient. inverse: rotate backwards. Computed in fp32.
+    Returns a contiguous tensor of x's shape and dtype.
     """
     return _Halves.apply(x, cos, sin, inverse)
 

@@ -1,7 +1,7 @@
-"""Rotation of neighbouring elements, as one Triton kernel out of place.
+"""Rotation of pairs of elements, out of place: a Triton kernel for each of the two conventions.
 
-Liger's kernel rotates in place, so that a copy has to be made first, and takes a program for each
-head of each token: four passes over the tensor instead of two, by programs of 64 elements.
+Liger's kernels rotate in place, so that a copy has to be made first: four passes over the tensor
+instead of two. For neighbouring elements Liger also takes a program for each head of each token.
 """
 
 from __future__ import annotations
@@ -11,8 +11,36 @@ import triton.language as tl
 from torch import Tensor
 
 
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> None:
+    """Write ``(a cos - b sin, b cos + a sin)`` of each pair of ``x`` into ``out``, in fp32: of
+    elements i and ``i + R / 2``. The elements after the first R are copied.
+
+    x: [b, s, h, d] with unit stride in d. cos, sin: [1 or b, s, R] with unit stride in R, of any
+    dtype. out: [b, s, h, d], contiguous. inverse: by the negative angles.
+    """
+    batch, seq, heads, size = x.shape
+    if not x.numel():
+        return
+    rotary = cos.shape[-1]
+    heads_padded = triton.next_power_of_2(heads)
+    half_padded = triton.next_power_of_2(rotary // 2)
+    rest_padded = triton.next_power_of_2(size - rotary) if size > rotary else 0
+    _rotate_halves_kernel[(batch * seq,)](
+        *(x, cos, sin, out, x.stride(0), x.stride(1), x.stride(2)),
+        *(_batch_stride(cos), cos.stride(1), _batch_stride(sin), sin.stride(1)),
+        *(seq, heads),
+        SIZE=size,
+        HALF=rotary // 2,
+        HEADS_PADDED=heads_padded,
+        HALF_PADDED=half_padded,
+        REST_PADDED=rest_padded,
+        INVERSE=inverse,
+        num_warps=_warps(heads_padded * 2 * half_padded),
+    )
+
+
 def rotate_pairs(x: Tensor, angles: Tensor, out: Tensor, inverse: bool) -> None:
-    """Write ``(a cos - b sin, b cos + a sin)`` of each pair of ``x`` into ``out``, in fp32.
+    """The same of neighbouring elements, 2i and ``2i + 1``.
 
     x: [b, s, h, d] with unit stride in d. angles: float32 [1 or b, s, d / 2, 2], contiguous. out:
     [b, s, h, d], contiguous. inverse: by the negative angles.
@@ -23,13 +51,74 @@ def rotate_pairs(x: Tensor, angles: Tensor, out: Tensor, inverse: bool) -> None:
     heads_padded, size_padded = map(triton.next_power_of_2, (heads, size))
     _rotate_pairs_kernel[(batch * seq,)](
         *(x, angles, out, x.stride(0), x.stride(1), x.stride(2)),
-        *(seq, angles.shape[0], heads),
+        *(_batch_stride(angles), seq, heads),
         SIZE=size,
         HEADS_PADDED=heads_padded,
         SIZE_PADDED=size_padded,
         INVERSE=inverse,
-        num_warps=min(8, max(1, heads_padded * size_padded // 256)),  # 8 elements to a thread
+        num_warps=_warps(heads_padded * size_padded),
     )
+
+
+def _batch_stride(table: Tensor) -> int:
+    """One table for all sequences, or one for each."""
+    return 0 if table.shape[0] == 1 else table.stride(0)
+
+
+def _warps(elements: int) -> int:
+    """8 elements to a thread."""
+    return min(8, max(1, elements // 256))
+
+
+@triton.jit
+def _rotate_halves_kernel(
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    batch_stride,
+    seq_stride,
+    head_stride,
+    cos_batch_stride,
+    cos_seq_stride,
+    sin_batch_stride,
+    sin_seq_stride,
+    seq,
+    heads,
+    SIZE: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
+    HALF_PADDED: tl.constexpr,
+    REST_PADDED: tl.constexpr,
+    INVERSE: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    sequence, position = token // seq, token % seq
+    x_ptr += sequence * batch_stride + position * seq_stride
+    cos_ptr += sequence * cos_batch_stride + position * cos_seq_stride
+    sin_ptr += sequence * sin_batch_stride + position * sin_seq_stride
+    out_ptr += token * heads * SIZE
+
+    head = tl.arange(0, HEADS_PADDED)[:, None]
+    pair = tl.arange(0, HALF_PADDED)[None, :]
+    inside = (head < heads) & (pair < HALF)
+    source, target = head * head_stride + pair, head * SIZE + pair
+    a = tl.load(x_ptr + source, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x_ptr + source + HALF, mask=inside, other=0.0).to(tl.float32)
+    # The right halves of the tables repeat the left ones.
+    cos = tl.load(cos_ptr + pair, mask=pair < HALF, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + pair, mask=pair < HALF, other=0.0).to(tl.float32)
+    if INVERSE:
+        sin = -sin
+    tl.store(out_ptr + target, (a * cos - b * sin).to(out_ptr.dtype.element_ty), mask=inside)
+    rotated = (b * cos + a * sin).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + target + HALF, rotated, mask=inside)
+
+    if REST_PADDED:
+        element = 2 * HALF + tl.arange(0, REST_PADDED)[None, :]
+        inside = (head < heads) & (element < SIZE)
+        rest = tl.load(x_ptr + head * head_stride + element, mask=inside)
+        tl.store(out_ptr + head * SIZE + element, rest, mask=inside)
 
 
 @triton.jit
@@ -40,8 +129,8 @@ def _rotate_pairs_kernel(
     batch_stride,
     seq_stride,
     head_stride,
+    angles_batch_stride,
     seq,
-    tables,
     heads,
     SIZE: tl.constexpr,
     HEADS_PADDED: tl.constexpr,
@@ -56,8 +145,8 @@ def _rotate_pairs_kernel(
 
     x_ptr += sequence * batch_stride + position * seq_stride
     x = tl.load(x_ptr + head * head_stride + element, mask=inside, other=0.0).to(tl.float32)
-    row = (sequence % tables) * seq + position  # one table for all sequences, or one for each
-    angle = tl.load(angles_ptr + row * SIZE + element, mask=element < SIZE, other=0.0)
+    angles_ptr += sequence * angles_batch_stride + position * SIZE
+    angle = tl.load(angles_ptr + element, mask=element < SIZE, other=0.0)
     # Whole rows are loaded, and the pairs taken apart in registers.
     a, b = tl.split(tl.reshape(x, (HEADS_PADDED, SIZE_PADDED // 2, 2)))
     cos, sin = tl.split(tl.reshape(angle, (1, SIZE_PADDED // 2, 2)))
