@@ -283,10 +283,11 @@ def attend(x):
     return F.scaled_dot_product_attention(x, x, x, is_causal=True).sin()
 
 f = torch.compile(lambda x: checkpoint(attend, x, use_reentrant=False), backend="liger_fx")
+torch.manual_seed(0)
 x = torch.randn(1, 2, 64, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 f(x).sum().backward()
 expected, = torch.autograd.grad(attend(x).sum(), x)
-torch.testing.assert_close(x.grad, expected)
+torch.testing.assert_close(x.grad, expected, rtol=0.02, atol=0.01)  # Inductor rounds less often
 print(*(counters["inductor"]["fxgraph_cache_" + what] for what in ("hit", "miss", "bypass")))
 """
 
@@ -294,7 +295,8 @@ print(*(counters["inductor"]["fxgraph_cache_" + what] for what in ("hit", "miss"
 @pytest.mark.gpu
 def test_attention_in_a_checkpoint_is_cached(tmp_path):
     def run():
-        return run_python(CHECKPOINT_SCRIPT, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)).stdout.split()
+        done = run_python(CHECKPOINT_SCRIPT, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+        return done.stdout.split() or done.stderr
 
     assert (run(), run()) == (["0", "2", "0"], ["2", "0", "0"])
 
