@@ -1,8 +1,8 @@
 """What each rewrite changes, on its own: the table that ``policy="auto"`` decides by.
 
     python benchmarks/rewrites.py --write
+    python benchmarks/rewrites.py --add
     python benchmarks/rewrites.py --show sm90
-    python benchmarks/rewrites.py --inner aot_eager
     python benchmarks/rewrites.py --model tiny --device cpu --batch 2 --seq 32 --laps 2
 
 Two decoder layers of torchtune's, in the sizes of real models, forward and backward, with random
@@ -11,8 +11,9 @@ one graph ("step"), checkpointed or not, under Inductor and without it ("eager")
 logits. Each rewrite is made alone and compared with none: laps in turn, in one process, medians.
 
 A case is a process of its own. First all compile, ``--jobs`` at a time; when the last has, they
-are timed one by one. ``--write`` puts the rows into liger_fx/measured.json, for the architecture of
-this machine.
+are timed one by one. ``--write`` puts the rows into liger_fx/measured.json, in the place of what it
+says of the architecture of this machine; ``--add`` puts them beside, and the median of all runs
+counts. One run is not enough: from run to run a row differs by 1 or 2 %, sometimes by 5.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import random
 import re
 import shlex
 import statistics
@@ -64,6 +66,7 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from liger_fx import rewrite_graph
+from liger_fx.options import INNER
 from liger_fx.policy import Row as TableRow
 from liger_fx.policy import architecture_of, pays, table
 
@@ -71,7 +74,6 @@ TABLE = Path(__file__).parent.parent / "liger_fx" / "measured.json"
 PACKAGES = ("torch", "triton", "liger_kernel", "torchtune")
 
 TURN = 3  # laps
-INNER = ("inductor", "eager")  # of which the table has rows: to auto aot_eager is as eager
 LAYERS, VOCABULARY = 2, 8  # the vocabulary is that of a head and an embedding that nobody calls
 LOGITS = {"logits [4096, 128256]": (4096, 128_256), "tiny logits [64, 512]": (64, 512)}
 
@@ -181,18 +183,20 @@ def loss_on_logits(case: Case, args: argparse.Namespace) -> Build:
     return build
 
 
-def possible(build: Build) -> list[str]:
-    """The rewrites that can be made in this case, each on its own."""
-    found: dict[str, None] = {}
+def possible(build: Build) -> dict[str, str]:
+    """The rewrites that can be made in this case, each on its own, and the spelling they find: one,
+    as a model has its own."""
+    found: dict[str, str] = {}
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         for rewrite in DEFAULT:
-            if rewrite.gain is None and rewrite_graph(copy.deepcopy(gm), [rewrite]).counts:
-                found[rewrite.name] = None
+            if rewrite.gain is None:
+                made = rewrite_graph(copy.deepcopy(gm), [rewrite]).replacements
+                found.update({each.rewrite: each.pattern for each in made})
         return gm.forward
 
     build(lambda function: torch.compile(function, backend=record))
-    return list(found)
+    return found
 
 
 def compiled_with(names: Sequence[str], inner: str) -> Compile:
@@ -207,7 +211,8 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     case = Case(*json.loads(args.case))
     build = (loss_on_logits if case.form == "loss" else decoder)(case, args)
     arms = {"none": build(compiled_with([], case.inner))}
-    arms |= {name: build(compiled_with([name], case.inner)) for name in possible(build)}
+    spellings = possible(build)
+    arms |= {name: build(compiled_with([name], case.inner)) for name in spellings}
     for call in arms.values():
         lap_times(call, args.device, 2)  # compiles the backward, and Triton's kernels
     if args.device.type == "cuda":
@@ -219,6 +224,7 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     for name in list(arms)[1:]:
         yield case._asdict() | {
             "rewrite": name,
+            "spelling": spellings[name],
             "ms_without": times["none"],
             "ms_with": times[name],
             "speed": times["none"] / times[name],
@@ -237,11 +243,15 @@ def interleaved(
     arms: dict[str, Callable[[], object]], device: torch.device, laps: int
 ) -> dict[str, float]:
     """Milliseconds of each arm, the median of ``laps``. They take turns of a few laps; the one that
-    starts a turn does not count: the host is not ahead yet."""
+    starts a turn does not count: the host is not ahead yet. In each round the order is another one,
+    for the GPU's clock depends on what it did just before."""
     times: dict[str, list[float]] = {name: [] for name in arms}
+    shuffle = random.Random(0).shuffle
+    order = list(arms)
     while any(len(found) < laps for found in times.values()):
-        for name, call in arms.items():
-            times[name] += lap_times(call, device, 1 + TURN)[1:]
+        shuffle(order)
+        for name in order:
+            times[name] += lap_times(arms[name], device, 1 + TURN)[1:]
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -284,25 +294,63 @@ class Child:
                 yield json.loads(line[len(_ROW) :])
 
 
-def write_table(rows: Sequence[Row], device: torch.device) -> None:
-    """Replace what the table says of this machine's architecture."""
-    entries = json.loads(TABLE.read_text())
-    entries[architecture_of(device)] = {
+def here(device: torch.device) -> Row:
+    """What runs must have in common whose medians are taken."""
+    return {
         "machine": torch.cuda.get_device_name(device),
         "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
+    }
+
+
+def runs_before(device: torch.device) -> Row:
+    """What the table says of this machine's architecture. Raises ValueError where that was measured
+    on another machine, or with other versions."""
+    entry = json.loads(TABLE.read_text()).get(architecture_of(device), {"commands": [], "rows": []})
+    if entry["rows"] and here(device) != {name: entry[name] for name in here(device)}:
+        machine, versions = entry["machine"], entry["versions"]
+        raise ValueError(
+            f"{TABLE.name} is of {machine}, {versions}; nothing can be added to it here, only "
+            "--write makes it anew"
+        )
+    return entry
+
+
+def write_table(rows: Sequence[Row], device: torch.device, before: Row) -> None:
+    """Put ``rows`` beside those of ``before``, this machine's architecture in the table."""
+    entries = json.loads(TABLE.read_text())
+    entries[architecture_of(device)] = here(device) | {
         "date": str(datetime.date.today()),
-        "command": f"python {shlex.join(sys.argv)}",
-        "rows": [{field.name: row[field.name] for field in fields(TableRow)} for row in rows],
+        "commands": [*before["commands"], f"python {shlex.join(sys.argv)}"],
+        "rows": with_speeds(before["rows"], rows),
     }
     TABLE.write_text(as_text(entries))
+
+
+def with_speeds(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
+    """``rows`` as the table keeps them, each with the speeds of the same one in ``before``."""
+    key = [field.name for field in fields(TableRow) if field.name not in ("speed", "memory")]
+    speeds = {tuple(row[name] for name in key): row["speeds"] for row in before}
+    return [
+        {
+            "speeds": [*speeds.get(tuple(row[name] for name in key), []), row["speed"]],
+            "memory": row["memory"],
+        }
+        | {name: row[name] for name in key}
+        for row in rows
+    ]
 
 
 def as_text(entries: dict[str, Any]) -> str:
     """JSON with one row a line, and numbers no finer than they can be measured."""
     rounded = json.loads(json.dumps(entries), parse_float=lambda number: round(float(number), 4))
     text = json.dumps(rounded, indent=1)
-    row = r'{\s+("speed"[^}]*?)\s+}'
-    return re.sub(row, lambda found: f"{{{' '.join(found[1].split())}}}", text) + "\n"
+    row = r'{\s+("speeds"[^}]*?)\s+}'
+
+    def on_one_line(found: re.Match[str]) -> str:
+        words = " ".join(found[1].split())
+        return f"{{{words.replace('[ ', '[').replace(' ]', ']')}}}"
+
+    return re.sub(row, on_one_line, text) + "\n"
 
 
 PLACES = {
@@ -310,6 +358,8 @@ PLACES = {
     "a layer": ("inductor", "layers", False),
     "several layers, checkpoint": ("inductor", "step", True),
     "several layers": ("inductor", "step", False),
+    "aot_eager, checkpoint": ("aot_eager", "layers", True),
+    "aot_eager": ("aot_eager", "layers", False),
     "eager, checkpoint": ("eager", "layers", True),
     "eager": ("eager", "layers", False),
 }
@@ -321,13 +371,17 @@ def summary(architecture: str) -> str:
     rows: dict[tuple[str, ...], list[TableRow]] = {}
     for row in table()[architecture].rows:
         form = "layers" if row.form == "loss" else row.form
-        rows.setdefault((row.rewrite, row.inner, form, row.checkpoint), []).append(row)
-    names = dict.fromkeys(key[0] for key in rows)
+        place = (row.rewrite, row.spelling, row.inner, form, row.checkpoint)
+        rows.setdefault(place, []).append(row)
+    names = sorted(dict.fromkeys(place[:2] for place in rows), key=lambda name: name[0])
     columns = [Column("", "rewrite"), *(Column(title, title) for title in PLACES)]
     lines = [
-        {"rewrite": f"`{name}`"}
-        | {title: cell(rows.get((name, *place), [])) for title, place in PLACES.items()}
-        for name in names
+        {"rewrite": f"`{rewrite}`, {spelling}"}
+        | {
+            title: cell(rows.get((rewrite, spelling, *place), []))
+            for title, place in PLACES.items()
+        }
+        for rewrite, spelling in names
     ]
     return markdown(lines, columns)
 
@@ -379,6 +433,7 @@ COLUMNS = [
     Column("checkpoint", "checkpoint"),
     Column("inner", "inner"),
     Column("rewrite", "rewrite"),
+    Column("spelling", "spelling"),
     Column("ms without", "ms_without", ".3f"),
     Column("ms with", "ms_with", ".3f"),
     Column("speed", "speed", ".3f"),
@@ -392,22 +447,22 @@ def parse_args() -> argparse.Namespace:
     )
     real = [name for name in MODELS if name != "tiny"]
     parser.add_argument("--model", choices=MODELS, nargs="+", default=real, dest="models")
-    choices = (*INNER, "aot_eager")
-    parser.add_argument("--inner", choices=choices, nargs="+", default=INNER, help="compilers")
+    parser.add_argument("--inner", choices=INNER, nargs="+", default=INNER, help="compilers")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--laps", type=int, default=15, help="at least, of each arm")
     parser.add_argument("--jobs", type=int, default=8, help="cases that compile at a time")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     add_outputs(parser)
-    parser.add_argument("--write", action="store_true", help="into liger_fx/measured.json")
+    parser.add_argument("--write", action="store_true", help="liger_fx/measured.json anew")
+    parser.add_argument("--add", action="store_true", help="to liger_fx/measured.json")
     parser.add_argument("--show", metavar="sm90", help="only print what measured.json says")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.write and args.device.type != "cuda":
-        parser.error("--write is for a GPU: on a CPU nothing is decided from the table")
-    if args.write and set(args.inner) != set(INNER):
-        parser.error(f"--write is for a whole table, of {' and '.join(INNER)}")
+    if (args.write or args.add) and args.device.type != "cuda":
+        parser.error("the table is for GPUs: on a CPU nothing is decided from it")
+    if (args.write or args.add) and set(args.inner) != set(INNER):
+        parser.error(f"the table is of all inner compilers: {', '.join(INNER)}")
     return args
 
 
@@ -417,6 +472,7 @@ def main() -> None:
         return run_arm(partial(measure, args))
     if args.show:
         return print(summary(args.show))
+    before = runs_before(args.device) if args.add else {"commands": [], "rows": []}
     header = print_header(args.device)
     children = [Child(case) for case in cases(args.models, args.inner)]
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
@@ -430,8 +486,8 @@ def main() -> None:
         )  # after every case: a run that is cut off keeps what it has
     print(markdown(rows, COLUMNS))
     draw(args.picture, "Each rewrite on its own", panels(rows, args.inner), header)
-    if args.write:
-        write_table([row for row in rows if "error" not in row], args.device)
+    if args.write or args.add:
+        write_table([row for row in rows if "error" not in row], args.device, before)
 
 
 if __name__ == "__main__":

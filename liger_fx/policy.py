@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -20,6 +21,8 @@ from liger_fx.rewrite import Rewrite, Where
 NOISE = 0.995  # as fast, within what such measurements repeat
 SLOWEST = 0.98  # of what saves memory
 SAVING = 0.90  # of the memory: worth a little time
+
+NOWHERE: Mapping[str, Where] = {}
 
 # Of an H100 or H200: what stands in where there is no GPU to ask.
 DEFAULT_ARCHITECTURE = "sm90"
@@ -40,11 +43,13 @@ class Measurement:
 class Row(Measurement):
     """A `Measurement` as the table keeps it.
 
-    inner: "inductor" or "eager". checkpoint: inside of an activation checkpoint. model: whose
-    shapes. form: what was one graph, "layers" or the whole "step".
+    spelling: the name of the rewrite's pattern. inner: that of `Options`. checkpoint: inside of an
+    activation checkpoint. model: whose shapes. form: what was one graph, "layers" or the whole
+    "step".
     """
 
     rewrite: str
+    spelling: str
     inner: str
     checkpoint: bool
     model: str
@@ -53,24 +58,29 @@ class Row(Measurement):
 
 @dataclass(frozen=True)
 class Entry:
-    """What was measured on one architecture: on which machine, with which versions, when, how."""
+    """What was measured on one architecture: on which machine, with which versions, when the last
+    time, by which commands."""
 
     machine: str
     versions: str
     date: str
-    command: str
+    commands: Sequence[str]
     rows: Sequence[Row]
 
 
 @functools.cache
 def table() -> dict[str, Entry]:
     """The measurements that liger_fx is shipped with, by architecture. ``benchmarks/rewrites.py``
-    makes them."""
+    makes them; of several runs of it the median speed counts."""
     found = json.loads((files("liger_fx") / "measured.json").read_text())
     return {
-        architecture: Entry(**entry | {"rows": [Row(**row) for row in entry["rows"]]})
+        architecture: Entry(**entry | {"rows": [_row(**row) for row in entry["rows"]]})
         for architecture, entry in found.items()
     }
+
+
+def _row(speeds: Sequence[float], **rest: Any) -> Row:
+    return Row(speed=statistics.median(speeds), **rest)
 
 
 def pays(measurements: Sequence[Measurement]) -> bool:
@@ -83,9 +93,9 @@ def pays(measurements: Sequence[Measurement]) -> bool:
 
 
 class Verdict(NamedTuple):
-    """where: to try the rewrite; nowhere if false. why: a sentence for the report."""
+    """where: by spelling, where to try the rewrite. why: a sentence for the report."""
 
-    where: Where
+    where: Mapping[str, Where]
     why: str | None
 
 
@@ -94,11 +104,11 @@ Judge = Callable[[Rewrite], Verdict]
 
 @dataclass
 class Policy:
-    """chosen: rewrites to try. where: by name, in which parts of the graph. decisions: a sentence
-    for each rewrite that the policy decided about."""
+    """chosen: rewrites to try. where: by name and spelling, in which parts of the graph. decisions:
+    a sentence for each rewrite that the policy decided about."""
 
     chosen: list[Rewrite] = field(default_factory=list)
-    where: dict[str, Where] = field(default_factory=dict)
+    where: dict[str, Mapping[str, Where]] = field(default_factory=dict)
     decisions: dict[str, str] = field(default_factory=dict)
 
 
@@ -107,7 +117,7 @@ def decide(rewrites: Sequence[Rewrite], options: Options, judge: Judge) -> Polic
     policy = Policy()
     for rewrite in rewrites:
         where, why = _verdict(rewrite, options, judge)
-        if where:
+        if any(where.values()):
             policy.chosen.append(rewrite)
             policy.where[rewrite.name] = where
         if why is not None:
@@ -116,16 +126,17 @@ def decide(rewrites: Sequence[Rewrite], options: Options, judge: Judge) -> Polic
 
 
 def _verdict(rewrite: Rewrite, options: Options, judge: Judge) -> Verdict:
+    anywhere = rewrite.in_all_spellings(Where.ANYWHERE)
     if rewrite.name in options.disable:
-        return Verdict(Where(0), "disabled by option")
+        return Verdict(NOWHERE, "disabled by option")
     if options.policy == "all":
-        return Verdict(Where.ANYWHERE, None)
+        return Verdict(anywhere, None)
     if not isinstance(options.policy, str):
         if rewrite.name in options.policy:
-            return Verdict(Where.ANYWHERE, None)
-        return Verdict(Where(0), "not in the policy's list")
+            return Verdict(anywhere, None)
+        return Verdict(NOWHERE, "not in the policy's list")
     if rewrite.gain is not None:
-        return Verdict(Where.ANYWHERE, f"{options.policy} always applies it: {rewrite.gain}")
+        return Verdict(anywhere, f"{options.policy} always applies it: {rewrite.gain}")
     return judge(rewrite)
 
 
@@ -157,20 +168,19 @@ def form_of(gm: fx.GraphModule) -> str:
 
 def by_table(device: torch.device, inner: str, form: str) -> Judge:
     """``auto``: what `table` says of this device under this inner compiler, for graphs of this
-    form where it knows of any."""
+    form and for each spelling where it knows of any."""
     if device.type == "cpu":
         left = "auto leaves it: not measured on a CPU; policy='measure' measures it on this one"
-        return lambda rewrite: Verdict(Where(0), left)
+        return lambda rewrite: Verdict(NOWHERE, left)
     present = device.type == "cuda" and torch.cuda.is_available()
     architecture = architecture_of(device) if present else DEFAULT_ARCHITECTURE
     entry = table().get(architecture)
-    compiler = "inductor" if inner == "inductor" else "eager"
 
     def judge(rewrite: Rewrite) -> Verdict:
-        rows = [row for row in entry.rows if row.inner == compiler] if entry else []
+        rows = [row for row in entry.rows if row.inner == inner] if entry else []
         rows = [row for row in rows if row.rewrite == rewrite.name]
         rows = [row for row in rows if row.form == form] or rows
-        where, why = _weigh(rows, functools.partial(_evidence, architecture, entry))
+        where, why = _by_spelling(rewrite, rows, functools.partial(_evidence, architecture, entry))
         assumed = "" if present else f" [not on a GPU: decided as on {architecture}]"
         return Verdict(where, f"auto {why}{assumed}")
 
@@ -185,7 +195,25 @@ def architecture_of(device: torch.device) -> str:
     return f"sm{major}{minor}"
 
 
-def _weigh(rows: Sequence[Row], evidence: Callable[[Sequence[Row]], str]) -> tuple[Where, str]:
+Evidence = Callable[[Sequence[Row]], str]
+
+
+def _by_spelling(rewrite: Rewrite, rows: Sequence[Row], evidence: Evidence) -> Verdict:
+    """Each spelling has a kernel, or an eager form, of its own: its own rows decide, and all of
+    them where it has none."""
+    names = [pattern.name for pattern in rewrite.spellings]
+    measured = {name: [row for row in rows if row.spelling == name] for name in names}
+    weighed = {name: _weigh(of_it or rows, evidence) for name, of_it in measured.items()}
+    where = {name: place for name, (place, _) in weighed.items()}
+    if len(set(where.values())) == 1:
+        return Verdict(where, _weigh(rows, evidence)[1])
+    said = [f"in spelling {name} {weighed[name][1]}" for name in measured if measured[name]]
+    if not all(measured.values()):
+        said.append(f"in others {_weigh(rows, evidence)[1]}")
+    return Verdict(where, "; ".join(said))
+
+
+def _weigh(rows: Sequence[Row], evidence: Evidence) -> tuple[Where, str]:
     """Where the rows say that a rewrite pays, and that in words."""
     inside = [row for row in rows if row.checkpoint]
     outside = [row for row in rows if not row.checkpoint]
@@ -227,13 +255,14 @@ def by_measurement(measured: Mapping[str, Measurement], device: torch.device) ->
 
     def judge(rewrite: Rewrite) -> Verdict:
         found = measured.get(rewrite.name)
+        anywhere = rewrite.in_all_spellings(Where.ANYWHERE)
         if found is None:
-            return Verdict(Where.ANYWHERE, None)
+            return Verdict(anywhere, None)
         memory = "" if found.memory is None else f", {found.memory:.2f} of the memory"
         numbers = f"{found.speed:.3f}x the speed{memory}, on this {machine}"
         if pays([found]):
-            return Verdict(Where.ANYWHERE, f"measure applies it: {numbers}")
-        return Verdict(Where(0), f"measure leaves it: {numbers}")
+            return Verdict(anywhere, f"measure applies it: {numbers}")
+        return Verdict(NOWHERE, f"measure leaves it: {numbers}")
 
     return judge
 

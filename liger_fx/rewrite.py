@@ -83,18 +83,21 @@ class Rewrite:
         object.__setattr__(self, "twins", twins)
         object.__setattr__(self, "beside", tuple(map(Pattern, self.companions)))
 
+    def in_all_spellings(self, where: Where) -> dict[str, Where]:
+        return {pattern.name: where for pattern in self.spellings}
+
 
 def rewrite_graph(
     gm: fx.GraphModule,
     rewrites: Sequence[Rewrite],
     settings: dict[str, dict[str, Any]] | None = None,
-    where: Mapping[str, Where] | None = None,
+    where: Mapping[str, Mapping[str, Where]] | None = None,
 ) -> Report:
     """Apply ``rewrites`` in order to ``gm``, in place, and to its activation-checkpoint bodies.
 
     gm: a graph as Dynamo gives it to a backend: every node carries ``meta["example_value"]``.
-    settings: per rewrite name, settings that differ from its defaults. where: per rewrite name,
-    where in ``gm`` to make it, if not anywhere.
+    settings: per rewrite name, settings that differ from its defaults. where: per rewrite name and
+    spelling, where in ``gm`` to make it; a rewrite that is not named is made anywhere.
 
     Bodies of custom autograd functions and of flex attention are left alone. Raises ValueError for
     a graph without example values. If anything raises, ``gm`` is as it was.
@@ -104,8 +107,8 @@ def rewrite_graph(
     try:
         for rewrite in rewrites:
             chosen = rewrite.settings | (settings or {}).get(rewrite.name, {})
-            place = (where or {}).get(rewrite.name, Where.ANYWHERE)
-            _Application(rewrite, chosen, report, undo).run(gm, place)
+            places = (where or {}).get(rewrite.name, rewrite.in_all_spellings(Where.ANYWHERE))
+            _Application(rewrite, chosen, places, report, undo).run(gm)
     except BaseException:
         undo.restore()
         raise
@@ -132,23 +135,32 @@ class _Application:
     """One rewrite over one graph and its checkpoint bodies."""
 
     def __init__(
-        self, rewrite: Rewrite, settings: dict[str, Any], report: Report, undo: _Undo
+        self,
+        rewrite: Rewrite,
+        settings: dict[str, Any],
+        places: Mapping[str, Where],
+        report: Report,
+        undo: _Undo,
     ) -> None:
         self.rewrite = rewrite
         self.undo = undo
         self.settings = settings
+        self.places = places
         self.report = report
         self.best: tuple[Miss, Place] | None = None
         self.seen = False  # a match was found, made or refused
 
-    def run(self, gm: fx.GraphModule, where: Where) -> None:
-        if Where.INSIDE in where:
+    def run(self, gm: fx.GraphModule) -> None:
+        if self._anything_in(Where.INSIDE):
             self._bodies(gm)
-        if Where.OUTSIDE in where:
+        if self._anything_in(Where.OUTSIDE):
             self._graph(gm)
         if not self.seen and self.best is not None:
             miss, place = self.best
             self.report.near_misses.append(NearMiss.of(self.rewrite.name, miss, place))
+
+    def _anything_in(self, part: Where) -> bool:
+        return any(part in places for places in self.places.values())
 
     def _bodies(self, gm: fx.GraphModule) -> None:
         for body in checkpoint_bodies(gm):
@@ -161,7 +173,12 @@ class _Application:
     def _graph(self, gm: fx.GraphModule, *, recomputed: bool = False) -> None:
         _require_example_values(gm)
         view = View(gm.graph)
-        found = self._find(view, recomputed)
+        part = Where.INSIDE if recomputed else Where.OUTSIDE
+        found = [
+            match
+            for match in self._find(view, recomputed)
+            if part in self.places.get(match.pattern.name, Where(0))
+        ]
         if not found:
             return
         legality = Legality(view)

@@ -359,5 +359,28 @@ def test_a_measured_case_becomes_a_row_of_the_table():
 
 
 def test_the_table_as_text_is_the_table():
+ROW = {"rewrite": "rope", "spelling": "halves", "inner": "inductor"}
+ROW |= {"checkpoint": True, "model": "tiny", "form": "layers"}
+
+
+def test_a_run_is_added_to_those_before():
+    """The latest run says which cases there are."""
+    before = [ROW | {"speeds": [0.9], "memory": 1.0}, ROW | {"speeds": [1.0], "form": "step"}]
+    others = {"ms_with": 2.0, "arm": "a case"}
+    new = [ROW | {"speed": 1.1, "memory": 0.8} | others]
+    new.append(ROW | {"speed": 1.2, "memory": None, "inner": "eager"} | others)
+    assert rewrites.with_speeds(before, new) == [
+        ROW | {"speeds": [0.9, 1.1], "memory": 0.8},
+        ROW | {"speeds": [1.2], "memory": None, "inner": "eager"},
+    ]
+
+
+def test_runs_of_two_machines_are_not_added(monkeypatch):
+    monkeypatch.setattr(rewrites, "architecture_of", lambda device: "sm90")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+    with pytest.raises(ValueError, match="nothing can be added to it here, only --write makes it"):
+        rewrites.runs_before(torch.device("cuda"))
+
+
     entries = json.loads(rewrites.TABLE.read_text())
     assert rewrites.as_text(entries) == rewrites.TABLE.read_text()

@@ -73,10 +73,12 @@ def test_rule(measured, worth_it):
 
 
 def table(*rows, architecture=policy.DEFAULT_ARCHITECTURE):
-    """rows: (rewrite, inner, checkpoint, speed, memory), and a form other than "layers"."""
+    """rows: (rewrite, inner, checkpoint, speed, memory), and a form other than "layers"; the
+    spelling after a colon."""
     made = [
-        Row(speed, memory, name, inner, inside, "Llama", *(form or ["layers"]))
-        for name, inner, inside, speed, memory, *form in rows
+        Row(speed, memory, name, spelling, inner, inside, "Llama", *(form or ["layers"]))
+        for named, inner, inside, speed, memory, *form in rows
+        for name, _, spelling in [named.partition(":")]
     ]
     entry = Entry("a machine", "torch 2", "2026-11-24", "a command", made)
     return mock.patch.object(policy, "table", lambda: {architecture: entry})
@@ -109,7 +111,7 @@ auto applies it inside activation checkpoints only: 0.993x the speed at worst (L
 
 
 def test_the_table_is_kept_by_compiler(both_forms_measured, monkeypatch):
-    monkeypatch.setenv("LIGER_FX_INNER", "aot_eager")  # counts as eager
+    monkeypatch.setenv("LIGER_FX_INNER", "eager")
     report = explained(layer)
     assert report.counts == {}
     assert_expected_inline(
@@ -119,6 +121,37 @@ def test_the_table_is_kept_by_compiler(both_forms_measured, monkeypatch):
     assert_expected_inline(
         report.decisions["swiglu"],
         """auto leaves it: not measured on sm90; policy='measure' measures it on this GPU [not on a GPU: decided as on sm90]""",
+    )
+
+
+def test_the_table_is_kept_by_spelling(monkeypatch):
+    """What was not measured in its own spelling is as slow as the slowest."""
+    monkeypatch.setenv("LIGER_FX_INNER", "inductor")
+    shapes = [(N, H), (H,)]
+
+    def eager(x, weight):
+        return x + F.rms_norm(x * 2, (H,), weight)
+
+    def gemma(x, weight):
+        wide = (x * 2).float()
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return x + (scaled * (1 + weight.float())).type_as(x)
+
+    def torchtune(x, weight):
+        wide = (x * 2).float()
+        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return x + scaled.type_as(x) * weight
+
+    with table(
+        ("rms_norm:torch_module", "inductor", False, 0.9, 1.0),
+        ("rms_norm:gemma", "inductor", False, 1.1, 1.0),
+    ):
+        reports = [explained(fn, shapes) for fn in (eager, gemma, torchtune)]
+    assert [report.counts.get("rms_norm", 0) for report in reports] == [0, 1, 0]
+    assert_expected_inline(
+        reports[0].decisions["rms_norm"],
+        """\
+auto in spelling torch_module leaves it: 0.900x the speed at worst (Llama, layers, sm90, 2026-11-24); in spelling gemma applies it outside activation checkpoints only: 1.100x the speed at worst (Llama, layers, sm90, 2026-11-24); inside: not measured on sm90; policy='measure' measures it on this GPU; in others leaves it: 0.900x the speed at worst (Llama, layers, sm90, 2026-11-24) [not on a GPU: decided as on sm90]""",
     )
 
 
@@ -154,7 +187,7 @@ def test_an_architecture_without_measurements():
         judge = policy.by_table(torch.device("cuda", 0), "inductor", "layers")
         (swiglu,) = (r for r in DEFAULT if r.name == "swiglu")
         where, why = judge(swiglu)
-    assert not where
+    assert not any(where.values())
     assert_expected_inline(
         why, """auto leaves it: not measured on sm80; policy='measure' measures it on this GPU"""
     )
