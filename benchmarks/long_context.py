@@ -1,14 +1,15 @@
 """The longest sequence that fits: Llama-3.2-1B, one sequence, activation checkpointing.
 
     python benchmarks/long_context.py
-    python benchmarks/long_context.py --gib 40 --confirm --json long.json --picture long.png
+    python benchmarks/long_context.py --gib 40 --lengths 65536 98304 131072 --confirm
 
 The arms are those of training_step.py. Peak memory is measured at a few lengths, each in a process
 of its own, the second step of two; a straight line through them says which length fills the memory,
 and ``off by`` how far the worst of them lies from it. The lengths must be so long that a layer's
 backward sets the peak, not the optimizer; what else runs meanwhile (``--jobs``) does not matter to
 a peak. ``--confirm`` then runs 0.97 of that length: the time of attention grows with its square, so
-to fill a whole H200 takes many minutes, and ``--gib`` stands in for a smaller card.
+to fill a whole H200 takes many minutes, and ``--gib`` stands in for a smaller card: the confirming
+run gets no more than that.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def memory_gib(args: argparse.Namespace) -> float:
 def measure(args: argparse.Namespace) -> Iterator[Row]:
     """The peak of a step that has compiled, and has the optimizer's state to keep."""
     needs_cuda(args.device, "counting memory")
-    if args.gib:
+    if args.confirming and args.gib:
         card = torch.cuda.get_device_properties(args.device).total_memory / GIB
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.gib / card))
     MODELS[args.model] = partial(llama, args.model, max_seq_len=args.seq)  # what `prepare` builds
@@ -83,8 +84,8 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     yield {"seq": args.seq, "ms": ms, "peak_gib": peak_bytes(args.device) / GIB}
 
 
-def run_length(arm: str, seq: int) -> Row:
-    row = in_fresh_process("--arm", arm, "--seq", str(seq))[-1]
+def run_length(arm: str, seq: int, *options: str) -> Row:
+    row = in_fresh_process("--arm", arm, "--seq", str(seq), *options)[-1]
     progress(
         f"{arm}, {seq:,} tokens: {row.get('error') or format(row['peak_gib'], '.2f') + ' GiB'}"
     )
@@ -120,7 +121,7 @@ def longest(arm: str, points: list[Row], args: argparse.Namespace, memory: float
 
 def confirm(arm: str, predicted: int) -> Row:
     seq = int(SAFE * predicted) // MULTIPLE * MULTIPLE
-    ran = run_length(arm, seq)
+    ran = run_length(arm, seq, "--confirming")
     return {"ran": seq, "peak_gib": ran.get("peak_gib"), "confirmed": ran.get("error", "yes")}
 
 
@@ -160,6 +161,7 @@ def parse_args() -> argparse.Namespace:
     add_outputs(parser)
     parser.add_argument("--arm", choices=UNBUDGETED, help=argparse.SUPPRESS)
     parser.add_argument("--seq", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--confirming", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(batch=1, checkpoint=True, lr=1e-4)
     return parser.parse_args()
 
