@@ -1,16 +1,17 @@
-"""Steps of preference training (DPO) and of distillation, where two models make logits.
+"""Steps of preference and RL training (DPO, GRPO) and of distillation: two models make logits.
 
     python benchmarks/preference_and_distillation.py
     python benchmarks/preference_and_distillation.py --layers 0     # heads and losses alone
     python benchmarks/preference_and_distillation.py --losses dpo --ignored 0 0.5
     python benchmarks/preference_and_distillation.py --losses dpo --padded 0.4
 
-DPO trains Llama-3.2-1B against a frozen copy of it, distillation Qwen2.5-0.5B on Qwen2.5-1.5B:
-random weights and tokens, bf16, fused AdamW, each arm in a process of its own. ``torchtune`` is the
-stock recipe with ``compile=True``, ``inductor`` the same with heads and loss compiled as one region
-by Inductor alone, ``liger_by_hand`` Liger's chunked losses on hidden states, ``liger_fx_recipe``
-what ``liger_fx/recipes/*`` make. Of the sequences of a DPO batch the first half are chosen, the
-others rejected.
+DPO and GRPO train Llama-3.2-1B against a frozen copy of it, distillation Qwen2.5-0.5B on
+Qwen2.5-1.5B: random weights and tokens, bf16, fused AdamW, each arm in a process of its own.
+``torchtune`` is the stock recipe with ``compile=True``, ``inductor`` the same with heads and loss
+compiled as one region by Inductor alone, ``liger_by_hand`` Liger's chunked losses on hidden states,
+``liger_fx_recipe`` what ``liger_fx/recipes/*`` make. Of the sequences of a DPO batch the first half
+are chosen, the others rejected. GRPO takes the log-probabilities as the PPO recipes do, of the
+second half of each sequence, which is the answer; it has no model of values, as PPO has.
 """
 
 from __future__ import annotations
@@ -56,17 +57,26 @@ from training_step import (
     training_step,
 )
 
-from liger_fx.torchtune import Scores, compile_layers, fuse_distillation, fuse_log_probs
+from liger_fx.torchtune import (
+    HeadTokenLogProbs,
+    Scores,
+    compile_layers,
+    fuse_distillation,
+    fuse_log_probs,
+)
 
 BETA, RATIO = 0.1, 0.5  # of torchtune's configs
+KL_COEFFICIENT, CLIP = 0.04, 0.2  # of GRPO, as in Liger
 ARMS = ["torchtune", "inductor", "liger_by_hand", "liger_fx_recipe"]
 
 Build = Callable[[], TransformerDecoder]
 ScoresOf = Callable[[Tensor, Tensor], Scores]
+LogProbsOf = Callable[[Tensor], Tensor]
 
 # The model that is trained, and the one that is not.
 MODELS: dict[str, tuple[Build, Build]] = {
     "dpo": (llama3_2_1b, llama3_2_1b),
+    "grpo": (llama3_2_1b, llama3_2_1b),
     "distillation": (qwen2_5_0_5b, qwen2_5_1_5b_base),
     "tiny": (partial(llama, "tiny"), partial(llama, "tiny", embed_dim=128)),
 }
@@ -123,6 +133,95 @@ def dpo_by_liger(model: TransformerDecoder, reference: TransformerDecoder, args:
         with torch.no_grad():
             of_reference = hidden_of[1](tokens)[:, :-1]
         loss, *_ = loss_fn(weight, hidden, labels[:, 1:], ref_input=of_reference, ref_weight=frozen)
+        return loss
+
+    return step
+
+
+# -- policy gradients ------------------------------------------------------------------------------
+
+
+def stock_token_logprobs(model: TransformerDecoder, args: argparse.Namespace) -> LogProbsOf:
+    """As torchtune's PPO recipe, which runs the head eagerly."""
+    stock_layers(model, args)
+
+    def logprobs(tokens: Tensor) -> Tensor:
+        context = tokens.shape[1] // 2
+        logits = rlhf.truncate_sequence_for_logprobs(model(tokens), context)
+        return rlhf.logits_to_logprobs(logits, tokens[:, context:])
+
+    return logprobs
+
+
+def fused_token_logprobs(model: TransformerDecoder, args: argparse.Namespace) -> LogProbsOf:
+    prepare_layers(model, args)
+    head = HeadTokenLogProbs(model, options("linear_logprobs", args))
+    if args.arm == "inductor":
+        head._region = torch.compile(head._outcome, backend="inductor")
+
+    def logprobs(tokens: Tensor) -> Tensor:
+        context = tokens.shape[1] // 2
+        with head.instead_of_logits(model):
+            answers = rlhf.truncate_sequence_for_logprobs(model(tokens), context)
+        return head(answers.hidden, tokens[:, context:], 1.0)
+
+    return logprobs
+
+
+def grpo(model: TransformerDecoder, reference: TransformerDecoder, args: Any) -> LossStep:
+    """On policy: the old log-probabilities are the present ones."""
+    make = stock_token_logprobs if args.arm == "torchtune" else fused_token_logprobs
+    of_policy, of_reference = make(model, args), make(reference, args)
+
+    def step(tokens: Tensor, labels: Tensor) -> Tensor:
+        logprobs = of_policy(tokens)
+        with torch.no_grad():
+            frozen = of_reference(tokens)
+        counted = labels[:, tokens.shape[1] // 2 :] != IGNORE
+        return grpo_loss(logprobs, frozen, advantages_of(tokens), counted)
+
+    return step
+
+
+def grpo_loss(logprobs: Tensor, frozen: Tensor, advantages: Tensor, counted: Tensor) -> Tensor:
+    """Equation 3 of https://arxiv.org/abs/2402.03300 as a mean over all tokens."""
+    ratios = (logprobs - logprobs.detach()).exp()
+    clipped = ratios.clamp(1 - CLIP, 1 + CLIP)
+    gains = torch.minimum(ratios * advantages[:, None], clipped * advantages[:, None])
+    divergence = (frozen - logprobs).exp() - (frozen - logprobs) - 1
+    return rlhf.masked_mean(KL_COEFFICIENT * divergence - gains, counted)
+
+
+def advantages_of(tokens: Tensor) -> Tensor:
+    """Each sequence's. Their mean is not zero, for a loss that can be compared."""
+    return torch.linspace(-1, 2, len(tokens), device=tokens.device)
+
+
+def grpo_by_liger(model: TransformerDecoder, reference: TransformerDecoder, args: Any) -> LossStep:
+    needs_cuda(args.device, "Liger's fused loss")
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    # "bnpo" is the mean over all tokens.
+    loss_fn = LigerFusedLinearGRPOLoss(
+        KL_COEFFICIENT, loss_type="bnpo", epsilon_low=CLIP, epsilon_high=CLIP
+    )
+    hidden_of = [hidden_states(m, args) for m in (model, reference)]
+    weight, frozen = (m.tok_embeddings.weight for m in (model, reference))
+
+    def step(tokens: Tensor, labels: Tensor) -> Tensor:
+        context = tokens.shape[1] // 2
+        hidden = rlhf.truncate_sequence_for_logprobs(hidden_of[0](tokens), context)
+        with torch.no_grad():
+            of_reference = rlhf.truncate_sequence_for_logprobs(hidden_of[1](tokens), context)
+        loss, *_ = loss_fn(
+            hidden,
+            weight,
+            tokens[:, context:],
+            (labels[:, context:] != IGNORE).float(),
+            advantages_of(tokens),
+            ref_input=of_reference,
+            ref_weight=frozen,
+        )
         return loss
 
     return step
@@ -215,9 +314,14 @@ def options(rewrite: str, args: argparse.Namespace) -> dict[str, Any]:
 
 STEPS: dict[str, Callable[[TransformerDecoder, TransformerDecoder, Any], LossStep]] = {
     "dpo": dpo,
+    "grpo": grpo,
     "distillation": distillation,
 }
-BY_HAND = {"dpo": dpo_by_liger, "distillation": distillation_by_liger}
+BY_HAND = {
+    "dpo": dpo_by_liger,
+    "grpo": grpo_by_liger,
+    "distillation": distillation_by_liger,
+}
 
 
 class NoLayer(nn.Module):
@@ -343,7 +447,12 @@ def main() -> None:
         rows += compared(of_loss)
     print(markdown(rows, COLUMNS))
     write_json(args.json, rows, header)
-    draw(args.picture, "Steps of preference training and distillation", panels(rows, args), header)
+    draw(
+        args.picture,
+        "Steps of preference and RL training, and of distillation",
+        panels(rows, args),
+        header,
+    )
 
 
 if __name__ == "__main__":

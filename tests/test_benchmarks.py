@@ -194,12 +194,14 @@ def test_preference_and_distillation(run: Run, children_here: None, picture: Pat
     assert [(row["loss"], row["arm"], row["rewrites"]) for row in rows] == [
         ("dpo", "inductor", None),
         ("dpo", "liger_fx_recipe", "linear_logprobs 2"),
+        ("grpo", "inductor", None),
+        ("grpo", "liger_fx_recipe", "linear_logprobs 4"),  # of one process
         ("distillation", "inductor", None),
-        ("distillation", "liger_fx_recipe", "linear_kl 1, linear_logprobs 2"),  # of one process
+        ("distillation", "liger_fx_recipe", "linear_kl 1, linear_logprobs 4"),
     ]
-    for first, second in (rows[:2], rows[2:]):
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
         assert second["first_loss"] == pytest.approx(first["first_loss"], rel=1e-3)
-    assert f"{rows[3]['ms']:.1f}" in table(printed, "distillation", "0%", "liger_fx_recipe")
+    assert f"{rows[5]['ms']:.1f}" in table(printed, "distillation", "0%", "liger_fx_recipe")
     assert picture.exists()
 
 
@@ -357,7 +359,6 @@ def test_a_measured_case_becomes_a_row_of_the_table():
         assert policy.Row(**{field.name: row[field.name] for field in fields(policy.Row)})
 
 
-def test_the_table_as_text_is_the_table():
 ROW = {"rewrite": "rope", "spelling": "halves", "inner": "inductor"}
 ROW |= {"checkpoint": True, "model": "tiny", "form": "layers"}
 
@@ -381,5 +382,6 @@ def test_runs_of_two_machines_are_not_added(monkeypatch):
         rewrites.runs_before(torch.device("cuda"))
 
 
+def test_the_table_as_text_is_the_table():
     entries = json.loads(rewrites.TABLE.read_text())
     assert rewrites.as_text(entries) == rewrites.TABLE.read_text()
