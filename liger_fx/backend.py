@@ -109,7 +109,7 @@ def rewrite(
             raise
         report = Report(error=traceback.format_exc())
         log.exception("liger_fx failed on a graph and leaves it untouched; please report this")
-    report.decisions = policy.decisions
+    report.decisions = policy.decisions(report.spellings)
     report.note = advice()
     return report
 

@@ -93,10 +93,11 @@ def pays(measurements: Sequence[Measurement]) -> bool:
 
 
 class Verdict(NamedTuple):
-    """where: by spelling, where to try the rewrite. why: a sentence for the report."""
+    """where: by spelling, where to try the rewrite. why: a sentence for the report, or one for each
+    spelling."""
 
     where: Mapping[str, Where]
-    why: str | None
+    why: str | Mapping[str, str] | None
 
 
 Judge = Callable[[Rewrite], Verdict]
@@ -104,12 +105,27 @@ Judge = Callable[[Rewrite], Verdict]
 
 @dataclass
 class Policy:
-    """chosen: rewrites to try. where: by name and spelling, in which parts of the graph. decisions:
-    a sentence for each rewrite that the policy decided about."""
+    """chosen: rewrites to try. where: by name and spelling, in which parts of the graph. reasons:
+    for each rewrite that the policy decided about, as in `Verdict`."""
 
     chosen: list[Rewrite] = field(default_factory=list)
     where: dict[str, Mapping[str, Where]] = field(default_factory=dict)
-    decisions: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str | Mapping[str, str]] = field(default_factory=dict)
+
+    def decisions(self, found: Mapping[str, Sequence[str]]) -> dict[str, str]:
+        """A sentence for each rewrite. found: by name, its spellings in the graph."""
+        return {name: _said(why, found.get(name, ())) for name, why in self.reasons.items()}
+
+
+def _said(why: str | Mapping[str, str], found: Sequence[str]) -> str:
+    if isinstance(why, str):
+        return why
+    said = {name: why[name] for name in found}
+    if not said:
+        return "auto decides by spelling, and found none here"
+    if len(set(said.values())) == 1:
+        return said[found[0]]
+    return "; ".join(f"in spelling {name} {sentence}" for name, sentence in said.items())
 
 
 def decide(rewrites: Sequence[Rewrite], options: Options, judge: Judge) -> Policy:
@@ -121,7 +137,7 @@ def decide(rewrites: Sequence[Rewrite], options: Options, judge: Judge) -> Polic
             policy.chosen.append(rewrite)
             policy.where[rewrite.name] = where
         if why is not None:
-            policy.decisions[rewrite.name] = why
+            policy.reasons[rewrite.name] = why
     return policy
 
 
@@ -175,14 +191,14 @@ def by_table(device: torch.device, inner: str, form: str) -> Judge:
     present = device.type == "cuda" and torch.cuda.is_available()
     architecture = architecture_of(device) if present else DEFAULT_ARCHITECTURE
     entry = table().get(architecture)
+    assumed = f"not on a GPU: decided as on {architecture}"
 
     def judge(rewrite: Rewrite) -> Verdict:
         rows = [row for row in entry.rows if row.inner == inner] if entry else []
         rows = [row for row in rows if row.rewrite == rewrite.name]
         rows = [row for row in rows if row.form == form] or rows
-        where, why = _by_spelling(rewrite, rows, functools.partial(_evidence, architecture, entry))
-        assumed = "" if present else f" [not on a GPU: decided as on {architecture}]"
-        return Verdict(where, f"auto {why}{assumed}")
+        verdict = _by_spelling(rewrite, rows, functools.partial(_evidence, architecture, entry))
+        return verdict if present else _with_note(verdict, assumed)
 
     return judge
 
@@ -206,11 +222,15 @@ def _by_spelling(rewrite: Rewrite, rows: Sequence[Row], evidence: Evidence) -> V
     weighed = {name: _weigh(of_it or rows, evidence) for name, of_it in measured.items()}
     where = {name: place for name, (place, _) in weighed.items()}
     if len(set(where.values())) == 1:
-        return Verdict(where, _weigh(rows, evidence)[1])
-    said = [f"in spelling {name} {weighed[name][1]}" for name in measured if measured[name]]
-    if not all(measured.values()):
-        said.append(f"in others {_weigh(rows, evidence)[1]}")
-    return Verdict(where, "; ".join(said))
+        return Verdict(where, f"auto {_weigh(rows, evidence)[1]}")
+    return Verdict(where, {name: f"auto {why}" for name, (_, why) in weighed.items()})
+
+
+def _with_note(verdict: Verdict, note: str) -> Verdict:
+    where, why = verdict
+    if isinstance(why, Mapping):
+        return Verdict(where, {name: f"{sentence} [{note}]" for name, sentence in why.items()})
+    return Verdict(where, f"{why} [{note}]")
 
 
 def _weigh(rows: Sequence[Row], evidence: Evidence) -> tuple[Where, str]:
@@ -270,8 +290,4 @@ def by_measurement(measured: Mapping[str, Measurement], device: torch.device) ->
 def instead(judge: Judge, why: str) -> Judge:
     """``judge``, which stands in for ``measure``; why: nothing was measured."""
 
-    def explained(rewrite: Rewrite) -> Verdict:
-        where, said = judge(rewrite)
-        return Verdict(where, f"{said} [not measured here: {why}]")
-
-    return explained
+    return lambda rewrite: _with_note(judge(rewrite), f"not measured here: {why}")

@@ -83,7 +83,8 @@ class Report:
     """The outcome for one compiled graph.
 
     seconds: time spent on matching and rewriting. nodes: size of the graph as Dynamo made it.
-    decisions: what the policy decided before matching, and on what evidence.
+    decisions: what the policy decided before matching, and on what evidence. spellings: by rewrite,
+    those found where the policy allows any of them.
     note: what the program around the graph leaves out, if that is known.
     error: the traceback of an engine failure after which the graph was compiled untouched.
     """
@@ -92,6 +93,7 @@ class Report:
     rejections: list[Rejection] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
     decisions: dict[str, str] = field(default_factory=dict)
+    spellings: dict[str, list[str]] = field(default_factory=dict)
     nodes: int = 0
     seconds: float = 0.0
     note: str | None = None

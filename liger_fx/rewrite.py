@@ -148,7 +148,7 @@ class _Application:
         self.places = places
         self.report = report
         self.best: tuple[Miss, Place] | None = None
-        self.seen = False  # a match was found, made or refused
+        self.seen = False  # a match was found, made or not
 
     def run(self, gm: fx.GraphModule) -> None:
         if self._anything_in(Where.INSIDE):
@@ -173,14 +173,12 @@ class _Application:
     def _graph(self, gm: fx.GraphModule, *, recomputed: bool = False) -> None:
         _require_example_values(gm)
         view = View(gm.graph)
-        part = Where.INSIDE if recomputed else Where.OUTSIDE
-        found = [
-            match
-            for match in self._find(view, recomputed)
-            if part in self.places.get(match.pattern.name, Where(0))
-        ]
+        found = self._find(view, recomputed)
         if not found:
             return
+        self._note_spellings(found)
+        part = Where.INSIDE if recomputed else Where.OUTSIDE
+        found = [m for m in found if part in self.places.get(m.pattern.name, Where(0))]
         legality = Legality(view)
         matches = [match for match in found if self._is_legal(match, legality)]
         if self.rewrite.combine is not None:
@@ -220,6 +218,11 @@ class _Application:
                     self._reject(node, reason)
         return sorted(_outermost(list(found.values())), key=lambda m: view.position[m.root])
 
+    def _note_spellings(self, found: Sequence[Match]) -> None:
+        self.seen = True
+        names = self.report.spellings.setdefault(self.rewrite.name, [])
+        names += dict.fromkeys(m.pattern.name for m in found if m.pattern.name not in names)
+
     def _join_companion(self, view: View, match: Match) -> None:
         for pattern in self.rewrite.beside:
             for node in candidates(view, pattern):
@@ -247,7 +250,6 @@ class _Application:
     def _apply(self, graph: fx.Graph, match: Match, renamed: dict[fx.Node, fx.Node]) -> None:
         if match.nodes & renamed.keys():
             return  # part of a match that has been replaced already
-        self.seen = True
         place = Place.of(match.root)
         _substitute(graph, match, self.rewrite.replace, renamed)
         self.report.replacements.append(Replacement(self.rewrite.name, match.spelling, place))

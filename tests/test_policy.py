@@ -8,6 +8,7 @@ import subprocess
 import sys
 from unittest import mock
 
+import _norm_spellings
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,31 +128,30 @@ def test_the_table_is_kept_by_compiler(both_forms_measured, monkeypatch):
 def test_the_table_is_kept_by_spelling(monkeypatch):
     """What was not measured in its own spelling is as slow as the slowest."""
     monkeypatch.setenv("LIGER_FX_INNER", "inductor")
-    shapes = [(N, H), (H,)]
-
-    def eager(x, weight):
-        return x + F.rms_norm(x * 2, (H,), weight)
-
-    def gemma(x, weight):
-        wide = (x * 2).float()
-        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return x + (scaled * (1 + weight.float())).type_as(x)
-
-    def torchtune(x, weight):
-        wide = (x * 2).float()
-        scaled = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return x + scaled.type_as(x) * weight
-
+    torchtune, gemma, huggingface = (
+        lambda x, weight, norm=norm: x + norm((x * 2).bfloat16(), weight)
+        for norm in (
+            _norm_spellings.torchtune,
+            _norm_spellings.torchtune_gemma,
+            _norm_spellings.huggingface,
+        )
+    )
+    functions = torchtune, gemma, huggingface, lambda *x: torchtune(*x) + gemma(*x), torch.add
     with table(
-        ("rms_norm:torch_module", "inductor", False, 0.9, 1.0),
-        ("rms_norm:gemma", "inductor", False, 1.1, 1.0),
+        ("rms_norm:torchtune", "inductor", False, 1.1, 1.0),
+        ("rms_norm:gemma", "inductor", False, 0.9, 1.0),
     ):
-        reports = [explained(fn, shapes) for fn in (eager, gemma, torchtune)]
-    assert [report.counts.get("rms_norm", 0) for report in reports] == [0, 1, 0]
+        reports = [explained(function, [(N, H), (H,)]) for function in functions]
+    assert [report.counts.get("rms_norm", 0) for report in reports] == [1, 0, 0, 1, 0]
+    assert reports[1].near_misses == []
     assert_expected_inline(
-        reports[0].decisions["rms_norm"],
+        "\n".join(report.decisions["rms_norm"] for report in reports),
         """\
-auto in spelling torch_module leaves it: 0.900x the speed at worst (Llama, layers, sm90, 2026-11-24); in spelling gemma applies it outside activation checkpoints only: 1.100x the speed at worst (Llama, layers, sm90, 2026-11-24); inside: not measured on sm90; policy='measure' measures it on this GPU; in others leaves it: 0.900x the speed at worst (Llama, layers, sm90, 2026-11-24) [not on a GPU: decided as on sm90]""",
+auto applies it outside activation checkpoints only: 1.100x the speed at worst (Llama, layers, sm90, 2026-11-24); inside: not measured on sm90; policy='measure' measures it on this GPU [not on a GPU: decided as on sm90]
+auto leaves it: 0.900x the speed at worst (Llama, layers, sm90, 2026-11-24) [not on a GPU: decided as on sm90]
+auto leaves it: 0.900x the speed at worst (Llama, layers, sm90, 2026-11-24) [not on a GPU: decided as on sm90]
+in spelling torchtune auto applies it outside activation checkpoints only: 1.100x the speed at worst (Llama, layers, sm90, 2026-11-24); inside: not measured on sm90; policy='measure' measures it on this GPU [not on a GPU: decided as on sm90]; in spelling gemma auto leaves it: 0.900x the speed at worst (Llama, layers, sm90, 2026-11-24) [not on a GPU: decided as on sm90]
+auto decides by spelling, and found none here""",
     )
 
 
