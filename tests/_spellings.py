@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 B, S, H, V = 2, 6, 8, 13
+T = 6  # a teacher's hidden size
 
 
 def torchtune(h, w, y):

@@ -9,7 +9,7 @@ os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 
 import pytest
 import torch
-from _spellings import B, H, S, V
+from _spellings import B, H, S, T, V
 from _util import DEVICE
 
 # cuBLAS may split the sum of a product as tiny as those here, and add up its parts in bf16.
@@ -42,6 +42,13 @@ def hidden():
 @pytest.fixture
 def weight():
     return torch.randn(V, H, device=DEVICE, requires_grad=True)
+
+
+@pytest.fixture
+def heads(hidden, weight):
+    """Hidden states and weights of student and teacher."""
+    teacher = torch.randn(B, S, T, device=DEVICE), torch.randn(V, T, device=DEVICE)
+    return hidden, weight, *teacher
 
 
 @pytest.fixture
