@@ -398,25 +398,19 @@ def cell(rows: list[TableRow]) -> str | None:
 
 
 def panels(rows: Sequence[Row], inners: Sequence[str]) -> list[Panel]:
-    """A panel for each inner compiler, a group for each case and rewrite."""
-    found = [row for row in rows if "error" not in row]
-    names = list(dict.fromkeys(row["rewrite"] for row in found))
-
-    def worst(inner: str, checkpoint: bool, name: str) -> float | None:
-        place = (inner, checkpoint, name)
-        speeds = [
-            row["speed"]
-            for row in found
-            if (row["inner"], row["checkpoint"], row["rewrite"]) == place
-        ]
-        return min(speeds, default=None)
-
+    """A panel for each inner compiler, a group for each rewrite and spelling."""
+    speeds: dict[tuple[str, bool, str], list[float]] = {}
+    for row in rows:
+        if "error" not in row:
+            place = (row["inner"], row["checkpoint"], f"{row['rewrite']}, {row['spelling']}")
+            speeds.setdefault(place, []).append(row["speed"])
+    names = list(dict.fromkeys(name for _, _, name in speeds))
     return [
         Panel(
             "speed with it, of that without, at worst",
             names,
             {
-                title: [worst(inner, inside, name) for name in names]
+                title: [min(speeds.get((inner, inside, name), []), default=None) for name in names]
                 for title, inside in (("in a checkpoint", True), ("in none", False))
             },
             ".3f",
