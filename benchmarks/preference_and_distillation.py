@@ -58,6 +58,7 @@ from training_step import (
 )
 
 from liger_fx.torchtune import (
+    Head,
     HeadTokenLogProbs,
     Scores,
     compile_layers,
@@ -98,9 +99,7 @@ def stock_scores(model: TransformerDecoder, args: argparse.Namespace) -> ScoresO
 
 def fused_scores(model: TransformerDecoder, args: argparse.Namespace) -> ScoresOf:
     prepare_layers(model, args)
-    head = fuse_log_probs(model, options("linear_logprobs", args))
-    if args.arm == "inductor":
-        head._region = torch.compile(head._outcome, backend="inductor")
+    head = of_arm(fuse_log_probs(model, options("linear_logprobs", args)), args)
     return lambda tokens, labels: head(model(tokens), labels)
 
 
@@ -155,9 +154,7 @@ def stock_token_logprobs(model: TransformerDecoder, args: argparse.Namespace) ->
 
 def fused_token_logprobs(model: TransformerDecoder, args: argparse.Namespace) -> LogProbsOf:
     prepare_layers(model, args)
-    head = HeadTokenLogProbs(model, options("linear_logprobs", args))
-    if args.arm == "inductor":
-        head._region = torch.compile(head._outcome, backend="inductor")
+    head = of_arm(HeadTokenLogProbs(model, options("linear_logprobs", args)), args)
 
     def logprobs(tokens: Tensor) -> Tensor:
         context = tokens.shape[1] // 2
@@ -246,9 +243,8 @@ def distillation(model: TransformerDecoder, teacher: TransformerDecoder, args: A
         for decoder in (model, teacher):
             prepare_layers(decoder, args)
         how = options("linear_kl", args)
-        losses = fuse_distillation(model, teacher, loss_fn, kd_loss_fn, RATIO, how)
-        if args.arm == "inductor":
-            losses._region = torch.compile(losses._outcome, backend="inductor")
+        head = fuse_distillation(model, teacher, loss_fn, kd_loss_fn, RATIO, how)
+        losses = of_arm(head, args)
 
     def step(tokens: Tensor, labels: Tensor) -> Tensor:
         hidden = model(tokens)
@@ -299,6 +295,13 @@ def prepare_layers(model: TransformerDecoder, args: argparse.Namespace) -> None:
     if args.checkpoint:
         checkpointed(model)
     compile_layers(model)
+
+
+def of_arm(head: Head, args: argparse.Namespace) -> Any:
+    """``head``, compiled by whom the arm is about."""
+    if args.arm == "inductor":
+        head._region = torch.compile(head._outcome, backend="inductor")
+    return head
 
 
 def hidden_states(model: TransformerDecoder, args: argparse.Namespace) -> Any:

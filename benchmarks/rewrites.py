@@ -7,8 +7,8 @@
 
 Two decoder layers of torchtune's, in the sizes of real models, forward and backward, with random
 weights in bf16 and without embedding and head: each layer compiled by itself ("layers") or both in
-one graph ("step"), checkpointed or not, under Inductor and without it ("eager"). And the loss on
-logits. Each rewrite is made alone and compared with none: laps in turn, in one process, medians.
+one graph ("step"), checkpointed or not, under each inner compiler. And the loss on logits. Each
+rewrite is made alone and compared with none: laps in turn, in one process, medians.
 
 A case is a process of its own. First all compile, ``--jobs`` at a time; when the last has, they
 are timed one by one. ``--write`` puts the rows into liger_fx/measured.json, in the place of what it

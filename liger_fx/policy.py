@@ -113,16 +113,16 @@ class Policy:
     reasons: dict[str, str | Mapping[str, str]] = field(default_factory=dict)
 
     def decisions(self, found: Mapping[str, Sequence[str]]) -> dict[str, str]:
-        """A sentence for each rewrite. found: by name, its spellings in the graph."""
-        return {name: _said(why, found.get(name, ())) for name, why in self.reasons.items()}
+        """A sentence for each rewrite; none where it was decided by spelling, and there are none.
+        found: by name, the spellings in the graph."""
+        said = {name: _said(why, found.get(name, ())) for name, why in self.reasons.items()}
+        return {name: sentence for name, sentence in said.items() if sentence}
 
 
 def _said(why: str | Mapping[str, str], found: Sequence[str]) -> str:
     if isinstance(why, str):
         return why
     said = {name: why[name] for name in found}
-    if not said:
-        return "auto decides by spelling, and found none here"
     if len(set(said.values())) == 1:
         return said[found[0]]
     return "; ".join(f"in spelling {name} {sentence}" for name, sentence in said.items())

@@ -119,6 +119,9 @@ class Report:
             whole.rejections += report.rejections
             whole.near_misses += report.near_misses
             whole.decisions |= report.decisions
+            for name, spellings in report.spellings.items():
+                known = whole.spellings.setdefault(name, [])
+                known += [spelling for spelling in spellings if spelling not in known]
             whole.nodes += report.nodes
             whole.seconds += report.seconds
             whole.note = whole.note or report.note

@@ -375,6 +375,22 @@ def test_a_run_is_added_to_those_before():
     ]
 
 
+def test_the_median_of_the_runs_in_the_table_counts(monkeypatch, tmp_path):
+    path = tmp_path / "measured.json"
+    path.write_text("{}")
+    monkeypatch.setattr(rewrites, "TABLE", path)
+    monkeypatch.setattr(policy, "files", lambda package: tmp_path)
+    monkeypatch.setattr(rewrites, "architecture_of", lambda device: "sm90")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
+    gpu = torch.device("cuda")
+    for speed in (0.9, 1.3, 1.0):
+        row = ROW | {"speed": speed, "memory": 1.0}
+        rewrites.write_table([row], gpu, rewrites.runs_before(gpu))
+    found = policy.table.__wrapped__()["sm90"]
+    assert found.rows == [policy.Row(**ROW, speed=1.0, memory=1.0)]
+    assert (found.machine, len(found.commands)) == ("NVIDIA L4", 3)
+
+
 def test_runs_of_two_machines_are_not_added(monkeypatch):
     monkeypatch.setattr(rewrites, "architecture_of", lambda device: "sm90")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")

@@ -86,8 +86,7 @@ def test_tokens_of_a_tile(intermediate, budget, unit, tile):
 @pytest.mark.parametrize(("processors", "unit"), [(132, 4224), (108, 3456), (114, 7296)])
 def test_a_unit_fills_the_gpu(processors, unit):
     """132 multiprocessors have an H100 SXM and an H200, 108 an A100, 114 an H100 PCIe."""
-    properties = mock.Mock(multi_processor_count=processors)
-    with mock.patch.object(torch.cuda, "get_device_properties", return_value=properties):
+    with mock.patch.object(tiled_mlp, "multiprocessors", return_value=processors):
         assert tiled_mlp._unit(torch.device("cuda")) == unit
     blocks = unit // 128 * (1024 // 256)
     assert blocks % processors == 0 and unit % 128 == 0

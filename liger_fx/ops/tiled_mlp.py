@@ -25,7 +25,7 @@ from torch import Tensor
 
 from liger_fx.ops.gated import Activation
 from liger_fx.ops.geglu import GELU_TANH
-from liger_fx.ops.library import differentiable, kernel, once_differentiable
+from liger_fx.ops.library import differentiable, kernel, multiprocessors, once_differentiable
 from liger_fx.ops.matmul import accumulate_mm
 from liger_fx.ops.swiglu import SILU
 from liger_fx.ops.tokens import tokens_with_gradient
@@ -49,9 +49,7 @@ def _unit(device: torch.device) -> int:
     cuBLAS cuts the output into blocks of 128 x 256; widths are most often multiples of 1024. With
     fewer blocks than multiprocessors in the last round some of these have nothing to do.
     """
-    if device.type != "cuda":
-        return 128
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    processors = multiprocessors(device)
     return 128 * processors // math.gcd(processors, 1024 // 256)
 
 

@@ -20,7 +20,7 @@ def valid_tokens(valid: Tensor) -> Tensor | None:
     first to fill the wait, a chunk whatever the number, costs more than the wait.
     """
     global _expected
-    if capturing(valid):
+    if _capturing(valid):
         return None
     indices = _indices(valid)
     _expected = indices is not None
@@ -37,7 +37,7 @@ def tokens_with_gradient(grad: Tensor) -> Tensor | None:
     first layer, in order of the backward, that has no row to leave out.
     """
     global _expected
-    if not _expected or capturing(grad):
+    if not _expected or _capturing(grad):
         return None
     rows = _indices(grad.any(1), at_most=_WORTH_A_COPY)
     _expected = rows is not None
@@ -63,6 +63,6 @@ def _on_host(number: Tensor) -> int:
     return int(copy)
 
 
-def capturing(x: Tensor) -> bool:
+def _capturing(x: Tensor) -> bool:
     """While a CUDA graph is captured nothing may depend on the host: no token is left out then."""
     return x.is_cuda and torch.cuda.is_current_stream_capturing()
