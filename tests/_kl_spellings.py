@@ -26,15 +26,11 @@ from torchtune.modules.loss import (
 import liger_fx
 
 capture_kl = only(linear_kl)
-
-
 LOSSES = {
     (1.0, 0.0): (ForwardKLLoss(), ForwardKLWithChunkedOutputLoss),
     (0.0, 1.0): (ReverseKLLoss(), ReverseKLWithChunkedOutputLoss(3)),
     (0.3, 0.7): (SymmetricKLLoss(0.3), SymmetricKLWithChunkedOutputLoss(3, 0.3)),
 }
-
-
 DIRECTIONS = list(LOSSES)
 
 

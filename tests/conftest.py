@@ -1,3 +1,4 @@
+import importlib
 import os
 
 # Read when torch is imported, here and in the programs that tests run. pytest has a process for each
@@ -56,3 +57,15 @@ def labels():
     labels = torch.randint(0, V, (B, S), device=DEVICE)
     labels[:, :2] = -100
     return labels
+
+
+@pytest.fixture
+def head_alone(monkeypatch):
+    """On every device, whatever else auto applies there."""
+    monkeypatch.setenv("LIGER_FX_POLICY", "linear_cross_entropy,linear_logprobs,linear_kl")
+
+
+@pytest.fixture
+def ppo():
+    """The fused recipe's module."""
+    return importlib.import_module("liger_fx.recipes.ppo_full_finetune_single_device")
