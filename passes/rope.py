@@ -5,9 +5,7 @@ Matches      By halves (``x * cos + cat((-x2, x1)) * sin``): Hugging Face on [b,
              Interleaved, in fp32: torchtune's Llama, Mistral and Gemma, with positions in order or
              packed; torchtitan's product of complex numbers.
              Each query and each key is a match of its own.
-Leaves alone angles that are trained, that a graph computes in another way than as two equal halves
-             (the kernel reads the left one), or that fit both layouts; vision models' axial
-             positions.
+Leaves alone angles that are trained, or that fit both layouts; vision models' axial positions.
 Numerics     fp32, rounded once: interleaved as the models do, by halves finer than they do.
 """
 
@@ -15,11 +13,10 @@ from typing import Any
 
 import torch
 from liger_fx.passes._norms import DTYPES
-from torch import fx
 
 from liger_fx import ops
 from liger_fx.canonical import fake, op_name, same_sizes
-from liger_fx.matcher import Match, Reject, data_inputs, name_of
+from liger_fx.matcher import Match, Reject
 from liger_fx.rewrite import Rewrite
 
 
@@ -81,7 +78,6 @@ def _check_halves(match: Match, x: Any, cos: Any, sin: Any, half: Any, rotary: A
             raise Reject("cos and sin differ in shape")
         if angle.requires_grad:
             raise Reject(f"{name} is trained; the kernel has no gradient for it")
-        _check_repeats(name, match.bindings[name])
     _sequence_dim(x, cos, size)
 
 
@@ -96,24 +92,6 @@ def _sequence_dim(x: torch.Tensor, cos: torch.Tensor, size: int) -> int:
         f"cos is {list(cos.shape)} for an input of {list(x.shape)}, expected [b, s, 1, {size}] or "
         f"[b, 1, s, {size}] with b or 1 in front"
     )
-
-
-_EACH_ON_ITS_OWN = ("cast", "reshape", "getitem", "cos", "sin", "mul")
-
-
-def _check_repeats(name: str, node: fx.Node) -> None:
-    """Where the graph shows how cos was made, the halves must be equal. Where it was an input, the
-    convention of the field is relied upon: every half-split cache repeats itself."""
-    while op_name(node) in _EACH_ON_ITS_OWN and len(data_inputs(node)) == 1:
-        (node,) = data_inputs(node)
-    if node.op in ("placeholder", "get_attr"):
-        return
-    operands: Any = node.args[0] if op_name(node) == "cat" else ()
-    if len(operands) != 2 or operands[0] is not operands[1]:
-        raise Reject(
-            f"{name} comes from `{name_of(op_name(node))}` ({node.name}), expected cat((f, f)): "
-            "the kernel takes its halves for equal"
-        )
 
 
 def _check_pairs(match: Match, x: torch.Tensor, angles: torch.Tensor) -> None:
@@ -155,4 +133,5 @@ rope = Rewrite(
     patterns=[halves_rounded, halves, partial, partial_of_all, interleaved, complex_numbers],
     check=check,
     replace=replace,
+    saved=["cos", "sin", "angles"],
 )

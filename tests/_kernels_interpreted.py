@@ -18,7 +18,7 @@ import torch
 from _op_checks import LAYOUTS, KernelCalls, alike, laid_out, outputs_of, run
 from test_op_cross_entropy import TestCrossEntropy as CrossEntropy
 from test_op_gated import TestGated as Gated
-from test_op_norms import NORMS
+from test_op_norms import NORMS, ROWS_IN_MEMORY, two_layouts
 from test_op_norms import TestAddRMSNorm as AddRMSNorm
 from test_op_norms import TestRMSNorm as RMSNorm
 from test_op_rope import ANGLES_OF_EACH_SEQUENCE, TABLE_LAYOUTS
@@ -142,6 +142,12 @@ def test_strided_weights(case):
     tensors = case.make((7, 5))
     strided = [t if t.dim() > 1 else alike(t, t.repeat_interleave(2)[::2]) for t in tensors]
     check_kernels(case.fused, strided)
+
+
+@pytest.mark.parametrize("first", ROWS_IN_MEMORY)
+@pytest.mark.parametrize("second", ["contiguous", "transposed heads", "expanded"])
+def test_sum_of_two_layouts(first, second):
+    check_kernels(AddRMSNorm.CASES[0].fused, two_layouts(first, second))
 
 
 @pytest.mark.parametrize("case", AddRMSNorm.CASES, ids=str)

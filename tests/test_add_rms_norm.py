@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _norm_spellings import SPELLINGS, H, exact, huggingface, torchtune
-from _util import DEVICE, no_worse_than_eager, only, reasons, show
+from _op_checks import assert_all_close
+from _util import DEVICE, gradients, no_worse_than_eager, only, reasons, show
 from expecttest import assert_expected_inline
 from liger_fx.passes import add_rms_norm, rms_norm
 from torch.utils.checkpoint import checkpoint
@@ -136,6 +137,14 @@ def test_refuses_a_sum_that_broadcasts(inputs):
     )
 
 
+def test_refuses_a_weight_that_broadcasts(inputs):
+    x, r, w = inputs
+    assert_expected_inline(
+        refusal(after(huggingface), x, r, w[:1]),
+        """the weight is [1], expected [24]: the product broadcasts, the kernel reads one weight for each column""",
+    )
+
+
 def test_refuses_a_number(inputs):
     x, _, w = inputs
     assert_expected_inline(
@@ -227,6 +236,27 @@ def test_numerics(spelling, dtype):
 def test_numerics_under_inductor():
     fn, reference = after(torchtune), after(exact(torchtune))
     no_worse_than_eager(fn, reference, SHAPES, "add_rms_norm", torch.bfloat16, "inductor")
+
+
+def megatron(x, r, w):
+    """Its layers work on [s, b, h]: here these are seen as [b, s, h], and as rows again."""
+    total = x.transpose(0, 1) + r.transpose(0, 1)
+    normed = huggingface(total, w)
+    return normed.transpose(0, 1).view(-1, H).sin(), total.transpose(0, 1).view(-1, H)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_views_of_the_results_see_eagers_layout(inner, dynamic, inputs):
+    def loss(fn):
+        return lambda *t: sum(out.cos().sum() for out in fn(*t))
+
+    options = {"policy": ["add_rms_norm"], "inner": inner}
+    compiled = torch.compile(
+        megatron, backend="liger_fx", options=options, dynamic=dynamic, fullgraph=True
+    )
+    assert_all_close(gradients(loss(compiled), *inputs), gradients(loss(megatron), *inputs))
+    assert liger_fx.reports()[-1].counts == {"add_rms_norm": 1}
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])

@@ -7,7 +7,17 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from _op_checks import Case, Contract, KernelCalls, alike, assert_all_close, randn, run, wide
+from _op_checks import (
+    LAYOUTS,
+    Case,
+    Contract,
+    KernelCalls,
+    alike,
+    assert_all_close,
+    randn,
+    run,
+    wide,
+)
 
 from liger_fx import ops
 
@@ -81,7 +91,7 @@ class TestAddRMSNorm(Contract):
         for casting in ("gemma", "llama")
         for offset in (0.0, 1.0)
     )
-    SHAPES, BIG = SHAPES, BIG
+    SHAPES, BIG, OWN_LAYOUT = SHAPES, BIG, True
 
 
 class TestLayerNorm(Contract):
@@ -118,6 +128,27 @@ def test_frozen_weights_cost_no_gradient(case):  # A19
     *_, weight_grad = arguments
     assert weight_grad is False
     assert not any(gradient.numel() for gradient in backward(*arguments)[1:])
+
+
+ROWS_IN_MEMORY = [*(name for name in LAYOUTS if name != "back to front"), "contiguous"]
+
+
+def two_layouts(first, second):
+    """x and the residual, the one laid out as ``first`` and the other as ``second``."""
+    x, residual, weight = TestAddRMSNorm.CASES[0].make()
+    both = (LAYOUTS.get(n, torch.clone)(t) for t, n in ((x, first), (residual, second)))
+    return [*(alike(x, t) for t in both), weight]
+
+
+@pytest.mark.parametrize("first", ROWS_IN_MEMORY)
+@pytest.mark.parametrize("second", ROWS_IN_MEMORY)
+def test_sum_and_norm_lie_in_memory_as_eagers_sum(first, second):
+    case = TestAddRMSNorm.CASES[0]
+    tensors = two_layouts(first, second)
+    expected = (tensors[0] + tensors[1]).stride()
+    assert [output.stride() for output in case.fused(*tensors)] == [expected, expected]
+    assert_all_close(run(case.fused, tensors), run(case.reference, tensors))
+    torch.library.opcheck(case.op, (*tensors, *case.literals))
 
 
 @pytest.mark.parametrize("case", TestAddRMSNorm.CASES, ids=str)

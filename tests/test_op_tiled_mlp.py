@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
 from unittest import mock
 
@@ -9,22 +10,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _op_checks import Case, Contract, in_fp64, randn
-from _util import DEVICE
+from _util import DEVICE, TOLERANCES, relative_error
 from torch._subclasses import FakeTensorMode
 from torchtune.models.llama3 import llama3
 
 from liger_fx import ops
-from liger_fx.ops import tiled_mlp, tokens
+from liger_fx.ops import tiled_mlp
 from liger_fx.ops.tokens import tokens_with_gradient, valid_tokens
 
 INTERMEDIATE, OUT = 40, 24
 
 
-def swiglu_mlp(x, w_gate, w_up, w_down, tile_tokens=0):
+def swiglu_mlp(x, w_gate, w_up, w_down, tile_tokens=0, skip_padding=False):
     return F.linear(F.silu(F.linear(x, w_gate)) * F.linear(x, w_up), w_down)
 
 
-def geglu_mlp(x, w_gate, w_up, w_down, tile_tokens=0):
+def geglu_mlp(x, w_gate, w_up, w_down, tile_tokens=0, skip_padding=False):
     gate = F.gelu(F.linear(x, w_gate), approximate="tanh")
     return F.linear(gate * F.linear(x, w_up), w_down)
 
@@ -105,7 +106,9 @@ def test_fake_gradients():
     with FakeTensorMode():
         x, *weights = (torch.empty(s) for s in ((2, 3, 8), (40, 8), (40, 8), (24, 40)))
         wanted = [True, False, True, False]
-        got = torch.ops.liger_fx.swiglu_mlp_backward(torch.empty(2, 3, 24), x, *weights, wanted, 0)
+        got = torch.ops.liger_fx.swiglu_mlp_backward(
+            torch.empty(2, 3, 24), x, *weights, wanted, 0, True
+        )
     assert [tuple(g.shape) for g in got] == [(2, 3, 8), (0,), (40, 8), (0,)]
 
 
@@ -123,7 +126,6 @@ def test_tokens_without_a_gradient_are_left_out(dtype, kept, tile):
     if kept < 41:  # one token less is not worth the copy of the others
         unread.view(42, -1)[order[kept:]] = torch.nan
     upstream = upstream.view(2, 21, OUT)
-    valid_tokens(torch.tensor([False]))  # the batch has ignored labels
 
     def gradients(op, x, *rest):
         tensors = [x.detach().requires_grad_(), *rest[:3]]
@@ -132,24 +134,138 @@ def test_tokens_without_a_gradient_are_left_out(dtype, kept, tile):
     exact = gradients(swiglu_mlp, *in_fp64([x, *weights]))
     eager = gradients(swiglu_mlp, x, *weights)
     for got, e, reference in zip(
-        gradients(ops.swiglu_mlp, unread, *weights, tile), eager, exact, strict=True
+        gradients(ops.swiglu_mlp, unread, *weights, tile, True), eager, exact, strict=True
     ):
         assert (got - reference).norm() <= 1.1 * (e - reference).norm() + 3e-7 * reference.norm()
     assert not kept or not got.isnan().any()
 
 
-def test_who_looks_for_tokens_without_a_gradient():
-    """After a batch with ignored labels, until nothing was found."""
-    valid, grad = torch.tensor([False, True]), torch.tensor([[0.0, 0.0], [torch.nan, 0.0]])
-    with mock.patch.object(tokens, "_expected", False):
-        assert tokens_with_gradient(grad) is None
-        valid_tokens(valid)
-        assert tokens_with_gradient(grad).tolist() == tokens_with_gradient(grad).tolist() == [1]
-        assert tokens_with_gradient(grad + 1) is None
-        assert tokens_with_gradient(grad) is None
-        valid_tokens(valid)
-        valid_tokens(torch.tensor([True]))
-        assert tokens_with_gradient(grad) is None
+@pytest.mark.parametrize("share", ["none", "some", "most", "all"])
+def test_rows_with_a_gradient(share):
+    """A nan counts as a gradient, -0.0 does not, and few zeros are not worth a copy."""
+    grad = torch.ones(64, 3)
+    grad[{"none": [], "some": [5], "most": slice(1, None), "all": slice(None)}[share]] = -0.0
+    assert share == "all" or grad[0].fill_(torch.nan).isnan().all()
+    kept = tokens_with_gradient(grad)
+    assert (kept is None) == (share in ("none", "some"))
+    assert kept is None or kept.tolist() == [0] * (share == "most")
+
+
+# -- what is computed depends on inputs and options alone -------------------------------------------
+
+
+def padded_step(seed=0, dtype=torch.float32):
+    """Inputs and an upstream gradient that is zero for the tokens that pad, of which one is inf."""
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    x, *weights = x_and_weights((2, 21, 24), dtype, generator)
+    upstream = randn((2, 21, OUT), dtype, generator, grad=False)
+    upstream[:, 12:] = 0
+    with torch.no_grad():
+        x[1, 20, 3] = torch.inf
+    return [x, *weights], upstream
+
+
+def gradients_of(tensors, upstream, skip_padding, tile=16):
+    made = ops.swiglu_mlp(*tensors, tile, skip_padding)
+    return torch.autograd.grad(made, tensors, upstream)
+
+
+def same_bits(a, b):
+    return all(torch.equal(x.isnan(), y.isnan()) for x, y in zip(a, b, strict=True)) and all(
+        torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(a, b, strict=True)
+    )
+
+
+def ignored_labels():
+    """Somebody's batch with ignored labels: a head, and an MLP that skips padding."""
+    generator = torch.Generator(DEVICE).manual_seed(7)
+    x, weight = (randn(s, torch.float32, generator) for s in ((6, 8), (16, 8)))
+    labels = torch.tensor([1, -100, 2, -100, -100, 3], device=DEVICE)
+    literals = (-100, 0.0, 0.0, True, True, False, 0, torch.float32, True)
+    loss, *_ = ops.linear_cross_entropy(x, weight, None, labels, *literals)
+    assert loss.isfinite()
+    gradients_of(*padded_step(7), skip_padding=True)
+
+
+@pytest.mark.parametrize("skip_padding", [False, True])
+def test_nothing_that_ran_before_changes_the_gradients(skip_padding):
+    step = padded_step()
+    before = gradients_of(*step, skip_padding)
+    ignored_labels()
+    after = gradients_of(*step, skip_padding)
+    valid_tokens(torch.tensor([True], device=DEVICE))  # and a batch without ignored labels
+    assert same_bits(before, after) and same_bits(before, gradients_of(*step, skip_padding))
+
+
+def test_an_infinite_token_without_a_gradient():
+    """As in eager it makes weight gradients nan, unless it is left out."""
+    tensors, upstream = padded_step()
+    eager = torch.autograd.grad(swiglu_mlp(*tensors), tensors, upstream)
+    without = gradients_of(tensors, upstream, skip_padding=False)
+    skipping = gradients_of(tensors, upstream, skip_padding=True)
+    assert [g.isnan().any().item() for g in eager] == [g.isnan().any().item() for g in without]
+    assert any(g.isnan().any() for g in without)
+    assert not any(g.isnan().any() for g in skipping)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile", [0, 16])
+def test_padding_skipped_or_not_is_the_same_of_finite_tokens(tile, dtype):
+    tensors, upstream = padded_step(dtype=dtype)
+    with torch.no_grad():
+        tensors[0].clamp_(-3, 3)
+    without = gradients_of(tensors, upstream, False, tile)
+    for got, expected in zip(gradients_of(tensors, upstream, True, tile), without, strict=True):
+        assert relative_error(got, expected) < TOLERANCES[dtype]
+    dx, *_ = without
+    assert not dx[:, 12:].any()
+
+
+def test_two_models_in_one_process():
+    """The one skips padding, the other does not, layer by layer in turn."""
+    one, other = padded_step(1), padded_step(2)
+    alone = gradients_of(*one, skip_padding=True), gradients_of(*other, skip_padding=False)
+    for _ in range(2):
+        assert same_bits(gradients_of(*one, skip_padding=True), alone[0])
+        assert same_bits(gradients_of(*other, skip_padding=False), alone[1])
+
+
+def test_two_threads():
+    steps = [(padded_step(seed), bool(seed % 2)) for seed in range(4)]
+    alone = [gradients_of(*step, skip) for step, skip in steps]
+
+    def repeatedly(i):
+        (step, skip), expected = steps[i], alone[i]
+        for _ in range(20):
+            ignored_labels()
+            if not same_bits(gradients_of(*step, skip), expected):
+                return False
+        return True
+
+    with ThreadPoolExecutor(2) as threads:
+        assert all(threads.map(repeatedly, range(4)))
+
+
+@pytest.mark.parametrize("skip_padding", [False, True])
+def test_deterministic_algorithms(skip_padding, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    step = padded_step()
+    expected = gradients_of(*step, skip_padding)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = [gradients_of(*step, skip_padding) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(same_bits(gradients, expected) for gradients in found)
+
+
+def test_no_token_is_looked_for_unasked():
+    with mock.patch.object(tiled_mlp, "tokens_with_gradient") as look:
+        gradients_of(*padded_step(), skip_padding=False)
+    look.assert_not_called()
+
+
+# -- which tokens have no gradient -----------------------------------------------------------------
 
 
 def test_which_tokens_of_a_decoder_have_no_gradient():

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from _norm_spellings import EPS, SPELLINGS, H, exact, huggingface, torchtune, torchtune_gemma
+from _norm_spellings import (
+    EPS,
+    SPELLINGS,
+    H,
+    exact,
+    huggingface,
+    lit_gpt,
+    meta_llama,
+    olmo,
+    torchtune,
+    torchtune_gemma,
+)
 from _util import DEVICE, no_worse_than_eager, only, reasons, show
 from expecttest import assert_expected_inline
 from liger_fx.passes import rms_norm
@@ -147,6 +158,28 @@ def test_refuses_a_weight_of_two_dimensions(x):
     w = torch.rand(5, H, device=DEVICE)
     assert_expected_inline(
         refusal(huggingface, x, w), """the weight is 2-D, expected 1-D [columns]"""
+    )
+
+
+HAND_WRITTEN = [torchtune_gemma, huggingface, meta_llama, lit_gpt, olmo]
+
+
+@pytest.mark.parametrize("spelling", HAND_WRITTEN, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_refuses_a_weight_that_broadcasts(spelling, dynamic, x, w):
+    """One weight for all columns, and one column for all weights. torch.rms_norm takes neither."""
+    found = capture(spelling, x, w[:1], dynamic=dynamic)
+    assert found.reports[0].counts == {} and "the weight is [1]" in reasons(found.reports[0])
+    torch.testing.assert_close(found.value, spelling(x, w[:1]))
+    found = capture(spelling, x[..., :1], w, dynamic=dynamic)
+    assert found.reports[0].counts == {} and "expected [1]" in reasons(found.reports[0])
+    torch.testing.assert_close(found.value, spelling(x[..., :1], w))
+
+
+def test_says_how_long_the_weight_should_be(x, w):
+    assert_expected_inline(
+        refusal(huggingface, x, w[:1]),
+        """the weight is [1], expected [24]: the product broadcasts, the kernel reads one weight for each column""",
     )
 
 

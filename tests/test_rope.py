@@ -258,6 +258,43 @@ def test_the_input_is_not_overwritten(x):  # A9: torchtune's layout is that of L
     assert out.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
 
+def test_one_position_in_either_layout(x):  # decoding
+    cos, sin = (t[:, :1] for t in halves_cache())
+    token = x[:, :1]
+
+    def in_torchtunes_layout(x, cos, sin):
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+        return x * cos + rotate_half(x) * sin
+
+    for fn in (huggingface, in_torchtunes_layout):
+        found = capture(fn, token, cos, sin)
+        assert found.reports[0].counts == {"rope": 1}
+        torch.testing.assert_close(found.value, fn(token, cos, sin))
+
+
+def unequal_halves(a, b):
+    """Tables by another rule than the models': (cos, sin) of angles and of others."""
+    return torch.cat((a.cos(), b.cos()), -1), torch.cat((a.sin(), 0.5 * b.sin()), -1)
+
+
+def test_halves_of_the_tables_that_differ_are_both_read(x):
+    """Whether the graph shows how the tables are made, or not."""
+
+    def fn(x, a, b):
+        return huggingface(x, *unequal_halves(a, b))
+
+    def learned(x, a, b):
+        return huggingface(
+            x, torch.sigmoid(torch.cat((a, b), -1)), torch.tanh(torch.cat((b, a), -1))
+        )
+
+    a, b = angles(), 2 * angles(B)[:1]
+    for function, inputs in ((fn, (a, b)), (learned, (a, b)), (huggingface, unequal_halves(a, b))):
+        found = capture(function, x, *inputs)
+        assert found.reports[0].counts == {"rope": 1}
+        torch.testing.assert_close(found.value, function(x, *inputs))
+
+
 # -- refuses ---------------------------------------------------------------------------------------
 
 
@@ -277,51 +314,6 @@ def test_refuses_trained_angles(x):
     assert_expected_inline(
         refusal(torchtune_llama, x, cache),
         """the angles are trained; the kernel has no gradient for them""",
-    )
-
-
-def test_refuses_halves_that_are_not_equal(x):
-    def fn(x, f, g):
-        return huggingface(x, torch.cat((f, g), -1).cos(), torch.cat((f, g), -1).sin())
-
-    assert_expected_inline(
-        refusal(fn, x, angles(), 2 * angles()),
-        """cos comes from `cat` (cat), expected cat((f, f)): the kernel takes its halves for equal""",
-    )
-
-
-def test_refuses_equal_halves_that_are_scaled_unequally(x):
-    def fn(x, f, scale):
-        both = torch.cat((f, f), -1)
-        return huggingface(x, both.cos() * scale, both.sin() * 0.5)
-
-    assert_expected_inline(
-        refusal(fn, x, angles(), torch.rand(D, device=DEVICE)),
-        """cos comes from `mul` (mul), expected cat((f, f)): the kernel takes its halves for equal""",
-    )
-
-
-def test_one_position_in_either_layout(x):  # decoding
-    cos, sin = (t[:, :1] for t in halves_cache())
-    token = x[:, :1]
-
-    def in_torchtunes_layout(x, cos, sin):
-        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-        return x * cos + rotate_half(x) * sin
-
-    for fn in (huggingface, in_torchtunes_layout):
-        found = capture(fn, token, cos, sin)
-        assert found.reports[0].counts == {"rope": 1}
-        torch.testing.assert_close(found.value, fn(token, cos, sin))
-
-
-def test_refuses_angles_of_unknown_origin(x):
-    def fn(x, a):
-        return huggingface(x, torch.sigmoid(a), torch.tanh(a))
-
-    assert_expected_inline(
-        refusal(fn, x, torch.cat([angles()] * 2, -1)),
-        """cos comes from `sigmoid` (sigmoid), expected cat((f, f)): the kernel takes its halves for equal""",
     )
 
 
@@ -474,3 +466,16 @@ def check_numerics(case, dtype, inner):
     no_worse_than_eager(
         lambda x: spelling(x, *made), exact, [(B, S, 40 * N, D)], "rope", dtype, inner
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spelling", [huggingface, huggingface_phi3], ids=lambda f: f.__name__)
+def test_numerics_of_halves_that_differ(spelling, dtype):
+    tables = [t.to(dtype) for t in unequal_halves(angles(size=8), 2 * angles(size=8))]
+    if spelling is huggingface:
+        tables = [t.repeat_interleave(2, -1)[..., :D] for t in tables]
+
+    def exact(x):
+        return spelling(x, *(t.double() for t in tables))
+
+    no_worse_than_eager(lambda x: spelling(x, *tables), exact, [(B, S, 40 * N, D)], "rope", dtype)

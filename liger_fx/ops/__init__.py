@@ -4,6 +4,7 @@ Each is registered with `torch.library` under ``liger_fx::``.
 """
 
 from liger_fx.ops.add_rms_norm import add_rms_norm
+from liger_fx.ops.chunked_head import fits_one_chunk
 from liger_fx.ops.cross_entropy import cross_entropy
 from liger_fx.ops.geglu import geglu
 from liger_fx.ops.layer_norm import layer_norm
@@ -21,6 +22,7 @@ from liger_fx.ops.tiled_mlp import geglu_mlp, swiglu_mlp
 __all__ = [
     "add_rms_norm",
     "cross_entropy",
+    "fits_one_chunk",
     "geglu",
     "geglu_mlp",
     "layer_norm",

@@ -7,6 +7,9 @@
 
 Both are results: the sum goes on as the residual stream. Backward: the gradient of s through the
 norm, plus its own, is the gradient of x and of r alike.
+
+The sum lies in memory as eager's ``x + r`` does, and its norm as the sum. Megatron's layers, for
+one, work on [s, b, h] and may see it as [b, s, h]: a ``view`` after them depends on the layout.
 """
 
 from __future__ import annotations
@@ -22,9 +25,12 @@ from liger_fx.ops.library import (
     block_settings,
     column_sums,
     differentiable,
+    empty_rows,
+    empty_sum,
     kernel,
     once_differentiable,
     programs,
+    row_pointer,
 )
 from liger_fx.ops.rms_norm import CASTINGS, normalise, normalise_backward, statistics_dtype
 
@@ -34,7 +40,7 @@ from liger_fx.ops.rms_norm import CASTINGS, normalise, normalise_backward, stati
 def _forward_torch(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, casting: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    total = (x + residual).contiguous()
+    total = torch.add(x, residual, out=empty_sum(x, residual))
     y, rstd = normalise(total, weight, eps, offset, casting)
     return y, total, rstd
 
@@ -49,13 +55,14 @@ def _backward_torch(
     casting: str,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    upstream, rows = as_rows(grad, like=total), as_rows(total)
+    grad_x = empty_rows(total)
+    upstream, rows = as_rows(grad, like=grad_x), as_rows(total, like=grad_x)
     through, grad_weight = normalise_backward(upstream, rows, weight, rstd, offset, casting)
-    through = through.view(total.shape)
     if grad_total is not None:
-        through = through + grad_total
+        through = through + as_rows(grad_total, like=grad_x)
+    as_rows(grad_x).copy_(through)
     grad_weight = grad_weight if weight_grad and grad_weight is not None else total.new_empty(0)
-    return through.to(total.dtype), grad_weight.to(weight.dtype)
+    return grad_x, grad_weight.to(weight.dtype)
 
 
 # -- Liger's kernels ------------------------------------------------------------------------------
@@ -70,16 +77,17 @@ def _forward_liger(
     offset: float,
     casting: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, residual = x.contiguous(), residual.contiguous()
-    y, total = torch.empty_like(x), torch.empty_like(x)
+    total = empty_sum(x, residual)
+    y = empty_rows(total)
     n_cols = x.shape[-1]
-    n_rows = x.numel() // n_cols
+    n_rows = x.numel() // max(n_cols, 1)
     rstd = x.new_empty(n_rows, dtype=torch.float32)
     if not n_rows:
         return y, total, rstd
     block, warps = block_settings(n_cols)
     liger._fused_add_rms_norm_forward_kernel[(n_rows,)](
-        *(y, n_cols, total, n_cols, x, n_cols, residual, n_cols),
+        *(*row_pointer(y), *row_pointer(total)),
+        *(*row_pointer(x, like=total), *row_pointer(residual, like=total)),
         *(weight.contiguous(), 1, rstd, 1),
         *(n_cols, eps, offset, CASTINGS[casting]),
         BLOCK_SIZE=block,
@@ -100,18 +108,18 @@ def _backward_liger(
     casting: str,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
-    grad = grad.contiguous()
-    grad_total = None if grad_total is None else grad_total.contiguous()
-    grad_x = torch.empty_like(total)
+    grad_x = empty_rows(total)
     n_cols = total.shape[-1]
-    n_rows = total.numel() // n_cols
+    n_rows = total.numel() // max(n_cols, 1)
     if not n_rows:
         return grad_x, weight.new_zeros(n_cols if weight_grad else 0)
     block, warps = block_settings(n_cols)
     count, each = programs(n_rows, total.device)
     partial = total.new_empty(count, n_cols, dtype=torch.float32) if weight_grad else None
+    further = (None, n_cols) if grad_total is None else row_pointer(grad_total, like=grad_x)
     liger._fused_add_rms_norm_backward_kernel[(count,)](
-        *(grad, n_cols, grad_total, n_cols, grad_x, n_cols, total, n_cols),
+        *(*row_pointer(grad, like=grad_x), *further),
+        *(*row_pointer(grad_x), *row_pointer(total, like=grad_x)),
         *(liger.torch_to_triton_dtype[total.dtype], weight.contiguous(), 1),
         *(rstd, 1, partial, n_cols if weight_grad else 0),
         *(n_rows, n_cols, offset, each, CASTINGS[casting]),
@@ -131,19 +139,19 @@ def _backward_liger(
 
 def _forward_fake(x, residual, weight, eps, offset, casting):
     rows = math.prod(x.shape[:-1])
-    y, total = x.new_empty(x.shape), x.new_empty(x.shape)
-    return y, total, x.new_empty(rows, dtype=statistics_dtype(x.dtype))
+    total = empty_sum(x, residual)
+    return empty_rows(total), total, x.new_empty(rows, dtype=statistics_dtype(x.dtype))
 
 
 def _backward_fake(grad, grad_total, total, weight, rstd, offset, casting, weight_grad):
-    return total.new_empty(total.shape), weight.new_empty(weight.shape[0] if weight_grad else 0)
+    return empty_rows(total), weight.new_empty(weight.shape[0] if weight_grad else 0)
 
 
 _forward = kernel(
     "add_rms_norm_forward(Tensor x, Tensor residual, Tensor weight, float eps, float offset,"
     " str casting) -> (Tensor, Tensor, Tensor)",
     fake=_forward_fake,
-    cpu=_forward_torch,
+    plain=_forward_torch,
     cuda=_forward_liger,
     liger="fused_add_rms_norm",
 )
@@ -151,7 +159,7 @@ _backward = kernel(
     "add_rms_norm_backward(Tensor grad, Tensor? grad_total, Tensor total, Tensor weight,"
     " Tensor rstd, float offset, str casting, bool weight_grad) -> (Tensor, Tensor)",
     fake=_backward_fake,
-    cpu=_backward_torch,
+    plain=_backward_torch,
     cuda=_backward_liger,
     liger="fused_add_rms_norm",
 )
@@ -185,9 +193,10 @@ def _add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """(norm of the sum, the sum) of ``x`` and ``residual``, both [..., H].
 
-    x, residual: float32, bfloat16 or float16 alike (on a CPU float64 as well). weight: [H] of a
-    floating dtype. offset, casting: as in `rms_norm`. Both results are contiguous. The backward is
-    differentiable once.
+    x, residual: of one shape and dtype, float32, bfloat16 or float16 (on a CPU float64 as well), in
+    any layout. weight: [H] of a floating dtype. offset, casting: as in `rms_norm`. Both results are
+    of x's shape and dtype, in the layout of eager's ``x + residual``; contiguous where that has no
+    unit stride in H. The backward is differentiable once.
     """
     return _AddRMSNorm.apply(x, residual, weight, eps, offset, casting)
 

@@ -71,6 +71,14 @@ def chunk_tokens_for(vocab: int, itemsize: int, device_type: str) -> int:
     return max(_UNIT, _budget(device_type) // (vocab * itemsize) // _UNIT * _UNIT)
 
 
+def fits_one_chunk(
+    tokens: int, vocab: int, itemsize: int, device_type: str, chunk_tokens: int = 0
+) -> bool:
+    """Would the logits of so many tokens exist as a whole? itemsize: bytes of all logits of a token
+    and class. chunk_tokens: the setting, 0 for what the budget takes."""
+    return tokens <= (chunk_tokens or chunk_tokens_for(vocab, itemsize, device_type))
+
+
 def _budget(device_type: str) -> int:
     return LOGITS_BUDGET.get(device_type, LOGITS_BUDGET["cpu"])
 

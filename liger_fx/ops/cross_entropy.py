@@ -71,7 +71,7 @@ _forward_op = kernel(
     "cross_entropy_forward(Tensor logits, Tensor target, Tensor? class_weight, int ignore_index,"
     " float label_smoothing) -> Tensor",
     fake=lambda logits, target, *_: logits.new_empty(target.shape, dtype=loss_dtype(logits.dtype)),
-    cpu=_forward,
+    plain=_forward,
     cuda=lambda liger, *args: _forward(*args),
     liger="cross_entropy",
 )
@@ -79,7 +79,7 @@ _backward_op = kernel(
     "cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, Tensor? class_weight,"
     " int ignore_index, float label_smoothing) -> Tensor",
     fake=lambda grad, logits, *_: logits.new_empty(logits.shape),
-    cpu=_backward,
+    plain=_backward,
     cuda=lambda liger, *args: _backward(*args),
     liger="cross_entropy",
 )

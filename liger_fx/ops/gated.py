@@ -105,21 +105,21 @@ def gated(name: str, activation: Activation) -> torch._ops.OpOverload:
     forward = kernel(
         f"{name}_forward(Tensor gate, Tensor up) -> Tensor",
         fake=lambda gate, up: gate.new_empty(gate.shape),
-        cpu=forward_torch,
+        plain=forward_torch,
         cuda=forward_liger,
         liger=activation.liger,
     )
     backward = kernel(
         f"{name}_backward(Tensor gate, Tensor up, Tensor grad) -> (Tensor, Tensor)",
         fake=lambda gate, up, grad: (gate.new_empty(gate.shape), up.new_empty(up.shape)),
-        cpu=on_copies(backward_torch),
+        plain=on_copies(backward_torch),
         cuda=on_copies(backward_liger),
         liger=activation.liger,
     )
     backward_ = kernel(
         f"{name}_backward_(Tensor(a!) gate, Tensor(b!) up, Tensor grad) -> ()",
         fake=lambda gate, up, grad: None,
-        cpu=backward_torch,
+        plain=backward_torch,
         cuda=backward_liger,
         liger=activation.liger,
     )

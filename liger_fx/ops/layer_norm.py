@@ -134,7 +134,7 @@ _forward = kernel(
     "layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps)"
     " -> (Tensor, Tensor, Tensor)",
     fake=_forward_fake,
-    cpu=_forward_torch,
+    plain=_forward_torch,
     cuda=_forward_liger,
     liger="layer_norm",
 )
@@ -142,7 +142,7 @@ _backward = kernel(
     "layer_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor mean, Tensor rstd,"
     " bool weight_grad) -> (Tensor, Tensor, Tensor)",
     fake=_backward_fake,
-    cpu=_backward_torch,
+    plain=_backward_torch,
     cuda=_backward_liger,
     liger="layer_norm",
 )

@@ -1,11 +1,11 @@
 """How the ops are registered, and what their launchers share.
 
-An op has two sides. `kernel` registers an opaque operator without a derivative: schema, fake, CPU
-and CUDA implementation; the compiler sees nothing else. `differentiable` registers the operator
-that rewrites put into a graph: an autograd formula over kernels, which AOTAutograd takes apart into
-them. Compiled code then calls kernels without autograd's part of the dispatch, which in Python is
-most of the cost of a `torch.library.custom_op` (benchmarks/host_time.py: "eager" against
-"compiled").
+An op has two sides. `kernel` registers an opaque operator without a derivative: its schema, fake
+implementation, plain PyTorch and CUDA launcher; the compiler sees nothing else. `differentiable`
+registers the operator that rewrites put into a graph: an autograd formula over kernels, which
+AOTAutograd takes apart into them. Compiled code then calls kernels without autograd's part of the
+dispatch, which in Python is most of the cost of a `torch.library.custom_op`
+(benchmarks/host_time.py: "eager" against "compiled").
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ def kernel(
     schema: str,
     *,
     fake: Callable[..., Any],
-    cpu: Callable[..., Any],
+    plain: Callable[..., Any],
     cuda: Callable[..., Any],
     liger: str,
 ) -> torch._ops.OpOverload:
     """Register an opaque operator whose first argument is a tensor.
 
-    schema: ``"rms_norm_forward(Tensor x, ...) -> Tensor"``. cuda: gets Liger's module of the name
-    ``liger`` as its first argument; where that cannot be imported ``cpu`` runs on the GPU.
+    schema: ``"rms_norm_forward(Tensor x, ...) -> Tensor"``. fake: for fake and meta tensors. plain:
+    in plain PyTorch, for every device but CUDA. cuda: gets Liger's module of the name ``liger`` as
+    its first argument; where that cannot be imported ``plain`` runs on the GPU.
     """
 
     def launch(first: Tensor, *rest: Any) -> Any:
         module = liger_module(liger)
         if module is None:
-            return cpu(first, *rest)
+            return plain(first, *rest)
         if first.device.index != torch.cuda.current_device():  # Triton launches on the current one
             with torch.cuda.device(first.device):
                 return cuda(module, first, *rest)
@@ -53,7 +54,7 @@ def kernel(
 
     name = _define(schema)
     launchers[name] = cuda
-    _LIBRARY.impl(name, cpu, "CPU")
+    _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")  # all devices but those below
     _LIBRARY.impl(name, launch, "CUDA")
     torch.library.register_fake(f"liger_fx::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.liger_fx, name).default
@@ -154,6 +155,22 @@ def empty_rows(x: Tensor) -> Tensor:
     if x.stride(-1) == 1:
         return torch.empty_like(x)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def empty_sum(x: Tensor, y: Tensor) -> Tensor:
+    """An output for ``x + y``, of one shape and dtype: in the layout that eager gives their sum, if
+    its rows lie in memory as such.
+
+    Where the two lie in memory alike, so does the sum. Else torch decides by rules of its own: a
+    sum of tensors without memory asks it for them.
+    """
+    if x.stride() == y.stride():
+        return empty_rows(x)
+    without_memory = (torch.empty_strided(t.shape, t.stride(), device="meta") for t in (x, y))
+    total = torch.add(*without_memory)
+    if total.stride(-1) != 1:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty_strided(total.shape, total.stride())
 
 
 def as_rows(x: Tensor, like: Tensor | None = None) -> Tensor:

@@ -187,7 +187,7 @@ _forward = kernel(
     "rms_norm_forward(Tensor x, Tensor? weight, float eps, float offset, str casting)"
     " -> (Tensor, Tensor)",
     fake=_forward_fake,
-    cpu=normalise,
+    plain=normalise,
     cuda=_forward_liger,
     liger="rms_norm",
 )
@@ -195,7 +195,7 @@ _backward = kernel(
     "rms_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor rstd, float offset,"
     " str casting, bool weight_grad) -> (Tensor, Tensor)",
     fake=_backward_fake,
-    cpu=_backward_torch,
+    plain=_backward_torch,
     cuda=_backward_liger,
     liger="rms_norm",
 )

@@ -12,11 +12,15 @@ from torch import Tensor
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> None:
-    """Write ``(a cos - b sin, b cos + a sin)`` of each pair of ``x`` into ``out``, in fp32: of
-    elements i and ``i + R / 2``. The elements after the first R are copied.
+    """Rotate elements i and ``i + R / 2`` of ``x`` into ``out``, in fp32.
+
+    The first and the second element of a pair, a and b, each have a cosine and a sine, from the
+    left and from the right half of the tables: ``(a cos1 - b sin1, b cos2 + a sin2)``. The elements
+    after the first R are copied.
 
     x: [b, s, h, d] with unit stride in d. cos, sin: [1 or b, s, R] with unit stride in R, of any
-    dtype. out: [b, s, h, d], contiguous. inverse: by the negative angles.
+    floating dtype. out: [b, s, h, d] in the dtype of x, contiguous. inverse: write the transpose,
+    ``(a cos1 + b sin2, b cos2 - a sin1)``.
     """
     batch, seq, heads, size = x.shape
     if not x.numel():
@@ -40,10 +44,12 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: boo
 
 
 def rotate_pairs(x: Tensor, angles: Tensor, out: Tensor, inverse: bool) -> None:
-    """The same of neighbouring elements, 2i and ``2i + 1``.
+    """Rotate elements 2i and ``2i + 1`` of ``x`` into ``out``, in fp32.
+
+    A pair has one cosine and one sine: ``(a cos - b sin, b cos + a sin)``.
 
     x: [b, s, h, d] with unit stride in d. angles: float32 [1 or b, s, d / 2, 2], contiguous. out:
-    [b, s, h, d], contiguous. inverse: by the negative angles.
+    [b, s, h, d] in the dtype of x, contiguous. inverse: by the negative angles.
     """
     batch, seq, heads, size = x.shape
     if not x.numel():
@@ -105,13 +111,16 @@ def _rotate_halves_kernel(
     source, target = head * head_stride + pair, head * SIZE + pair
     a = tl.load(x_ptr + source, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x_ptr + source + HALF, mask=inside, other=0.0).to(tl.float32)
-    # The right halves of the tables repeat the left ones.
-    cos = tl.load(cos_ptr + pair, mask=pair < HALF, other=0.0).to(tl.float32)
-    sin = tl.load(sin_ptr + pair, mask=pair < HALF, other=0.0).to(tl.float32)
+    # Models repeat the left half on the right. Nothing guarantees it, so both halves are read.
+    known = pair < HALF
+    cos1 = tl.load(cos_ptr + pair, mask=known, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos_ptr + pair + HALF, mask=known, other=0.0).to(tl.float32)
+    sin1 = tl.load(sin_ptr + pair, mask=known, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin_ptr + pair + HALF, mask=known, other=0.0).to(tl.float32)
     if INVERSE:
-        sin = -sin
-    tl.store(out_ptr + target, (a * cos - b * sin).to(out_ptr.dtype.element_ty), mask=inside)
-    rotated = (b * cos + a * sin).to(out_ptr.dtype.element_ty)
+        sin1, sin2 = -sin2, -sin1
+    tl.store(out_ptr + target, (a * cos1 - b * sin1).to(out_ptr.dtype.element_ty), mask=inside)
+    rotated = (b * cos2 + a * sin2).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + target + HALF, rotated, mask=inside)
 
     if REST_PADDED:

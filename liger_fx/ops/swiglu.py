@@ -95,21 +95,21 @@ def _launch_backward(liger: Any, gate_up: Tensor, out: Tensor, grad: Tensor) -> 
 _forward = kernel(
     "swiglu_gate_up_forward(Tensor gate_up) -> Tensor",
     fake=lambda gate_up: gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2),
-    cpu=_forward_torch,
+    plain=_forward_torch,
     cuda=_forward_liger,
     liger="swiglu",
 )
 _backward = kernel(
     "swiglu_gate_up_backward(Tensor gate_up, Tensor grad) -> Tensor",
     fake=lambda gate_up, grad: gate_up.new_empty(gate_up.shape),
-    cpu=_on_a_copy_torch,
+    plain=_on_a_copy_torch,
     cuda=_into_a_new_tensor,
     liger="swiglu",
 )
 _backward_ = kernel(
     "swiglu_gate_up_backward_(Tensor(a!) gate_up, Tensor grad) -> ()",
     fake=lambda gate_up, grad: None,
-    cpu=_backward_torch,
+    plain=_backward_torch,
     cuda=_backward_liger,
     liger="swiglu",
 )

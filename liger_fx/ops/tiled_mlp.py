@@ -9,9 +9,12 @@ Inside an activation checkpoint, where gate and up are recomputed anyway, that c
 The backward of a tile has three buffers. Gate and up become their gradients; the gradient of their
 product becomes the product, which the gradient of ``Wd`` needs.
 
-A token whose gradient is exactly zero adds nothing to any gradient, and the backward leaves it out
-(see `tokens.tokens_with_gradient`): tokens that pad a sequence cost no matrix product here. Where
-such a token is infinite or nan, eager's weight gradients are nan and these are not.
+With ``skip_padding`` the backward leaves out each token whose gradient is exactly zero, as it is
+for tokens that pad a sequence: they cost no matrix product. A finite token with a zero gradient
+adds nothing to any gradient. A token that is inf or nan does in eager, where 0 times inf is nan:
+the weight gradients are nan there, and not here. The host waits for the number of tokens that are
+left (see `tokens.tokens_with_gradient`). Without ``skip_padding`` no token is left out, and the
+host does not wait.
 """
 
 from __future__ import annotations
@@ -84,7 +87,8 @@ def _forward(
             torch.mm(rows[part], w_up.t(), out=up)
             product(gate, up)
             torch.mm(gate, w_down.t(), out=out[part])
-    return out.view(*x.shape[:-1], w_down.shape[0])
+    # No view: what a custom function returns may be written in place only if it is none.
+    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], w_down.shape[0]))
 
 
 def _backward(
@@ -96,9 +100,10 @@ def _backward(
     w_down: Tensor,
     wanted: list[bool],
     tile_tokens: int,
+    skip_padding: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    kept = tokens_with_gradient(grad)
+    kept = tokens_with_gradient(grad) if skip_padding else None
     tokens = rows.shape[0] if kept is None else kept.numel()
     # Buffers are for all tokens: from step to step fewer or more are left, but buffers of one size
     # fit where those of the last step were.
@@ -142,12 +147,13 @@ def _like(t: Tensor, dtype: torch.dtype, zeros: bool) -> Tensor:
 
 
 def tiled_mlp(name: str, activation: Activation) -> torch._ops.OpOverload:
-    """Register ``liger_fx::<name>(x, w_gate, w_up, w_down, tile_tokens=0)``.
+    """Register ``liger_fx::<name>(x, w_gate, w_up, w_down, tile_tokens=0, skip_padding=False)``.
 
     x: [..., H]. w_gate, w_up: [I, H], w_down: [H', I]. All float32, bfloat16 or float16 alike (on a
-    CPU float64 as well). tile_tokens: 0 chooses by memory budget. Returns [..., H'], contiguous.
-    Weight gradients are summed over tiles in fp32. The backward is differentiable once; the host
-    may wait in it (see `tokens.tokens_with_gradient`).
+    CPU float64 as well). tile_tokens: 0 chooses by memory budget. skip_padding: the backward leaves
+    out tokens whose gradient is exactly zero, and the host waits for their number; see the module.
+    Returns [..., H'], contiguous. Weight gradients are summed over tiles in fp32. The backward is
+    differentiable once.
     """
 
     def product_torch(gate: Tensor, up: Tensor) -> None:
@@ -178,45 +184,60 @@ def tiled_mlp(name: str, activation: Activation) -> torch._ops.OpOverload:
         f"{name}_forward(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, int tile_tokens)"
         " -> Tensor",
         fake=lambda x, w_gate, w_up, w_down, tile: x.new_empty(*x.shape[:-1], w_down.shape[0]),
-        cpu=lambda x, *rest: _forward(product_torch, x, *rest),
+        plain=lambda x, *rest: _forward(product_torch, x, *rest),
         cuda=forward_liger,
         liger=activation.liger,
     )
     backward = kernel(
         f"{name}_backward(Tensor grad, Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down,"
-        " bool[] wanted, int tile_tokens) -> (Tensor, Tensor, Tensor, Tensor)",
+        " bool[] wanted, int tile_tokens, bool skip_padding) -> (Tensor, Tensor, Tensor, Tensor)",
         fake=_fake_gradients,
-        cpu=lambda grad, *rest: _backward(gradients_and_product_torch, grad, *rest),
+        plain=lambda grad, *rest: _backward(gradients_and_product_torch, grad, *rest),
         cuda=backward_triton,
         liger=activation.liger,
     )
 
     class TiledMLP(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x, w_gate, w_up, w_down, tile_tokens):
+        def forward(ctx: Any, x, w_gate, w_up, w_down, tile_tokens, skip_padding):
             ctx.save_for_backward(x, w_gate, w_up, w_down)
-            ctx.tile_tokens = tile_tokens
+            ctx.literals = (tile_tokens, skip_padding)
             return forward(x, w_gate, w_up, w_down, tile_tokens)
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, grad: Tensor) -> Any:
             wanted = ctx.needs_input_grad[:4]
-            gradients = backward(grad, *ctx.saved_tensors, list(wanted), ctx.tile_tokens)
+            gradients = backward(grad, *ctx.saved_tensors, list(wanted), *ctx.literals)
             kept = (g if want else None for g, want in zip(gradients, wanted, strict=True))
-            return *kept, None
+            return *kept, None, None
 
-    def op(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, tile_tokens: int = 0) -> Tensor:
-        return TiledMLP.apply(x, w_gate, w_up, w_down, tile_tokens)
+    def op(
+        x: Tensor,
+        w_gate: Tensor,
+        w_up: Tensor,
+        w_down: Tensor,
+        tile_tokens: int = 0,
+        skip_padding: bool = False,
+    ) -> Tensor:
+        return TiledMLP.apply(x, w_gate, w_up, w_down, tile_tokens, skip_padding)
 
     return differentiable(
-        f"{name}(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, int tile_tokens=0) -> Tensor",
+        f"{name}(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, int tile_tokens=0,"
+        " bool skip_padding=False) -> Tensor",
         op,
     )
 
 
 def _fake_gradients(
-    grad: Tensor, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, wanted: Any, tile: int
+    grad: Tensor,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    w_down: Tensor,
+    wanted: list[bool],
+    tile_tokens: int,
+    skip_padding: bool,
 ) -> tuple[Tensor, ...]:
     return tuple(
         t.new_empty(t.shape) if want else t.new_empty(0)

@@ -8,10 +8,6 @@ from torch import Tensor
 # Share of tokens above which leaving out the others saves less than copying these costs.
 _WORTH_A_COPY = 31 / 32
 
-# Whether the last batch of labels had ignored ones, and no layer since has been found without a
-# token to leave out. Decides whether to look for some, not what is computed of the others.
-_expected = False
-
 
 def valid_tokens(valid: Tensor) -> Tensor | None:
     """The indices, int64, of the tokens whose label counts, None for all of them. valid: bool [N].
@@ -19,29 +15,20 @@ def valid_tokens(valid: Tensor) -> Tensor | None:
     The host waits for their number, which decides how many chunks there are: work that is queued
     first to fill the wait, a chunk whatever the number, costs more than the wait.
     """
-    global _expected
-    if _capturing(valid):
-        return None
-    indices = _indices(valid)
-    _expected = indices is not None
-    return indices
+    return None if _capturing(valid) else _indices(valid)
 
 
 def tokens_with_gradient(grad: Tensor) -> Tensor | None:
-    """The indices, int64, of those rows of ``grad``, [tokens, H], that are not exactly zero, None
-    for all of them; also where there are few others.
+    """The indices, int64, of the rows of ``grad``, [tokens, H], that are not exactly zero.
 
-    Zero are the rows of tokens that pad a sequence on its right, in every layer, and in the last
-    layer those of all ignored labels. The host waits for their number, and the GPU runs dry
-    meanwhile. So in a batch without ignored labels there is no look, and none beyond the
-    first layer, in order of the backward, that has no row to leave out.
+    None stands for all rows; it is also returned where so few are zero that copying the others
+    would cost more than leaving those out saves. A nan is not zero.
+
+    Exactly zero are the rows of tokens that pad a sequence on its right, in every layer, and in the
+    last layer the rows of all ignored labels. The host waits for the number of the others, and the
+    GPU runs dry meanwhile: a caller asks only where a user said that batches are padded.
     """
-    global _expected
-    if not _expected or _capturing(grad):
-        return None
-    rows = _indices(grad.any(1), at_most=_WORTH_A_COPY)
-    _expected = rows is not None
-    return rows
+    return None if _capturing(grad) else _indices(grad.any(1), at_most=_WORTH_A_COPY)
 
 
 def _indices(mask: Tensor, at_most: float = 1.0) -> Tensor | None:
