@@ -1,7 +1,9 @@
-"""A rewrite of your own: a pattern, a check, a replacement. Here: squared ReLU as one op."""
+"""A rewrite of your own: a pattern, a check, a replacement. Here: squared ReLU as one op, trained
+through Inductor with the rewrites, the policy, the caches and the report of liger_fx."""
 
 import torch
 import torch.nn.functional as F
+from liger_fx.passes import DEFAULT
 
 import liger_fx
 
@@ -16,13 +18,25 @@ def _(x):
     return torch.empty_like(x)
 
 
+def keep_input(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def backward(ctx, grad):
+    (x,) = ctx.saved_tensors
+    return 2 * x.clamp_min(0) * grad
+
+
+relu_squared.register_autograd(backward, setup_context=keep_input)
+
+
 def primer(x):
     return F.relu(x) ** 2
 
 
 def check(match, x):
-    if x.requires_grad:
-        raise liger_fx.Reject("example::relu_squared has no backward")
+    if x.dtype == torch.float64:
+        raise liger_fx.Reject("example::relu_squared is not for float64")
 
 
 rewrite = liger_fx.Rewrite(
@@ -30,15 +44,18 @@ rewrite = liger_fx.Rewrite(
     patterns=[primer],
     check=check,
     replace=lambda match, x: relu_squared(x),
+    saved=["x"],
 )
 
 
-def backend(gm, example_inputs):
-    print(liger_fx.rewrite_graph(gm, [rewrite]))
-    return gm.forward
+def step(x, w, head, labels):
+    return F.cross_entropy(F.linear(torch.relu(x @ w).pow(2), head), labels)
 
 
-mlp = torch.compile(lambda x, w: (torch.relu(x @ w)).pow(2), backend=backend)
-x, w = torch.randn(4, 8), torch.randn(8, 8)
-torch.testing.assert_close(mlp(x, w), (x @ w).relu().square())
-mlp(x, w.requires_grad_())
+compiled = torch.compile(step, backend=liger_fx.backend([*DEFAULT, rewrite]))
+x, labels = torch.randn(4, 8), torch.randint(0, 16, (4,))
+w, head = torch.randn(8, 8, requires_grad=True), torch.randn(16, 8, requires_grad=True)
+gradients = torch.autograd.grad(compiled(x, w, head, labels), (w, head))
+expected = torch.autograd.grad(step(x, w, head, labels), (w, head))
+torch.testing.assert_close(gradients, expected)
+print(liger_fx.reports()[-1])

@@ -16,4 +16,4 @@ with torch.device("meta"), training.set_default_dtype(torch.bfloat16):
     model = llama3_8b()
     batch = torch.empty(2, 4096, dtype=torch.long)
 
-print(liger_fx.explain(loss_step, model, batch, batch))
+print(liger_fx.explain(loss_step, [model, batch, batch]))

@@ -7,7 +7,8 @@ The same mathematics reaches a backend in many spellings: ``x.float()`` or
 
 Rules, all decided from each node's ``example_value``:
 
-- a view, cast, slice or device move whose output equals its input is its input;
+- a view, cast or slice whose output equals its input is its input; a copy is so only if nothing in
+  the graph ever writes to either of the two;
 - ``float``, ``half``, ``type_as``, ``to(dtype)`` ... are ``cast``;
 - ``view``, ``reshape``, ``flatten``, ``unsqueeze``, ``x[:, None]`` ... are ``reshape``;
 - ``reshape`` and ``expand`` have no sizes: those are in the ``example_value``;
@@ -20,9 +21,8 @@ Rules, all decided from each node's ``example_value``:
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 from torch.fx.operator_schemas import normalize_function
+
+from liger_fx.effects import Effects, fake, first_argument, inplace_flag, parameters, storage_key
 
 Target = Callable[..., Any] | str
 
@@ -62,8 +64,8 @@ SIZELESS = frozenset({"reshape", "expand"})  # operations whose sizes are not ar
 def op_name(node: fx.Node) -> Target:
     """The canonical operation of ``node``, without looking at its arguments.
 
-    A method and the functions of the same name are one operation; one that works in place ends in
-    ``_``, however it is told to. Other callables stand for themselves.
+    A method and the functions of the same name are one operation. An operation that works in place
+    ends in ``_``, however it is told to. Other callables stand for themselves.
     """
     if node.op == "call_method":
         name: Target = str(node.target)
@@ -74,10 +76,10 @@ def op_name(node: fx.Node) -> Target:
     if not isinstance(name, str):
         return name
     if name in _CASTS:
-        return "cast"
+        return "move" if _changes_device(node) else "cast"
     if name in _RESHAPES:
         return "reshape"
-    return f"{name}_" if _inplace_flag(node) else _ALIASES.get(name, name)
+    return f"{name}_" if inplace_flag(node) else _ALIASES.get(name, name)
 
 
 @functools.cache
@@ -87,16 +89,21 @@ def _function_name(target: Callable[..., Any]) -> Target:
     return name if known else target
 
 
-def fake(node: Any) -> Any:
-    """The ``example_value`` of a node; a literal stands for itself."""
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+def _changes_device(node: fx.Node) -> bool:
+    before, after = fake(first_argument(node)), fake(node)
+    tensors = isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)
+    return tensors and before.device != after.device
 
 
 class View:
-    """The canonical expressions of one graph. Nodes are looked at when they are asked for, once."""
+    """The canonical expressions of one graph. Nodes are looked at when they are asked for, once.
 
-    def __init__(self, graph: fx.Graph) -> None:
+    effects: the writes in the graph. counted: as for `Effects`.
+    """
+
+    def __init__(self, graph: fx.Graph, counted: Mapping[int, int] | None = None) -> None:
         self.graph = graph
+        self.effects = Effects(graph, counted)
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self._exprs: dict[fx.Node, Expr] = {}
         self._resolved: dict[fx.Node, Any] = {}
@@ -127,7 +134,7 @@ class View:
 
     def _resolve_node(self, node: fx.Node) -> Any:
         # A loop, not recursion: a chain of no-ops may be as long as the graph.
-        while does_nothing(node):
+        while self.does_nothing(node):
             node = node.args[0]  # type: ignore[assignment]
         if node.op == "call_method" and node.target == "item":
             number = _specialised_number(fake(node))
@@ -145,11 +152,11 @@ class View:
         if node.op not in ("call_function", "call_method"):
             return Expr(op, (node,))
         if op == "cast":
-            return Expr(op, (self.resolve(_first(node)), fake(node).dtype))
+            return Expr(op, (self.resolve(first_argument(node)), fake(node).dtype))
         if op == "getitem" and _only_inserts(node.args[1]):
             op = "reshape"
         if op in SIZELESS:
-            return Expr(op, (self.resolve(_first(node)),))
+            return Expr(op, (self.resolve(first_argument(node)),))
         args = tuple(self.resolve(a) for a in positional(node))
         if op == "logsumexp" and args[1:] == (0, False):
             stacked = self._stacked(args[0])
@@ -164,26 +171,46 @@ class View:
         tensors, dim = (*positional(node), 0)[:2]
         return self.resolve(tensors) if dim == 0 else ()
 
+    def does_nothing(self, node: fx.Node) -> bool:
+        """Does the node's output always hold what its first argument holds?"""
+        if op_name(node) not in ("cast", "reshape", "getitem") or not node.args:
+            return False
+        source = node.args[0]
+        before, after = fake(source), fake(node)
+        if not isinstance(source, fx.Node) or not isinstance(before, torch.Tensor):
+            return False
+        if not isinstance(after, torch.Tensor) or before.dtype != after.dtype:
+            return False
+        if op_name(node) == "getitem" and not _only_slices(node.args[1]):
+            return False
+        if not same_sizes(before.shape, after.shape):
+            return False
+        is_view = storage_key(node) == storage_key(source)
+        return is_view or not (self.effects.written(node) or self.effects.written(source))
+
     def same(self, a: Any, b: Any) -> bool:
         """Do two resolved values always hold the same number? True for the same node, for equal
         literals, and for the same pure expression written twice (``x.float()`` and again
-        ``x.float()``): Dynamo does no common-subexpression elimination."""
+        ``x.float()``, as Dynamo does no common-subexpression elimination) of values that nothing in
+        the graph ever writes to."""
         if isinstance(a, fx.Node) and isinstance(b, fx.Node):
-            if a is b:
-                return True
-            ea, eb = self.expr(a), self.expr(b)
-            pure = ea.op in _REPEATABLE and ea.op == eb.op and len(ea.args) == len(eb.args)
-            if not pure or _shape(a) != _shape(b):
-                return False
-            return all(self.same(x, y) for x, y in zip(ea.args, eb.args, strict=True))
+            return a is b or self._repeats(a, b)
         if isinstance(a, tuple) and isinstance(b, tuple):
             return len(a) == len(b) and all(map(self.same, a, b))
         return type(a) is type(b) and bool(a == b)
 
+    def _repeats(self, a: fx.Node, b: fx.Node) -> bool:
+        ea, eb = self.expr(a), self.expr(b)
+        if ea.op not in _REPEATABLE or ea.op != eb.op or _shape(a) != _shape(b):
+            return False
+        values = (a, b, *_nodes(ea.args), *_nodes(eb.args))
+        return not any(map(self.effects.written, values)) and self.same(ea.args, eb.args)
 
-def _first(node: fx.Node) -> Any:
-    """The first argument, or ``input`` where it is given by its name."""
-    return node.args[0] if node.args else node.kwargs.get("input")
+
+def _nodes(arg: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(arg, found.append)
+    return found
 
 
 def as_power(op: Target, args: tuple[Any, ...]) -> tuple[Target, tuple[Any, ...]]:
@@ -202,24 +229,6 @@ _REPEATABLE = frozenset(
 def _shape(node: fx.Node) -> Any:
     value = fake(node)
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
-
-
-def does_nothing(node: fx.Node) -> bool:
-    """Is the node's output its first argument, element for element?"""
-    op = op_name(node)
-    if op not in ("cast", "reshape", "getitem") or not node.args:
-        return False
-    source = node.args[0]
-    before, after = fake(source), fake(node)
-    if not isinstance(source, fx.Node) or not isinstance(before, torch.Tensor):
-        return False
-    if not isinstance(after, torch.Tensor):
-        return False
-    if before.dtype != after.dtype or before.device != after.device:
-        return False
-    if op == "getitem" and not _only_slices(node.args[1]):
-        return False
-    return same_sizes(before.shape, after.shape)
 
 
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -307,12 +316,12 @@ def positional(node: fx.Node) -> tuple[Any, ...]:
     if target in _SIGNATURES:
         named = dict(zip(_SIGNATURES[target], args, strict=False)) | kwargs
         return tuple((_SIGNATURES[target] | named).values())
-    parameters = _parameters(target)
-    if parameters is not None:
-        named = dict(zip((p.name for p in parameters), args, strict=False)) | kwargs
+    fixed = parameters(target)
+    if fixed is not None:
+        named = dict(zip((p.name for p in fixed), args, strict=False)) | kwargs
         return tuple(
             named.get(p.name, None if p.default is p.empty else p.default)
-            for p in parameters
+            for p in fixed
             if p.name not in ("inplace", "_stacklevel")
         )
     if kwargs and target is not None:
@@ -323,78 +332,3 @@ def positional(node: fx.Node) -> tuple[Any, ...]:
         if normal is not None:
             return tuple(normal.kwargs.values())
     return args + tuple(kwargs[k] for k in sorted(kwargs))
-
-
-@functools.cache
-def _parameters(target: Any) -> tuple[inspect.Parameter, ...] | None:
-    """The parameters of a callable with a fixed number of them; None for most builtins."""
-    try:
-        parameters = tuple(inspect.signature(target).parameters.values())
-    except (TypeError, ValueError):
-        return None
-    variadic = any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
-    return None if variadic else parameters
-
-
-def _inplace_flag(node: fx.Node) -> bool:
-    if "inplace" in node.kwargs:
-        return node.kwargs["inplace"] is True
-    parameters = _parameters(node.target) if node.op == "call_function" else None
-    names = [p.name for p in parameters or ()]
-    return "inplace" in names and node.args[names.index("inplace") :][:1] == (True,)
-
-
-# -- mutation -------------------------------------------------------------------------------------
-
-
-def mutated_arguments(node: fx.Node) -> Iterator[fx.Node]:
-    """The tensor arguments that ``node`` writes to."""
-    if node.op not in ("call_function", "call_method"):
-        return
-    for value in [*_written(node), node.kwargs.get("out")]:
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, fx.Node) and isinstance(fake(item), torch.Tensor):
-                yield item
-
-
-def _written(node: fx.Node) -> list[Any]:
-    schema = getattr(node.target, "_schema", None)
-    if isinstance(node.target, torch._ops.OpOverload) and schema is not None:
-        named = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | node.kwargs
-        written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-        return [named.get(name) for name in written]
-    name = op_name(node)
-    if not isinstance(name, str):
-        name = getattr(name, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    # Of operators, `ior` and its like have no alias: they are not in any pattern.
-    in_place |= name in ("setitem", "delitem", "__setitem__") or node.target in _OTHER_INPLACE
-    return [_first(node)] if in_place else []
-
-
-_OTHER_INPLACE = {
-    getattr(operator, f"i{name}")
-    for name in [
-        "floordiv",
-        "mod",
-        "pow",
-        "matmul",
-        "and",
-        "or",
-        "xor",
-        "lshift",
-        "rshift",
-        "concat",
-    ]
-}
-
-
-def storage_key(node: fx.Node) -> int | None:
-    """Nodes with the same key are views of the same memory."""
-    value = fake(node)
-    if not isinstance(value, torch.Tensor):
-        return None
-    try:
-        return value.untyped_storage()._cdata
-    except NotImplementedError:  # a wrapper subclass (DTensor, NF4Tensor) has no storage of its own
-        return id(value)

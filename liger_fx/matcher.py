@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from liger_fx.canonical import View, does_nothing, fake, mutated_arguments, op_name, storage_key
+# Whose wrappers the values of torch.func are (torch/_functorch/pyfunctorch.py).
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from liger_fx.canonical import View, fake, first_argument, op_name, storage_key
 from liger_fx.pattern import Binding, Cast, Chain, Guard, Op, Pattern, Term
 
 
@@ -26,9 +29,11 @@ class Match:
     (outermost first) and ``sources`` to what lies below them, ``nodes`` holds what a replacement
     makes superfluous, the outputs among it. ``companion``: the pattern of its last output, if that
     was found beside it (`Rewrite`).
-    ``recomputed``: it lies in the body of an activation checkpoint.
+    ``recomputed``: it lies in the body of an activation checkpoint. ``view``: of its graph.
+    ``worth``: why the policy lets it be replaced.
     """
 
+    view: View
     pattern: Pattern
     outputs: tuple[fx.Node, ...]
     bindings: dict[str, Any]
@@ -38,6 +43,7 @@ class Match:
     settings: dict[str, Any] = field(default_factory=dict)
     companion: Pattern | None = None
     recomputed: bool = False
+    worth: str = ""
 
     @property
     def root(self) -> fx.Node:
@@ -138,7 +144,9 @@ class Matcher:
         # An optional parameter that the pattern never uses binds nothing; the rest are all bound.
         nodes = interior(self.view, root, state.bindings)
         outputs = (root, *(state.values[id(term)] for term in self.pattern.also))
-        return Match(self.pattern, outputs, state.bindings, state.chains, state.sources, nodes)
+        return Match(
+            self.view, self.pattern, outputs, state.bindings, state.chains, state.sources, nodes
+        )
 
     def _match(self, term: Term, value: Any, state: _State) -> _State | None:
         if isinstance(term, Binding):
@@ -262,7 +270,7 @@ def root_ops(term: Term) -> set[Any]:
 
 def candidates(view: View, pattern: Pattern) -> list[fx.Node]:
     found = [node for op in root_ops(pattern.term) for node in view.calls.get(op, ())]
-    return sorted((n for n in found if not does_nothing(n)), key=view.position.__getitem__)
+    return sorted((n for n in found if not view.does_nothing(n)), key=view.position.__getitem__)
 
 
 def interior(view: View, root: fx.Node, bindings: dict[str, Any]) -> set[fx.Node]:
@@ -316,25 +324,59 @@ class Legality:
 
     def __init__(self, view: View) -> None:
         self.view = view
-        self.writes: dict[int, list[fx.Node]] = {}
-        self.grad_mode: list[fx.Node] = []
-        for node in view.position:
-            for target in mutated_arguments(node):
-                key = storage_key(target)
-                if key is not None:
-                    self.writes.setdefault(key, []).append(node)
-            if node.target in _GRAD_MODE:
-                self.grad_mode.append(node)
+        self.grad_mode = [node for node in view.position if node.target in _GRAD_MODE]
+        self.without_gradient = next(filter(self._loses_gradient, view.position), None)
 
-    def check(self, match: Match, constants: Sequence[str] = ()) -> None:
+    def check(
+        self, match: Match, constants: Sequence[str] = (), saved: Sequence[str] | None = None
+    ) -> None:
         """Raise `Reject` if somebody could notice that the interior values are gone.
 
-        constants: names of bindings to which the replacement gives no gradient.
+        constants: names of bindings to which the replacement gives no gradient. saved: names of
+        bindings that the replacement keeps for its backward, "output" among them for what it
+        returns; None for all.
         """
+        if self.without_gradient is not None:
+            raise Reject(
+                f"{self.without_gradient.name} is a view of a tensor with a gradient, and Dynamo "
+                "says that it has none: what needs a gradient in this graph is not known"
+            )
+        self._plain_tensors(match)
         self._no_escape(match)
         self._inputs_in_time(match)
         self._no_mutation(match)
+        self._saved_unwritten(match, saved)
         self._one_grad_mode(match, constants)
+
+    def _loses_gradient(self, node: fx.Node) -> bool:
+        """Is the node a view without a gradient of a value with one? Dynamo's fake tensors forget
+        the gradient of a view that is written without grad mode (torch 2.13, ``dynamic=True``)."""
+        before, after = fake(first_argument(node)), fake(node)
+        return (
+            isinstance(before, torch.Tensor)
+            and isinstance(after, torch.Tensor)
+            and before.requires_grad
+            and not after.requires_grad
+            and after.is_floating_point()
+            and storage_key(before) == storage_key(after)
+            and op_name(node) != "detach"
+            and bool(self._grad_mode(node))
+        )
+
+    def check_kept(self, match: Match) -> None:
+        """Raise `Reject` if a checkpoint that keeps the result of ``match`` gives other gradients
+        than one that computes the result again: where the body writes to what it was given."""
+        effects = self.view.effects
+        given = (node for node in self.view.position if node.op == "placeholder")
+        written = next(filter(effects.written, given), None)
+        if match.recomputed and written is not None:
+            raise Reject(f"{written.name} is written by the checkpoint, which runs twice on it")
+
+    def _plain_tensors(self, match: Match) -> None:
+        for node in match.nodes:
+            for value in map(fake, (node, *node.all_input_nodes)):
+                if isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value):
+                    raise Reject("it runs inside of torch.func, for which the ops have no rules")
         for name, value in match.values.items():
             if isinstance(value, torch.Tensor) and _is_wrapper(value):
                 raise Reject(
@@ -363,32 +405,54 @@ class Legality:
                 raise Reject(f"{name} ({value.name}) is computed only after {first.name}")
 
     def _no_mutation(self, match: Match) -> None:
-        """Nothing may write to what the match reads between its first and its last look at it; the
-        new node looks at all of it where the first of the outputs stood."""
-        position = self.view.position
-        names = {storage_key(v): v for v in match.bindings.values() if isinstance(v, fx.Node)}
-        for key, (value, reads) in self._reads(match).items():
-            reads.append(match.first)
-            for write in self.writes[key]:
-                if write not in match.nodes and (
-                    position[min(reads)] <= position[write] < position[max(reads)]
-                ):
+        """Nothing may write to a value of the match between the first and the last time that the
+        match makes or reads the value. The replacement reads all of its inputs at the place of the
+        first output."""
+        effects, position = self.view.effects, self.view.position
+        if effects.moves is not None:
+            raise Reject(
+                f"`{effects.moves.target}` ({effects.moves.name}) gives a tensor new memory"
+            )
+        names = {storage_key(v): v.name for v in match.bindings.values() if isinstance(v, fx.Node)}
+        for key, (value, uses) in self._uses(match).items():
+            name = names.get(key, value.name)
+            if key in effects.hidden:
+                raise Reject(f"{name} is written by a call that does not say so")
+            uses.append(match.first)
+            for write in effects.writes.get(key, ()):
+                between = position[min(uses)] <= position[write] < position[max(uses)]
+                if between and write not in match.nodes:
                     raise Reject(
-                        f"{names.get(key, value).name} is written in place by "
-                        f"`{name_of(op_name(write))}` ({write.name}) before "
-                        f"`{name_of(op_name(max(match.outputs)))}`"
+                        f"{name} is written in place by `{name_of(op_name(write))}` ({write.name}) "
+                        f"before `{name_of(op_name(max(match.outputs)))}`"
                     )
 
-    def _reads(self, match: Match) -> dict[int, tuple[fx.Node, list[fx.Node]]]:
-        """Of each storage that is written somewhere: what holds it first in the match, and the
-        nodes of the match that make or read it."""
-        reads: dict[int, tuple[fx.Node, list[fx.Node]]] = {}
+    def _uses(self, match: Match) -> dict[int, tuple[fx.Node, list[fx.Node]]]:
+        """Of each storage: the value that the match reads or makes first, and the nodes of the
+        match that read or make it."""
+        uses: dict[int, tuple[fx.Node, list[fx.Node]]] = {}
         for node in sorted(match.nodes):
             for value in (*node.all_input_nodes, node):
                 key = storage_key(value)
-                if key in self.writes:
-                    reads.setdefault(key, (value, []))[1].append(node)
-        return reads
+                if key is not None:
+                    uses.setdefault(key, (value, []))[1].append(node)
+        return uses
+
+    def _saved_unwritten(self, match: Match, saved: Sequence[str] | None) -> None:
+        """Nothing may write to a value that the backward of the replacement reads: autograd would
+        raise, where eager kept a copy (the cast of a residual stream, say)."""
+        if not any(getattr(fake(node), "requires_grad", False) for node in match.outputs):
+            return
+        kept = {name: v for name, v in match.bindings.items() if saved is None or name in saved}
+        if saved is None or "output" in saved:
+            kept |= {node.name: node for node in match.outputs}
+        for name, value in kept.items():
+            for write in self.view.effects.writes.get(storage_key(value) or 0, ()):
+                if write not in match.nodes and not write < match.first:
+                    raise Reject(
+                        f"the backward needs {name}, which `{name_of(op_name(write))}` "
+                        f"({write.name}) writes to later"
+                    )
 
     def _one_grad_mode(self, match: Match, constants: Sequence[str]) -> None:
         """An output that is computed without gradients is a constant, whatever is on its way."""

@@ -1,28 +1,27 @@
-"""The policy: which rewrites are made in a graph, where in it, and on what evidence."""
+"""The policy: which matches are replaced, and on what evidence."""
 
 from __future__ import annotations
 
 import functools
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx
 
 from liger_fx.canonical import fake
+from liger_fx.matcher import Match, Reject
 from liger_fx.options import Options
 from liger_fx.report import Place
-from liger_fx.rewrite import Rewrite, Where
+from liger_fx.rewrite import Allow, Rewrite
 
 NOISE = 0.995  # as fast, within what such measurements repeat
 SLOWEST = 0.98  # of what saves memory
 SAVING = 0.90  # of the memory: worth a little time
-
-NOWHERE: Mapping[str, Where] = {}
 
 # Of an H100 or H200: what stands in where there is no GPU to ask.
 DEFAULT_ARCHITECTURE = "sm90"
@@ -92,81 +91,41 @@ def pays(measurements: Sequence[Measurement]) -> bool:
     return slowest >= NOISE or (slowest >= SLOWEST and smallest <= SAVING)
 
 
-class Verdict(NamedTuple):
-    """where: by spelling, where to try the rewrite. why: a sentence for the report, or one for each
-    spelling."""
-
-    where: Mapping[str, Where]
-    why: str | Mapping[str, str] | None
+Judge = Callable[[Rewrite, Match], tuple[bool, str]]  # is it worth it, and the evidence
 
 
-Judge = Callable[[Rewrite], Verdict]
+def policy(options: Options, judge: Judge, judged: Collection[str]) -> Allow:
+    """What `rewrite_graph` asks of each match.
 
+    judge: decides where the options leave it to evidence. judged: names of the rewrites that it
+    knows of; others come from the user, who wants them made.
+    """
 
-@dataclass
-class Policy:
-    """chosen: rewrites to try. where: by name and spelling, in which parts of the graph. reasons:
-    for each rewrite that the policy decided about, as in `Verdict`."""
+    def allow(rewrite: Rewrite, match: Match) -> str:
+        if rewrite.name in options.disable:
+            raise Reject("disabled by option")
+        if not isinstance(options.policy, str) and rewrite.name not in options.policy:
+            raise Reject("not in the policy's list")
+        if not isinstance(options.policy, str) or options.policy == "all":
+            return ""
+        if rewrite.gain is not None:
+            return f"{options.policy}: {rewrite.gain}"
+        if rewrite.name not in judged and options.policy == "auto":
+            return "auto: a rewrite of your own"
+        pays_here, evidence = judge(rewrite, match)
+        if not pays_here:
+            raise Reject(f"{options.policy}: {evidence}")
+        return f"{options.policy}: {evidence}"
 
-    chosen: list[Rewrite] = field(default_factory=list)
-    where: dict[str, Mapping[str, Where]] = field(default_factory=dict)
-    reasons: dict[str, str | Mapping[str, str]] = field(default_factory=dict)
-
-    def decisions(self, found: Mapping[str, Sequence[str]]) -> dict[str, str]:
-        """A sentence for each rewrite; none where it was decided by spelling, and there are none.
-        found: by name, the spellings in the graph."""
-        said = {name: _said(why, found.get(name, ())) for name, why in self.reasons.items()}
-        return {name: sentence for name, sentence in said.items() if sentence}
-
-
-def _said(why: str | Mapping[str, str], found: Sequence[str]) -> str:
-    if isinstance(why, str):
-        return why
-    said = {name: why[name] for name in found}
-    if len(set(said.values())) == 1:
-        return said[found[0]]
-    return "; ".join(f"in spelling {name} {sentence}" for name, sentence in said.items())
-
-
-def decide(rewrites: Sequence[Rewrite], options: Options, judge: Judge) -> Policy:
-    """Apply ``options`` to ``rewrites``. judge: decides where the options leave it to evidence."""
-    policy = Policy()
-    for rewrite in rewrites:
-        where, why = _verdict(rewrite, options, judge)
-        if any(where.values()):
-            policy.chosen.append(rewrite)
-            policy.where[rewrite.name] = where
-        if why is not None:
-            policy.reasons[rewrite.name] = why
-    return policy
-
-
-def _verdict(rewrite: Rewrite, options: Options, judge: Judge) -> Verdict:
-    anywhere = rewrite.in_all_spellings(Where.ANYWHERE)
-    if rewrite.name in options.disable:
-        return Verdict(NOWHERE, "disabled by option")
-    if options.policy == "all":
-        return Verdict(anywhere, None)
-    if not isinstance(options.policy, str):
-        if rewrite.name in options.policy:
-            return Verdict(anywhere, None)
-        return Verdict(NOWHERE, "not in the policy's list")
-    if rewrite.gain is not None:
-        return Verdict(anywhere, f"{options.policy} always applies it: {rewrite.gain}")
-    return judge(rewrite)
+    return allow
 
 
 def device_of(gm: fx.GraphModule) -> torch.device:
-    """The device the graph computes on: that of its first value on CUDA; meta tensors stand for a
-    GPU's."""
+    """The device that the graph computes on: the first that is no CPU."""
     devices = [
         value.device for node in gm.graph.nodes if isinstance(value := fake(node), torch.Tensor)
     ]
-    for kind in ("cuda", "meta"):
-        for device in devices:
-            if device.type == kind:
-                return device
-    return torch.device("cpu")
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 def form_of(gm: fx.GraphModule) -> str:
@@ -184,21 +143,24 @@ def form_of(gm: fx.GraphModule) -> str:
 
 def by_table(device: torch.device, inner: str, form: str) -> Judge:
     """``auto``: what `table` says of this device under this inner compiler, for graphs of this
-    form and for each spelling where it knows of any."""
-    if device.type == "cpu":
-        left = "auto leaves it: not measured on a CPU; policy='measure' measures it on this one"
-        return lambda rewrite: Verdict(NOWHERE, left)
+    form. Each spelling has a kernel, or an eager form, of its own: its rows decide, and those of
+    all spellings where it has none. So it is inside and outside of activation checkpoints."""
+    if device.type not in ("cuda", "meta"):
+        machine = "a CPU" if device.type == "cpu" else device.type
+        left = f"not measured on {machine}; policy='measure' measures it on this one"
+        return lambda rewrite, match: (False, left)
     present = device.type == "cuda" and torch.cuda.is_available()
     architecture = architecture_of(device) if present else DEFAULT_ARCHITECTURE
     entry = table().get(architecture)
-    assumed = f"not on a GPU: decided as on {architecture}"
+    assumed = "" if present else f" [not on a GPU: decided as on {architecture}]"
 
-    def judge(rewrite: Rewrite) -> Verdict:
+    def judge(rewrite: Rewrite, match: Match) -> tuple[bool, str]:
         rows = [row for row in entry.rows if row.inner == inner] if entry else []
         rows = [row for row in rows if row.rewrite == rewrite.name]
         rows = [row for row in rows if row.form == form] or rows
-        verdict = _by_spelling(rewrite, rows, functools.partial(_evidence, architecture, entry))
-        return verdict if present else _with_note(verdict, assumed)
+        rows = [row for row in rows if row.spelling == match.pattern.name] or rows
+        rows = [row for row in rows if row.checkpoint == match.recomputed]
+        return pays(rows), _evidence(architecture, entry, rows) + assumed
 
     return judge
 
@@ -211,53 +173,13 @@ def architecture_of(device: torch.device) -> str:
     return f"sm{major}{minor}"
 
 
-Evidence = Callable[[Sequence[Row]], str]
-
-
-def _by_spelling(rewrite: Rewrite, rows: Sequence[Row], evidence: Evidence) -> Verdict:
-    """Each spelling has a kernel, or an eager form, of its own: its own rows decide, and all of
-    them where it has none."""
-    names = [pattern.name for pattern in rewrite.spellings]
-    measured = {name: [row for row in rows if row.spelling == name] for name in names}
-    weighed = {name: _weigh(of_it or rows, evidence) for name, of_it in measured.items()}
-    where = {name: place for name, (place, _) in weighed.items()}
-    if len(set(where.values())) == 1:
-        return Verdict(where, f"auto {_weigh(rows, evidence)[1]}")
-    return Verdict(where, {name: f"auto {why}" for name, (_, why) in weighed.items()})
-
-
-def _with_note(verdict: Verdict, note: str) -> Verdict:
-    where, why = verdict
-    if isinstance(why, Mapping):
-        return Verdict(where, {name: f"{sentence} [{note}]" for name, sentence in why.items()})
-    return Verdict(where, f"{why} [{note}]")
-
-
-def _weigh(rows: Sequence[Row], evidence: Evidence) -> tuple[Where, str]:
-    """Where the rows say that a rewrite pays, and that in words."""
-    inside = [row for row in rows if row.checkpoint]
-    outside = [row for row in rows if not row.checkpoint]
-    if pays(inside) == pays(outside):
-        if pays(inside):
-            return Where.ANYWHERE, f"applies it: {evidence(rows)}"
-        return Where(0), f"leaves it: {evidence(rows)}"
-    if pays(inside):
-        return Where.INSIDE, (
-            f"applies it inside activation checkpoints only: {evidence(inside)}; outside: "
-            f"{evidence(outside)}"
-        )
-    return Where.OUTSIDE, (
-        f"applies it outside activation checkpoints only: {evidence(outside)}; inside: "
-        f"{evidence(inside)}"
-    )
-
-
 def _evidence(architecture: str, entry: Entry | None, rows: Sequence[Row]) -> str:
     """The numbers that decided: the slowest, and the most memory saved if that is why."""
     if not rows or entry is None:
         return f"not measured on {architecture}; policy='measure' measures it on this GPU"
     slowest = min(rows, key=lambda row: row.speed)
-    source = f"{slowest.model}, {slowest.form}, {architecture}, {entry.date}"
+    inside = ", in a checkpoint" if slowest.checkpoint else ""
+    source = f"{slowest.model}, {slowest.form}{inside}, {architecture}, {entry.date}"
     text = f"{slowest.speed:.3f}x the speed at worst ({source})"
     smallest = min(rows, key=lambda row: row.memory or 1.0)
     if slowest.speed < NOISE and (smallest.memory or 1.0) <= SAVING:
@@ -269,20 +191,16 @@ def _evidence(architecture: str, entry: Entry | None, rows: Sequence[Row]) -> st
 
 
 def by_measurement(measured: Mapping[str, Measurement], device: torch.device) -> Judge:
-    """``measure``: what `liger_fx.measure` found out about this graph. A rewrite that it did not
-    measure cannot be made here; it is tried, for the report to say why."""
-    machine = "GPU" if device.type == "cuda" else "CPU"
+    """``measure``: what `liger_fx.measure` found out about this graph. A rewrite that was not
+    measured cannot be made here; it is tried, for the report to say why."""
+    machine = "CPU" if device.type == "cpu" else "GPU"
 
-    def judge(rewrite: Rewrite) -> Verdict:
+    def judge(rewrite: Rewrite, match: Match) -> tuple[bool, str]:
         found = measured.get(rewrite.name)
-        anywhere = rewrite.in_all_spellings(Where.ANYWHERE)
         if found is None:
-            return Verdict(anywhere, None)
+            return True, "not measured"
         memory = "" if found.memory is None else f", {found.memory:.2f} of the memory"
-        numbers = f"{found.speed:.3f}x the speed{memory}, on this {machine}"
-        if pays([found]):
-            return Verdict(anywhere, f"measure applies it: {numbers}")
-        return Verdict(NOWHERE, f"measure leaves it: {numbers}")
+        return pays([found]), f"{found.speed:.3f}x the speed{memory}, on this {machine}"
 
     return judge
 
@@ -290,4 +208,8 @@ def by_measurement(measured: Mapping[str, Measurement], device: torch.device) ->
 def instead(judge: Judge, why: str) -> Judge:
     """``judge``, which stands in for ``measure``; why: nothing was measured."""
 
-    return lambda rewrite: _with_note(judge(rewrite), f"not measured here: {why}")
+    def stand_in(rewrite: Rewrite, match: Match) -> tuple[bool, str]:
+        pays_here, evidence = judge(rewrite, match)
+        return pays_here, f"{evidence} [not measured here: {why}]"
+
+    return stand_in

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import re
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +16,8 @@ from torch import fx
 
 from liger_fx.canonical import op_name
 from liger_fx.matcher import Miss, name_of
+
+log = logging.getLogger("liger_fx")
 
 
 @dataclass(frozen=True)
@@ -37,11 +41,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Replacement:
-    """A subgraph that was replaced; ``pattern`` is the spelling that matched."""
+    """A subgraph that was replaced. pattern: the spelling that matched. worth: on what evidence the
+    policy allowed it, "" where a user asked for it."""
 
     rewrite: str
     pattern: str
     place: Place
+    worth: str = ""
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,20 @@ class Rejection:
     @staticmethod
     def at(rewrite: str, reason: str, place: Place) -> Rejection:
         return Rejection(rewrite, reason, place.module, place.source)
+
+
+def internal_error(error: Exception) -> str:
+    """The reason of a `Rejection` after an exception that no rewrite should raise."""
+    first_line = next(iter(str(error).splitlines()), "")
+    return f"internal error: {type(error).__name__}: {first_line}"
+
+
+def log_failure(what: str) -> None:
+    """Log the current exception with its stack. The log itself may be what failed."""
+    try:
+        log.exception("liger_fx %s; please report this", what)
+    except Exception:
+        print(f"liger_fx {what}, and its log fails as well", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -83,21 +103,17 @@ class Report:
     """The outcome for one compiled graph.
 
     seconds: time spent on matching and rewriting. nodes: size of the graph as Dynamo made it.
-    decisions: what the policy decided before matching, and on what evidence. spellings: by rewrite,
-    those found where the policy allows any of them.
-    note: what the program around the graph leaves out, if that is known.
-    error: the traceback of an engine failure after which the graph was compiled untouched.
+    skipped: what was not looked into, a sentence each, and where. note: what the program around the
+    graph leaves out, if that is known.
     """
 
     replacements: list[Replacement] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
-    decisions: dict[str, str] = field(default_factory=dict)
-    spellings: dict[str, list[str]] = field(default_factory=dict)
+    skipped: list[tuple[str, Place]] = field(default_factory=list)
     nodes: int = 0
     seconds: float = 0.0
     note: str | None = None
-    error: str | None = None
 
     @property
     def counts(self) -> dict[str, int]:
@@ -108,7 +124,7 @@ class Report:
         """In a sentence, why ``rewrite`` was not made; None if nothing came near it."""
         said = [r.reason for r in self.rejections if r.rewrite == rewrite]
         said += [m.reason for m in self.near_misses if m.rewrite == rewrite]
-        return said[0] if said else self.decisions.get(rewrite)
+        return said[0] if said else None
 
     @staticmethod
     def merged(reports: Sequence[Report]) -> Report:
@@ -118,46 +134,56 @@ class Report:
             whole.replacements += report.replacements
             whole.rejections += report.rejections
             whole.near_misses += report.near_misses
-            whole.decisions |= report.decisions
-            for name, spellings in report.spellings.items():
-                known = whole.spellings.setdefault(name, [])
-                known += [spelling for spelling in spellings if spelling not in known]
+            whole.skipped += report.skipped
             whole.nodes += report.nodes
             whole.seconds += report.seconds
             whole.note = whole.note or report.note
-            whole.error = whole.error or report.error
         return whole
 
     def to_json(self) -> str:
         return json.dumps({"counts": self.counts} | dataclasses.asdict(self), indent=1)
 
     def summary(self) -> str:
-        """One line: ``linear_cross_entropy 1; refused rope 2``."""
-        if self.error:
-            return "failed, graph compiled untouched"
-        made = ", ".join(f"{name} {n}" for name, n in self.counts.items()) or "nothing replaced"
+        """One line: ``linear_cross_entropy 1; refused rope 2, swiglu 1``."""
         refused = Counter(r.rewrite for r in self.rejections)
-        return "; ".join([made, *(f"refused {name} {n}" for name, n in refused.items())])
+        return (_counted(self.counts) or "nothing replaced") + (
+            f"; refused {_counted(refused)}" if refused else ""
+        )
 
     def __str__(self) -> str:
-        rows = [(name, "policy", why, Place()) for name, why in self.decisions.items()]
+        rows = [(r.rewrite, "replaced", _said(r), r.place) for r in self.replacements]
+        reasons: dict[str, Counter[str]] = {}
+        for r in self.rejections:
+            reasons.setdefault(r.reason, Counter())[r.rewrite] += 1
         rows += [
-            (r.rewrite, "replaced", f"spelling {r.pattern}", r.place) for r in self.replacements
-        ]
-        rows += [
-            (r.rewrite, "refused", r.reason, Place(r.module, r.source)) for r in self.rejections
+            (r.rewrite, "refused", r.reason, Place(r.module, r.source))
+            for r in self.rejections
+            if len(reasons[r.reason]) == 1
         ]
         rows += [
             (m.rewrite, "no match", _near(m), Place(m.module, m.source)) for m in self.near_misses
         ]
+        rows += [("", "skipped", what, place) for what, place in self.skipped]
+        lines = _grouped(rows)
+        lines += [
+            ("several", "refused", f"{_counted(counts)}: {reason}")
+            for reason, counts in reasons.items()
+            if len(counts) > 1  # such as what a policy has to say of all rewrites
+        ]
         head = f"liger_fx: graph of {self.nodes} nodes, matched in {self.seconds * 1e3:.1f} ms"
-        if self.error:
-            return f"{head}\n{self.error}"
-        if not (self.replacements or self.rejections or self.near_misses):
+        if not lines:
             head += "\n  nothing to replace: no rewrite has its last operation in this graph"
-        width = max((len(row[0]) for row in rows), default=0)
-        lines = [f"  {name:{width}}  {word:8}  {what}" for name, word, what in _grouped(rows)]
-        return "\n".join([head, *lines, *([f"  {self.note}"] if self.note else [])])
+        width = max((len(name) for name, *_ in lines), default=0)
+        text = [f"  {name:{width}}  {word:8}  {what}" for name, word, what in lines]
+        return "\n".join([head, *text, *([f"  {self.note}"] if self.note else [])])
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {n}" for name, n in counts.items())
+
+
+def _said(made: Replacement) -> str:
+    return f"spelling {made.pattern}" + (f"; {made.worth}" if made.worth else "")
 
 
 def _grouped(rows: Sequence[tuple[str, str, str, Place]]) -> list[tuple[str, str, str]]:

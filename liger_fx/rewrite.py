@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import enum
+import contextlib
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,22 +16,22 @@ from torch import fx
 from torch._dynamo.utils import _disable_saved_tensors_hooks_during_tracing
 from torch.fx.proxy import GraphAppendingTracer
 
+from liger_fx.bodies import skipped, with_bodies
 from liger_fx.canonical import View, fake, same_sizes
-from liger_fx.checkpoint import checkpoint_bodies, save_in_checkpoint
+from liger_fx.effects import known_writes
 from liger_fx.matcher import Legality, Match, Matcher, Miss, Reject, candidates
 from liger_fx.pattern import Pattern
-from liger_fx.report import NearMiss, Place, Rejection, Replacement, Report
+from liger_fx.report import (
+    NearMiss,
+    Place,
+    Rejection,
+    Replacement,
+    Report,
+    internal_error,
+    log_failure,
+)
 
-__all__ = ["Reject", "Rewrite", "Where", "rewrite_graph"]
-
-
-class Where(enum.Flag):
-    """The parts of a graph in which a rewrite is made: the bodies of activation checkpoints
-    (inside), and all that is in none (outside)."""
-
-    OUTSIDE = enum.auto()
-    INSIDE = enum.auto()
-    ANYWHERE = OUTSIDE | INSIDE
+__all__ = ["Allow", "BrokenGraph", "Reject", "Rewrite", "rewrite_graph"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +54,9 @@ class Rewrite:
     combine: joins several matches into one where the model cut one computation into pieces.
     constants: names of bindings to which the replacement gives no gradient: what is computed of
         them may run without grad mode.
+    saved: names of bindings that the op keeps for its backward, "output" among them if it keeps
+        what it returns, or a function of the match that gives them. A match is refused if such a
+        value is written to later. None: all of them.
     settings: the options ``<name>.<setting>`` and their defaults.
     gain: why it is worth making on every device, under every inner compiler. Without one,
         ``policy="auto"`` and ``"measure"`` decide from measurements.
@@ -63,13 +65,14 @@ class Rewrite:
 
     name: str
     patterns: Sequence[Callable[..., Any]]
-    replace: Callable[..., fx.Proxy]
+    replace: Callable[..., Any]
     check: Callable[..., None] | None = None
     refuses: Sequence[tuple[Callable[..., Any], str]] = ()
     also: Callable[[Match], Sequence[fx.Node]] | None = None
     companions: Sequence[Callable[..., Any]] = ()
     combine: Callable[[View, list[Match]], list[Match]] | None = None
     constants: Sequence[str] = ()
+    saved: Sequence[str] | Callable[[Match], Sequence[str]] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     gain: str | None = None
     save_ops: Sequence[str] = ()
@@ -83,180 +86,206 @@ class Rewrite:
         object.__setattr__(self, "twins", twins)
         object.__setattr__(self, "beside", tuple(map(Pattern, self.companions)))
 
-    def in_all_spellings(self, where: Where) -> dict[str, Where]:
-        return {pattern.name: where for pattern in self.spellings}
+
+Allow = Callable[[Rewrite, Match], str]
+
+
+class BrokenGraph(RuntimeError):
+    """A replacement left a graph that cannot run. Nothing can be done but to stop."""
 
 
 def rewrite_graph(
     gm: fx.GraphModule,
     rewrites: Sequence[Rewrite],
-    settings: dict[str, dict[str, Any]] | None = None,
-    where: Mapping[str, Mapping[str, Where]] | None = None,
+    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    allow: Allow | None = None,
+    strict: bool = False,
 ) -> Report:
-    """Apply ``rewrites`` in order to ``gm``, in place, and to its activation-checkpoint bodies.
+    """Apply ``rewrites`` in order to ``gm``, in place, and to the bodies of its activation
+    checkpoints and of its nested regions.
 
     gm: a graph as Dynamo gives it to a backend: every node carries ``meta["example_value"]``.
-    settings: per rewrite name, settings that differ from its defaults. where: per rewrite name and
-    spelling, where in ``gm`` to make it; a rewrite that is not named is made anywhere.
+    settings: per rewrite name, settings that differ from its defaults. allow: called with each
+    rewrite and match; returns why the match is worth replacing, or "", or raises `Reject`. strict:
+    an exception in a rewrite or in ``allow`` is raised. Without ``strict`` the exception costs the
+    one match, stands among the rejections, and is logged with its stack.
 
-    Bodies of custom autograd functions and of flex attention are left alone. Raises ValueError for
-    a graph without example values. If anything raises, ``gm`` is as it was.
+    Bodies of custom autograd functions, of flex attention and of ``cond`` are left alone. Raises
+    ValueError for a graph without example values, BrokenGraph, a RuntimeError.
     """
     start = time.perf_counter()
-    report, undo = Report(nodes=len(gm.graph.nodes)), _Undo()
-    try:
-        for rewrite in rewrites:
-            chosen = rewrite.settings | (settings or {}).get(rewrite.name, {})
-            places = (where or {}).get(rewrite.name, rewrite.in_all_spellings(Where.ANYWHERE))
-            _Application(rewrite, chosen, places, report, undo).run(gm)
-    except BaseException:
-        undo.restore()
-        raise
+    report = Report(nodes=len(gm.graph.nodes))
+    counted = known_writes(gm)
+    graphs = [_Graph(graph, recomputed, counted) for graph, recomputed in with_bodies(gm)]
+    for graph in graphs:
+        _require_example_values(graph.gm)
+    for rewrite in rewrites:
+        chosen = rewrite.settings | dict((settings or {}).get(rewrite.name, {}))
+        _Application(rewrite, chosen, allow or (lambda *_: ""), strict, report).run(graphs)
+    report.skipped = [(what, Place.of(node)) for what, node in skipped(gm)]
     report.seconds = time.perf_counter() - start
     return report
 
 
-class _Undo:
-    """Copies of the graphs that are changed, taken just before."""
+class _Graph:
+    """A graph and what is known of it, until it changes. recomputed: in a checkpoint's backward.
+    counted: as for `Effects`."""
 
-    def __init__(self) -> None:
-        self.graphs: dict[fx.GraphModule, fx.Graph] = {}
+    def __init__(self, gm: fx.GraphModule, recomputed: bool, counted: Mapping[int, int]) -> None:
+        self.gm, self.recomputed, self.counted = gm, recomputed, counted
+        self._legality: Legality | None = None
 
-    def remember(self, gm: fx.GraphModule) -> None:
-        if gm not in self.graphs:
-            self.graphs[gm] = copy.deepcopy(gm.graph)
+    @property
+    def legality(self) -> Legality:
+        if self._legality is None:
+            self._legality = Legality(View(self.gm.graph, self.counted))
+        return self._legality
 
-    def restore(self) -> None:
-        for gm, graph in self.graphs.items():
-            gm.graph = graph  # recompiles
+    @property
+    def view(self) -> View:
+        return self.legality.view
+
+    def changed(self, by: Rewrite) -> None:
+        self._legality = None
+        try:
+            self.gm.graph.lint()
+            self.gm.recompile()
+        except Exception as error:
+            raise BrokenGraph(f"{by.name} broke the graph: {error}") from error
 
 
 class _Application:
-    """One rewrite over one graph and its checkpoint bodies."""
+    """One rewrite over all graphs."""
 
     def __init__(
         self,
         rewrite: Rewrite,
         settings: dict[str, Any],
-        places: Mapping[str, Where],
+        allow: Allow,
+        strict: bool,
         report: Report,
-        undo: _Undo,
     ) -> None:
         self.rewrite = rewrite
-        self.undo = undo
         self.settings = settings
-        self.places = places
+        self.allow = allow
+        self.strict = strict
         self.report = report
         self.best: tuple[Miss, Place] | None = None
         self.seen = False  # a match was found, made or not
 
-    def run(self, gm: fx.GraphModule) -> None:
-        if self._anything_in(Where.INSIDE):
-            self._bodies(gm)
-        if self._anything_in(Where.OUTSIDE):
-            self._graph(gm)
+    def run(self, graphs: Sequence[_Graph]) -> None:
+        for graph in graphs:
+            matches: list[Match] = []
+            with self._costs_only(None):
+                matches = self._legal(graph)
+            renamed: dict[fx.Node, fx.Node] = {}
+            for match in matches:
+                if not match.nodes & renamed.keys():  # else part of what has been replaced already
+                    self._apply(graph.gm.graph, match, renamed)
+            if renamed:
+                graph.changed(self.rewrite)
         if not self.seen and self.best is not None:
             miss, place = self.best
             self.report.near_misses.append(NearMiss.of(self.rewrite.name, miss, place))
 
-    def _anything_in(self, part: Where) -> bool:
-        return any(part in places for places in self.places.values())
+    @contextlib.contextmanager
+    def _costs_only(self, node: fx.Node | None) -> Iterator[None]:
+        """A `Reject` or, unless ``strict``, any other exception inside costs what is inside."""
+        try:
+            yield
+        except Reject as reject:
+            self._reject(node, str(reject))
+        except Exception as error:
+            if self.strict:
+                raise
+            reason = internal_error(error)
+            if not any(r.reason == reason for r in self.report.rejections):  # once for all layers
+                log_failure(f"failed in {self.rewrite.name}")
+            self._reject(node, reason)
 
-    def _bodies(self, gm: fx.GraphModule) -> None:
-        for body in checkpoint_bodies(gm):
-            fired = len(self.report.replacements)
-            self._bodies(body)
-            self._graph(body, recomputed=True)
-            if self.rewrite.save_ops and len(self.report.replacements) > fired:
-                save_in_checkpoint(body, self.rewrite.save_ops)
+    def _legal(self, graph: _Graph) -> list[Match]:
+        found = self._find(graph)
+        matches = [match for match in found if self._is_legal(match, graph.legality)]
+        if self.rewrite.combine is None:
+            return matches
+        combined = matches
+        with self._costs_only(None):
+            combined = self.rewrite.combine(graph.view, matches)
+        return [
+            match
+            for match in combined
+            if match in matches or self._is_legal(match, graph.legality, checked=True)
+        ]
 
-    def _graph(self, gm: fx.GraphModule, *, recomputed: bool = False) -> None:
-        _require_example_values(gm)
-        view = View(gm.graph)
-        found = self._find(view, recomputed)
-        if not found:
-            return
-        self._note_spellings(found)
-        part = Where.INSIDE if recomputed else Where.OUTSIDE
-        found = [m for m in found if part in self.places.get(m.pattern.name, Where(0))]
-        legality = Legality(view)
-        matches = [match for match in found if self._is_legal(match, legality)]
-        if self.rewrite.combine is not None:
-            matches = [
-                match
-                for match in self.rewrite.combine(view, matches)
-                if match in matches or self._is_legal(match, legality, checked=True)
-            ]
-        if matches:
-            self.undo.remember(gm)
-            renamed: dict[fx.Node, fx.Node] = {}
-            for match in matches:
-                self._apply(gm.graph, match, renamed)
-            gm.graph.lint()
-            gm.recompile()
-
-    def _find(self, view: View, recomputed: bool) -> list[Match]:
-        found: dict[fx.Node, Match] = {}
+    def _find(self, graph: _Graph) -> list[Match]:
+        view, found = graph.view, dict[fx.Node, Match]()
         for pattern in self.rewrite.spellings:
             for node in candidates(view, pattern):
-                if node in found:
-                    continue
-                matcher = Matcher(view, pattern)
-                match = matcher.at(node)
-                if match is not None:
-                    match.settings, match.recomputed = self.settings, recomputed
-                    self._join_companion(view, match)
-                    if self.rewrite.also is not None:
-                        match.outputs += tuple(self.rewrite.also(match))
-                        match.nodes.update(match.outputs)
-                    found[node] = match
-                else:
-                    self._note_miss(matcher.miss, node)
+                if node not in found:
+                    with self._costs_only(node):
+                        matcher = Matcher(view, pattern)
+                        match = matcher.at(node)
+                        if match is None:
+                            self._note_miss(matcher.miss, node)
+                        else:
+                            self._complete(match, graph)
+                            found[node] = match
         for twin, reason in self.rewrite.twins:
             for node in candidates(view, twin):
-                if node not in found and Matcher(view, twin).at(node) is not None:
-                    self._reject(node, reason)
+                with self._costs_only(node):
+                    if node not in found and Matcher(view, twin).at(node) is not None:
+                        self._reject(node, reason)
+        self.seen |= bool(found)
         return sorted(_outermost(list(found.values())), key=lambda m: view.position[m.root])
 
-    def _note_spellings(self, found: Sequence[Match]) -> None:
-        self.seen = True
-        names = self.report.spellings.setdefault(self.rewrite.name, [])
-        names += dict.fromkeys(m.pattern.name for m in found if m.pattern.name not in names)
-
-    def _join_companion(self, view: View, match: Match) -> None:
+    def _complete(self, match: Match, graph: _Graph) -> None:
+        match.settings, match.recomputed = self.settings, graph.recomputed
         for pattern in self.rewrite.beside:
-            for node in candidates(view, pattern):
-                other = Matcher(view, pattern).at(node, match.bindings)
-                if other is not None and other.nodes & match.nodes:
-                    match.join(other)
-                    return
+            others = (
+                Matcher(match.view, pattern).at(node, match.bindings)
+                for node in candidates(match.view, pattern)
+            )
+            beside = next((m for m in others if m is not None and m.nodes & match.nodes), None)
+            if beside is not None:
+                match.join(beside)
+                break
+        if self.rewrite.also is not None:
+            match.outputs += tuple(self.rewrite.also(match))
+            match.nodes.update(match.outputs)
 
     def _note_miss(self, miss: Miss | None, node: fx.Node) -> None:
-        if miss is None:
-            return
-        if self.best is None or miss.matched > self.best[0].matched:
+        if miss is not None and (self.best is None or miss.matched > self.best[0].matched):
             self.best = (miss, Place.of(node))
 
     def _is_legal(self, match: Match, legality: Legality, checked: bool = False) -> bool:
-        try:
-            legality.check(match, self.rewrite.constants)
+        with self._costs_only(match.root):
+            match.worth = self.allow(self.rewrite, match)
+            saved = (
+                self.rewrite.saved(match) if callable(self.rewrite.saved) else self.rewrite.saved
+            )
+            legality.check(match, self.rewrite.constants, saved)
+            if self.rewrite.save_ops:
+                legality.check_kept(match)
             if self.rewrite.check is not None and not checked:
                 self.rewrite.check(match, **_wanted(self.rewrite.check, match.values))
-        except Reject as reject:
-            self._reject(match.root, str(reject))
-            return False
-        return True
+            return True
+        return False
 
     def _apply(self, graph: fx.Graph, match: Match, renamed: dict[fx.Node, fx.Node]) -> None:
-        if match.nodes & renamed.keys():
-            return  # part of a match that has been replaced already
-        place = Place.of(match.root)
-        _substitute(graph, match, self.rewrite.replace, renamed)
-        self.report.replacements.append(Replacement(self.rewrite.name, match.spelling, place))
+        news: list[fx.Node] = []
+        with self._costs_only(match.root):
+            place = Place.of(match.root)
+            news = _record(graph, match, self.rewrite.replace, renamed)
+        if news:
+            _commit(graph, match, news)
+            renamed.update(zip(match.outputs, news, strict=True))
+            made = Replacement(self.rewrite.name, match.spelling, place, match.worth)
+            self.report.replacements.append(made)
 
-    def _reject(self, node: fx.Node, reason: str) -> None:
+    def _reject(self, node: fx.Node | None, reason: str) -> None:
         self.seen = True
-        self.report.rejections.append(Rejection.at(self.rewrite.name, reason, Place.of(node)))
+        place = Place() if node is None else Place.of(node)
+        self.report.rejections.append(Rejection.at(self.rewrite.name, reason, place))
 
 
 def _outermost(matches: list[Match]) -> list[Match]:
@@ -266,12 +295,8 @@ def _outermost(matches: list[Match]) -> list[Match]:
 
 
 def _require_example_values(gm: fx.GraphModule) -> None:
-    for node in gm.graph.nodes:
-        if node.op.startswith("call_") and "example_value" not in node.meta:
-            continue  # a node without a value, such as _set_grad_enabled
-        if node.op.startswith("call_"):
-            return
-    if any(node.op == "call_function" for node in gm.graph.nodes):
+    computing = [node for node in gm.graph.nodes if node.op not in ("get_attr", "output")]
+    if computing and not any("example_value" in node.meta for node in computing):
         raise ValueError(
             "the graph has no meta['example_value'] on its nodes; rewrite_graph takes graphs as "
             "torch.compile gives them to a backend"
@@ -287,14 +312,16 @@ def _wanted(function: Callable[..., Any], values: dict[str, Any]) -> dict[str, A
 _COPIED_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "recompute", "ac_graph_id")
 
 
-def _substitute(
+def _record(
     graph: fx.Graph,
     match: Match,
     replace: Callable[..., Any],
-    renamed: dict[fx.Node, fx.Node],
-) -> None:
-    """Record the replacement where the first output stands, give it metadata, erase what it made
-    dead. The new nodes are added to ``renamed``."""
+    renamed: Mapping[fx.Node, fx.Node],
+) -> list[fx.Node]:
+    """The nodes of the replacement, recorded where the first output stands and evaluated on fake
+    tensors, one for each output. The rest of the graph does not know them yet; after an exception
+    they are gone. renamed: what has become of nodes that were replaced before.
+    """
     tracer = GraphAppendingTracer(graph)
     proxies = {
         name: fx.Proxy(renamed.get(value, value), tracer) if isinstance(value, fx.Node) else value
@@ -303,13 +330,25 @@ def _substitute(
     anchor = match.first
     before = anchor.prev
     like = next((node for node in match.outputs if fake(node).requires_grad), match.root)
-    with graph.inserting_before(anchor):
-        made = replace(match, **_wanted(replace, proxies))
-        made = made if isinstance(made, tuple) else (made,)
-        _annotate(before.next, anchor, like)
-        news = [_like(new.node, old, anchor) for new, old in zip(made, match.outputs, strict=True)]
+    try:
+        with graph.inserting_before(anchor):
+            made = replace(match, **_wanted(replace, proxies))
+            made = made if isinstance(made, tuple) else (made,)
+            _annotate(before.next, anchor, like)
+            _require_alive(before.next, anchor)
+            return [
+                _as_before(new.node, old, anchor)
+                for new, old in zip(made, match.outputs, strict=True)
+            ]
+    except BaseException:
+        while anchor.prev is not before:
+            graph.erase_node(anchor.prev)
+        raise
+
+
+def _commit(graph: fx.Graph, match: Match, news: Sequence[fx.Node]) -> None:
+    """Let the users of the outputs use the replacement, and erase what nobody uses any more."""
     for old, new in zip(match.outputs, news, strict=True):
-        renamed[old] = new
         old.replace_all_uses_with(new)
     _erase(graph, match.nodes)
 
@@ -324,10 +363,18 @@ def _annotate(node: fx.Node, end: fx.Node, like: fx.Node) -> None:
         node = node.next
 
 
-def _like(new: fx.Node, old: fx.Node, anchor: fx.Node) -> fx.Node:
+def _require_alive(node: fx.Node, end: fx.Node) -> None:
+    while node is not end:
+        gone = [n.name for n in node.all_input_nodes if n._erased]
+        if gone:
+            raise RuntimeError(f"the replacement reads {gone[0]}, which was replaced before")
+        node = node.next
+
+
+def _as_before(new: fx.Node, old: fx.Node, anchor: fx.Node) -> fx.Node:
     """``new``, without a gradient if ``old`` has none, and in its memory layout: a ``view`` further
-    on may depend on it. Raises RuntimeError if it is another kind of tensor, which is a mistake in
-    the rewrite."""
+    on may depend on it. Raises `Reject` where the layout cannot be had, RuntimeError if ``new`` is
+    another kind of tensor, which is a mistake in the rewrite."""
     got, wanted = fake(new), fake(old)
     if got.dtype != wanted.dtype or not same_sizes(got.shape, wanted.shape):
         raise RuntimeError(
@@ -337,10 +384,20 @@ def _like(new: fx.Node, old: fx.Node, anchor: fx.Node) -> fx.Node:
     if got.requires_grad and not wanted.requires_grad:
         new = new.graph.call_method("detach", (new,))
         _annotate(new, anchor, old)
-    if not same_sizes(got.stride(), wanted.stride()) and wanted.is_contiguous():
+    if not _same_layout(got, wanted) and wanted.is_contiguous():
         new = new.graph.call_method("contiguous", (new,))
         _annotate(new, anchor, old)
+    if not _same_layout(fake(new), wanted):
+        raise Reject(
+            f"{old.name} has the strides {list(wanted.stride())}; the op gives {list(got.stride())}"
+        )
     return new
+
+
+def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Have two tensors of one shape the same strides, where a dimension has more than one step?"""
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(str(size) == "1" or str(x) == str(y) for size, x, y in strides)
 
 
 def _evaluate(node: fx.Node, like: fx.Node) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from liger_fx.canonical import hint, specialise
+from liger_fx.canonical import hint, same_sizes, specialise
 from liger_fx.matcher import Match, Reject
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,8 +67,15 @@ def check_norm(match: Match, x: Any, weight: Any, eps: Any, normalized_shape: An
     """Raise `Reject` for a norm that Liger's kernel does not compute, or not the same."""
     if normalized_shape is not None and len(normalized_shape) != 1:
         raise Reject(f"it normalises {len(normalized_shape)} dimensions; the kernel takes the last")
+    if weight is not None and not isinstance(weight, torch.Tensor):
+        raise Reject(f"the weight is a number, {weight!r}; the kernel takes a tensor or none")
     if weight is not None and weight.dim() != 1:
         raise Reject(f"the weight is {weight.dim()}-D, expected 1-D [columns]")
+    if weight is not None and not same_sizes(weight.shape, x.shape[-1:]):
+        raise Reject(
+            f"the weight is {list(weight.shape)}, expected {list(x.shape[-1:])}: the product "
+            "broadcasts, the kernel reads one weight for each column"
+        )
     if weight is not None and weight.dtype not in DTYPES:
         raise Reject(f"the weight is {weight.dtype}; the kernel computes in float32")
     if eps is not None and hint(eps) is None:

@@ -14,7 +14,7 @@ import torch
 from liger_fx.passes._rows import kept_rows
 from torch import fx
 
-from liger_fx.canonical import fake, hint, mutated_arguments, op_name, positional, storage_key
+from liger_fx.canonical import fake, hint, op_name, positional
 from liger_fx.matcher import Match, Reject
 from liger_fx.pattern import chain
 
@@ -104,8 +104,7 @@ def _check_mask(match: Match, node: fx.Node, mask: fx.Node) -> None:
     of_tokens = hint(fake(bools).numel()) == hint(math.prod(logits.shape[:-1]))
     if of_classes:
         of_tokens &= fake(mask).shape[-1:] == (1,)
-    written = (target for n in mask.graph.nodes for target in mutated_arguments(n))
-    if any(storage_key(target) == storage_key(bools) for target in written):
+    if match.view.effects.written(bools):
         raise Reject(f"{bools.name}, the mask, is written in place")
     if not of_tokens or [*map(hint, fake(node).shape)] != [*map(hint, before.shape)]:
         raise Reject("the mask is not one of tokens")

@@ -65,4 +65,5 @@ add_rms_norm = Rewrite(
     patterns=[add_torchtune, add_torch_module, add_gemma, add_huggingface, add_olmo],
     check=check,
     replace=replace,
+    saved=["weight", "output"],
 )

@@ -70,4 +70,5 @@ cross_entropy = Rewrite(
     patterns=[upcast, plain],
     check=check,
     replace=replace,
+    saved=["logits", "target", "class_weight"],
 )

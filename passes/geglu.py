@@ -36,4 +36,5 @@ geglu = Rewrite(
     refuses=[(exact, "GELU is exact here; Liger's kernel computes the tanh approximation")],
     check=check,
     replace=replace,
+    saved=["gate", "up"],
 )

@@ -124,4 +124,5 @@ grouped_query_attention = Rewrite(
     patterns=[heads_first, heads_second],
     check=check,
     replace=replace,
+    saved=["query", "key", "value", "mask", "output"],
 )

@@ -45,4 +45,5 @@ layer_norm = Rewrite(
     patterns=[fp32_layer_norm, torch_module],
     check=check,
     replace=replace,
+    saved=["x", "weight"],
 )

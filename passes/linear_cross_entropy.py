@@ -28,7 +28,6 @@ from torch import fx
 from liger_fx import ops
 from liger_fx.canonical import fake, hint, specialise
 from liger_fx.matcher import Match, Reject
-from liger_fx.ops.chunked_head import chunk_tokens_for
 from liger_fx.rewrite import Rewrite
 
 
@@ -82,9 +81,7 @@ def check(match: Match, weight, target, class_weight, ignore_index, softcap=1.0)
     cap = hint(softcap)
     if cap is None or cap <= 0:
         raise Reject("the softcap is computed in the graph or not positive, expected a constant")
-    logits = logits_of(match)
-    fitting = chunk_tokens_for(logits.shape[-1], logits.element_size(), logits.device.type)
-    check_gain(match, target.numel(), match.settings["chunk_tokens"] or fitting)
+    check_gain(match, target.numel(), logits_of(match))
 
 
 def replace(
@@ -115,6 +112,12 @@ def replace(
     return loss if match.output.dtype == torch.float32 else loss.to(match.output.dtype)
 
 
+def saved(match: Match) -> list[str]:
+    """The op of a sum computes its gradients in the forward and keeps nothing else."""
+    per_token = match.bindings["reduction"] == "none"
+    return ["hidden", "weight", "bias", "target"] if per_token else []
+
+
 def _classes_are_where_expected(match: Match, target: torch.Tensor) -> bool:
     """[N, V] against [N], or [V] against []; transposed, [b, V, s] against [b, s]."""
     root: fx.Node = match.root
@@ -130,6 +133,7 @@ linear_cross_entropy = Rewrite(
     check=check,
     replace=replace,
     combine=merge_chunked_losses,
+    saved=saved,
     settings={"chunk_tokens": 0, "accum_dtype": torch.float32, "skip_ignored": True},
     gain="the logits never exist",
     save_ops=["liger_fx::linear_cross_entropy"],

@@ -46,7 +46,6 @@ from torch import fx
 from liger_fx import ops
 from liger_fx.canonical import fake, hint, op_name, specialise
 from liger_fx.matcher import Match, Reject, name_of
-from liger_fx.ops.chunked_head import chunk_tokens_for
 from liger_fx.pattern import chain, guard
 from liger_fx.rewrite import Rewrite
 
@@ -266,12 +265,7 @@ def check(
             )
     if "ce_rows" in match.chains:
         _check_cross_entropy(match, **{name: match.values[name] for name in _OF_CROSS_ENTROPY})
-    fitting = chunk_tokens_for(
-        student.shape[-1],
-        logits_of(match).element_size() + logits_of(match, "teacher_").element_size(),
-        student.device.type,
-    )
-    check_gain(match, tokens, match.settings["chunk_tokens"] or fitting)
+    check_gain(match, tokens, logits_of(match), logits_of(match, "teacher_"))
 
 
 def _agree(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
@@ -445,6 +439,7 @@ linear_kl = Rewrite(
     also=detached_losses,
     combine=merge_chunked_losses,
     constants=["teacher_hidden", "teacher_weight", "teacher_bias"],
+    saved=[],  # the gradients are computed in the forward
     settings={"chunk_tokens": 0, "accum_dtype": torch.float32, "skip_ignored": True},
     gain="the logits never exist",
     save_ops=["liger_fx::linear_kl"],

@@ -32,13 +32,7 @@ from liger_fx.passes._rows import (
 from torch import fx
 
 from liger_fx import ops
-from liger_fx.canonical import (
-    fake,
-    mutated_arguments,
-    op_name,
-    same_sizes,
-    storage_key,
-)
+from liger_fx.canonical import fake, op_name, same_sizes
 from liger_fx.matcher import Match, Reject
 from liger_fx.pattern import chain
 from liger_fx.rewrite import Rewrite
@@ -146,30 +140,27 @@ def _rounded(value: fx.Proxy, node: fx.Node) -> Any:
 
 def _only_used_where(match: Match) -> fx.Node | None:
     """The mask of bools by which every output, and nothing else of it, is multiplied."""
-    masks = {_mask_of(node, match.first) for node in match.outputs}
+    masks = {_mask_of(match, node) for node in match.outputs}
     return masks.pop() if len(masks) == 1 else None
 
 
-def _mask_of(node: fx.Node, first: fx.Node) -> fx.Node | None:
+def _mask_of(match: Match, node: fx.Node) -> fx.Node | None:
     user = next(iter(node.users), None)
     if user is None or len(node.users) > 1:
         return None
     if op_name(user) == "neg":
-        return _mask_of(user, first)
+        return _mask_of(match, user)
     if op_name(user) != "mul":
         return None
-    masks = (f for f in user.args if isinstance(f, fx.Node) and f < first and _is_mask(f, node))
-    return next(masks, None)
+    return next((f for f in user.args if _is_mask(match, f, fake(node).shape)), None)  # type: ignore[misc, return-value]
 
 
-def _is_mask(factor: fx.Node, node: fx.Node) -> bool:
+def _is_mask(match: Match, factor: Any, shape: torch.Size) -> bool:
+    if not isinstance(factor, fx.Node) or not factor < match.first:
+        return False
     value = fake(factor)
-    if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
-        return False
-    if value.shape != fake(node).shape:
-        return False
-    written = (t for n in factor.graph.nodes for t in mutated_arguments(n))
-    return all(storage_key(target) != storage_key(factor) for target in written)
+    is_bools = isinstance(value, torch.Tensor) and value.dtype == torch.bool
+    return is_bools and value.shape == shape and not match.view.effects.written(factor)
 
 
 linear_logprobs = Rewrite(
@@ -179,6 +170,7 @@ linear_logprobs = Rewrite(
     companions=[negative_entropy, negative_entropy_by_softmax, entropy_of_logits],
     check=check,
     replace=replace,
+    saved=["hidden", "weight", "bias", "label"],
     settings={"chunk_tokens": 0, "accum_dtype": torch.float32, "skip_ignored": True},
     gain="the logits never exist",
     save_ops=["liger_fx::linear_cross_entropy_per_token"],

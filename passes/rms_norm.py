@@ -35,4 +35,5 @@ rms_norm = Rewrite(
     ],
     check=check,
     replace=replace,
+    saved=["x", "weight"],
 )

@@ -47,4 +47,5 @@ swiglu = Rewrite(
     patterns=[gate_up_halves, separate],
     check=check,
     replace=replace,
+    saved=["gate", "up", "gate_up"],
 )

@@ -6,6 +6,8 @@ Leaves alone MLPs with biases, adapters or quantised weights, gate and up in one
              an activation checkpoint those whose output the backward needs: the op computes gate
              and up again in its backward, and the checkpoint would run the whole op once more.
 Numerics     Each product is rounded as in eager; weight gradients are summed over tiles in fp32.
+             With the setting ``skip_padding`` a token whose gradient is exactly zero is left out of
+             the backward: if it is inf or nan, eager's weight gradients are nan and these are not.
 """
 
 import torch.nn.functional as F
@@ -65,7 +67,7 @@ def replace(match: Match, x, w_gate, w_up, w_down):
     op = ops.swiglu_mlp if match.pattern.name == "swiglu" else ops.geglu_mlp
     given = {"x": x, "w_gate": w_gate, "w_up": w_up, "w_down": w_down}
     operands = cast_as_autocast(match, match.output.dtype, given)
-    return op(*operands, match.settings["tile_tokens"])
+    return op(*operands, match.settings["tile_tokens"], match.settings["skip_padding"])
 
 
 tiled_mlp = Rewrite(
@@ -74,5 +76,6 @@ tiled_mlp = Rewrite(
     refuses=[(swiglu_with_biases, "the projections have biases; the op has none")],
     check=check,
     replace=replace,
-    settings={"tile_tokens": 0},
+    saved=["x", "w_gate", "w_up", "w_down"],
+    settings={"tile_tokens": 0, "skip_padding": False},
 )

@@ -37,7 +37,7 @@ class Capture:
         self.reports: list[Report] = []
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        self.reports.append(rewrite_graph(gm, self.rewrites))
+        self.reports.append(rewrite_graph(gm, self.rewrites, strict=True))
         self.graphs.append(gm)
         return gm.forward
 
@@ -74,6 +74,13 @@ def show(gm: fx.GraphModule) -> str:
 
 def reasons(report: Report) -> str:
     return "\n".join(r.reason for r in report.rejections)
+
+
+def evidence(report: Report, rewrite: str) -> str:
+    """What the policy says of the first match of ``rewrite``, made or not."""
+    said = [r.worth for r in report.replacements if r.rewrite == rewrite]
+    said += [r.reason for r in report.rejections if r.rewrite == rewrite]
+    return said[0]
 
 
 def words(text: str) -> str:

@@ -28,11 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> None:
     """No compiled code, seed or report of an earlier test."""
-    import liger_fx.backend
+    import liger_fx.dynamo
 
     torch._dynamo.reset()
     torch.manual_seed(0)
-    liger_fx.backend._reports.clear()
+    liger_fx.clear_reports()
+    liger_fx.dynamo._made.clear()
 
 
 @pytest.fixture

@@ -10,8 +10,7 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerSelfAttentionLayer
 
 import liger_fx
-from liger_fx import activations
-from liger_fx.torchtune import compile_layers
+from liger_fx.torchtune import activations, compile_layers
 
 LAYERS, TOKENS = 4, 32
 GIB = 2**30

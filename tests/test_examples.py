@@ -42,7 +42,8 @@ def test_huggingface_trainer(tmp_path: Path) -> None:
     printed = run_example(name, tmp_path, LIGER_FX_INNER="eager")  # Inductor would take most of it
     losses = trainer_losses()
     assert printed.count("liger_fx: graph of") == 1
-    assert "linear_cross_entropy replaced" in words(printed) and "refused" not in printed
+    assert "linear_cross_entropy replaced" in words(printed)
+    assert printed.count("refused") <= 1  # in one line, what is not measured on a CPU
     assert len(losses) == 10 and losses[-1] < losses[0] - 1
     assert "replaced" not in run_example(name, tmp_path, TORCH_COMPILE_DISABLE="1")
     assert trainer_losses() == pytest.approx(losses, rel=0, abs=1e-4)

@@ -360,7 +360,7 @@ def test_refuses_gpus_without_the_kernels(capability, count, monkeypatch):
     with FakeTensorMode():
         tensors = operands("cuda")
     with mock.patch("torch.cuda.get_device_capability", return_value=capability):
-        report = liger_fx.explain(torchtune, *tensors)
+        report = liger_fx.explain(torchtune, tensors)
     assert report.counts.get("grouped_query_attention", 0) == count
     if not count:
         assert_expected_inline(

@@ -13,7 +13,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -26,7 +26,8 @@ from torchtune.modules.loss import (
     SymmetricKLLoss,
 )
 
-from liger_fx.backend import compile_rewritten, parse_options, publish, rewrite
+from liger_fx.dynamo import Backend
+from liger_fx.report import Report
 from liger_fx.torchtune.parts import compile_loss, of_one_chunk
 
 log = utils.get_logger("INFO")  # torchtune's: what a recipe says, its user sees
@@ -51,11 +52,22 @@ class Head(nn.Module, abc.ABC):
         self._options = options or None
         # Not a submodule: its parameters are the model's.
         object.__setattr__(self, "decoder", _without_hooks(decoder))
-        backend = functools.partial(_head_or_nothing, self.rewrite)
-        self._region = torch.compile(self._outcome, backend=backend, options=self._options)
+        self._backend = Backend(self._options, accept=self._one_op_or_nothing)
+        self._region = torch.compile(self._outcome, backend=self._backend)
         self._fused = True
         owner, run = _owner(decoder), self._region_or_stock
         self._enter = _through(owner, run) if isinstance(owner, FSDPModule) else run
+
+    def _one_op_or_nothing(self, report: Report) -> None:
+        """Raise `HeadNotFused` where the region does not become one op, and is not worth it.
+
+        Without gradients nothing is kept of the logits, and small ones may stay.
+        """
+        made, required = self.rewrite in report.counts, self._backend.options.require
+        if not made and self.rewrite not in required and torch.is_grad_enabled():
+            why = report.why_not(self.rewrite) or "what the loss does with the logits is not known"
+            apart = "the projection and the loss are not fused, and run as in torchtune's recipe"
+            raise HeadNotFused(f"{apart}: {why}")
 
     def _region_or_stock(self, *args: Any) -> Any:
         if self._fused:
@@ -428,26 +440,3 @@ def _refuse_tensor_parallel(model: nn.Module, decoder: nn.Module) -> None:
                 f"mesh {parameter.device_mesh}, and the fused loss needs the whole weight on each "
                 "rank. They run as in torchtune's recipe; without tensor parallelism they are fused"
             )
-
-
-def _head_or_nothing(
-    rewrite_name: str,
-    gm: fx.GraphModule,
-    example_inputs: list[Any],
-    *,
-    options: dict[str, Any] | None = None,
-) -> Callable[..., Any]:
-    """The backend of a head: where it does not become one op, the region is not worth it.
-
-    Without gradients nothing is kept of the logits, and small ones may stay.
-    """
-    parsed = parse_options(options)
-    report = rewrite(gm, parsed, example_inputs)
-    made = rewrite_name in report.counts
-    if not made and rewrite_name not in parsed.require and torch.is_grad_enabled():
-        why = report.why_not(rewrite_name) or "what the loss does with the logits is not known"
-        raise HeadNotFused(
-            f"the projection and the loss are not fused, and run as in torchtune's recipe: {why}"
-        )
-    publish(report, parsed)
-    return compile_rewritten(gm, example_inputs, parsed)

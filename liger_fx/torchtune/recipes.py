@@ -20,9 +20,10 @@ from torch.distributed.fsdp import FSDPModule
 from torchtune import rlhf, training, utils
 
 import liger_fx
-from liger_fx import activations
-from liger_fx.backend import environment, parse_options
+from liger_fx.dynamo import parse_options
+from liger_fx.inner import environment
 from liger_fx.report import Report
+from liger_fx.torchtune import activations
 from liger_fx.torchtune.heads import (
     HeadDistillation,
     HeadLogProbs,
@@ -110,6 +111,8 @@ class LayersRecipe(abc.ABC):
         self._settings = flatten(cfg.get("liger_fx", {}) or {})
         memory_gib = self._settings.pop("memory_gib", None)
         parse_options(self._settings)  # a mistake should show now, not in the first step
+        if _batches_are_padded(cfg) and not _chosen(self._settings, "tiled_mlp", "skip_padding"):
+            self._settings["tiled_mlp.skip_padding"] = True
         self._compiles = bool(cfg.get("compile", False))
         super().setup(cfg=cfg)  # type: ignore[misc]
         _check_ranks_agree(self._compiles, self._settings)
@@ -341,8 +344,29 @@ def _uses_flex_attention(cfg: Any) -> bool:
     """torchtune attends over packed sequences with flex attention where the GPU supports it."""
     from torchtune.utils._import_guard import _SUPPORTS_FLEX_ATTENTION
 
+    return _SUPPORTS_FLEX_ATTENTION and _packs(cfg)
+
+
+def _packs(cfg: Any) -> bool:
+    """Does a data set of the config put several samples into one sequence?"""
     datasets = [cfg.dataset] if isinstance(cfg.dataset, Mapping) else cfg.dataset
-    return _SUPPORTS_FLEX_ATTENTION and any(d.get("packed", False) for d in datasets)
+    return any(d.get("packed", False) for d in datasets)
+
+
+def _batches_are_padded(cfg: Any) -> bool:
+    """Does torchtune pad the sequences of a batch to the length of its longest?
+
+    It does unless the data set is packed, or a batch is a single sequence. False for a config
+    without ``dataset`` or ``batch_size``. The config decides, so the ranks agree.
+    """
+    if cfg.get("dataset") is None:
+        return False
+    return cfg.get("batch_size", 1) > 1 and not _packs(cfg)
+
+
+def _chosen(settings: Mapping[str, Any], rewrite: str, setting: str) -> bool:
+    """Did the user set ``<rewrite>.<setting>``, in the config or by an environment variable?"""
+    return setting in parse_options(settings).settings.get(rewrite, {})
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from liger_fx.checkpoint import saving_policy
+from liger_fx.bodies import saving_policy
 
 KEPT = (
     "aten::mm",

@@ -6,7 +6,7 @@ import functools
 import sys
 from pathlib import Path
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 @functools.cache

@@ -1,0 +1,107 @@
+"""Graphs inside of a Dynamo graph: the bodies of higher-order operators.
+
+``torch.utils.checkpoint`` becomes a ``tag_activation_checkpoint`` node and
+``torch.compiler.nested_compile_region`` an ``invoke_subgraph`` node. Their bodies are matched like
+any graph. An op that computes its gradients in the forward must not run again in the backward of a
+checkpoint, so a selective-checkpointing policy keeps its outputs, by the mechanism of
+``torch.utils.checkpoint.create_selective_checkpoint_contexts``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from liger_fx.effects import bodies
+
+# Where tag_activation_checkpoint looks for the policy of a body (torch/_higher_order_ops/wrap.py).
+_CONTEXT_FN = "_checkpoint_context_fn"
+
+_ENTERED = (tag_activation_checkpoint, invoke_subgraph)
+
+
+def entered(gm: fx.GraphModule) -> dict[fx.GraphModule, bool]:
+    """The bodies in one graph that are matched, each once; true for those that a checkpoint runs
+    again in its backward."""
+    return {
+        body: node.target is tag_activation_checkpoint
+        for node in gm.graph.nodes
+        if node.target in _ENTERED
+        for body in bodies(node)
+    }
+
+
+def with_bodies(
+    gm: fx.GraphModule, recomputed: bool = False
+) -> Iterator[tuple[fx.GraphModule, bool]]:
+    """``gm`` and the bodies that are matched, at any depth, the innermost first, and whether a
+    checkpoint runs the graph again."""
+    for body, in_checkpoint in entered(gm).items():
+        yield from with_bodies(body, recomputed or in_checkpoint)
+    yield gm, recomputed
+
+
+def skipped(gm: fx.GraphModule) -> list[tuple[str, fx.Node]]:
+    """The operators whose bodies are not matched: a sentence for the report, and the node."""
+    return [
+        (f"the body of `{node.target.name()}` is not looked into", node)
+        for graph, _ in with_bodies(gm)
+        for node in graph.graph.nodes
+        if bodies(node) and node.target not in _ENTERED
+    ]
+
+
+def keep_in_checkpoints(gm: fx.GraphModule, op_names: Sequence[str]) -> None:
+    """Let checkpoints keep the outputs of these ops for the backward, and recompute the rest as
+    before.
+
+    A body with a policy of its own keeps its policy: whoever wrote it can name the ops.
+    """
+    names = frozenset(op_names)
+    for body, recomputed in with_bodies(gm):
+        if recomputed and any(_op_name(node.target) in names for node in body.graph.nodes):
+            contexts = functools.partial(create_selective_checkpoint_contexts, saving_policy(names))
+            body.meta.setdefault(_CONTEXT_FN, contexts)
+
+
+def checkpoint_eagerly(gm: fx.GraphModule) -> None:
+    """Let ``gm`` run without a compiler: its checkpoints restore the state of the random generators
+    for their recomputation. Dynamo's operator leaves that to AOTAutograd."""
+    for graph, _ in with_bodies(gm):
+        for node in graph.graph.nodes:
+            if node.target is tag_activation_checkpoint:
+                node.target = _checkpoint
+        graph.recompile()
+
+
+def _checkpoint(body: fx.GraphModule, *args: Any, **options: Any) -> Any:
+    options = options | {"use_reentrant": False}
+    if _CONTEXT_FN in body.meta:
+        options["context_fn"] = body.meta[_CONTEXT_FN]
+    return checkpoint(body, *args, **options)
+
+
+def saving_policy(names: frozenset[str]) -> Callable[..., CheckpointPolicy]:
+    """For ``create_selective_checkpoint_contexts``: keep what the ops of these names return
+    (``"aten::mm"``), and recompute the rest."""
+    return functools.partial(_policy, names)
+
+
+def _policy(saved: frozenset[str], ctx: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    kept = _op_name(op) in saved
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _op_name(target: Any) -> str:
+    return target.name() if isinstance(target, torch._ops.OpOverload) else ""

@@ -1,0 +1,309 @@
+"""The backend as Dynamo calls it: rewrite a graph, report on it, hand it to the inner compiler."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+from torch import fx
+
+# What Dynamo hands on to the user as it is (torch/_dynamo/output_graph.py: _call_user_compiler).
+from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.utils import counters
+
+from liger_fx.inner import compile_rewritten, environment, fingerprint
+from liger_fx.measure import NotMeasured, measure
+from liger_fx.options import Options
+from liger_fx.policy import Judge, by_measurement, by_table, device_of, form_of, instead, policy
+from liger_fx.report import Place, Rejection, Report, internal_error, log_failure
+from liger_fx.rewrite import Allow, BrokenGraph, Rewrite, rewrite_graph
+
+log = logging.getLogger("liger_fx")
+
+_reports: deque[Report] = deque(maxlen=1000)
+
+
+class _ForTheUser(ShortenTraceback):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
+
+
+class OptionError(_ForTheUser, ValueError):
+    """An option is unknown, has no such value, or cannot apply together with another."""
+
+
+class RequirementError(_ForTheUser):
+    """A rewrite named in ``require`` was not made in the compiled function that should have it."""
+
+
+def liger_fx(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """``torch.compile(fn, backend="liger_fx", options={...}, mode=...)``.
+
+    options: see `liger_fx.options.Options`; keys it does not know go to Inductor. mode: Inductor's
+    modes. Raises OptionError, a ValueError, for options that are unknown or cannot apply,
+    RequirementError if ``require`` is not met.
+    """
+    return Backend(options, mode=mode, made=_made_with(options))(gm, example_inputs)
+
+
+def backend(rewrites: Sequence[Rewrite] | None = None, **options: Any) -> Backend:
+    """A backend to pass to `torch.compile`, with rewrites of your own:
+    ``torch.compile(fn, backend=liger_fx.backend([*DEFAULT, mine], inner="aot_eager"))``.
+
+    rewrites: in their order; None for `liger_fx.passes.DEFAULT` and those of installed packages
+    (entry points of the group ``liger_fx.rewrites``, each a `Rewrite` or a list of them). options:
+    as ``options=`` of `torch.compile`; those with a dot are passed as ``**{"rope.x": 1}``. ``mode``
+    is Inductor's. ``policy="auto"`` applies rewrites of your own wherever they are legal. Raises
+    OptionError, a ValueError, at once.
+    """
+    mode = options.pop("mode", None)
+    return Backend(options, rewrites, mode)
+
+
+class Backend:
+    """Options and rewrites, settled once. Callable as Dynamo calls a backend.
+
+    accept: gets the report of each graph before anything is published or compiled, and may raise.
+    made: the rewrites made so far for the same compiled function.
+    """
+
+    def __init__(
+        self,
+        options: Mapping[str, Any] | None = None,
+        rewrites: Sequence[Rewrite] | None = None,
+        mode: str | None = None,
+        accept: Callable[[Report], None] | None = None,
+        made: set[str] | None = None,
+    ) -> None:
+        self.rewrites = _installed() if rewrites is None else list(rewrites)
+        self.options = parse_options(options, self.rewrites)
+        self.mode = mode
+        self.accept = accept
+        self.made = set() if made is None else made
+        if mode is not None and self.options.inner != "inductor":
+            raise OptionError(
+                f"mode={mode!r} is a mode of Inductor's, but inner={self.options.inner!r}: leave "
+                "out one of the two"
+            )
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        report = self.rewrite(gm, example_inputs)
+        if self.accept is not None:
+            self.accept(report)
+        self._publish(report)
+        return compile_rewritten(gm, example_inputs, self.options, self.rewrites, self.mode)
+
+    def rewrite(self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None = None) -> Report:
+        """Rewrite ``gm`` in place. An engine error costs a match and is in the report, unless
+        ``strict``. example_inputs: for ``policy="measure"``; without inputs nothing is run."""
+        options = self.options
+        try:
+            if device_of(gm).type == "cpu":
+                _warn_without_cuda()
+            allow = self._policy(gm, example_inputs)
+            report = rewrite_graph(gm, self.rewrites, options.settings, allow, options.strict)
+            report.note = _note()
+        except BrokenGraph:
+            raise
+        except Exception as error:
+            if options.strict:
+                raise
+            log_failure("leaves a graph as it is")
+            report = Report(nodes=len(gm.graph.nodes))
+            report.rejections.append(Rejection.at("all", internal_error(error), Place()))
+        return report
+
+    def _policy(self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> Allow:
+        try:
+            judge = self._judge(gm, example_inputs)
+        except Exception as error:  # such as a broken table
+            if self.options.strict:
+                raise
+            log_failure("cannot read its measurements")
+            why = internal_error(error)
+            judge = lambda rewrite, match: (False, why)  # noqa: E731
+        return policy(self.options, judge, [rewrite.name for rewrite in _default()])
+
+    def _judge(self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> Judge:
+        """What decides about the rewrites that the options leave to evidence."""
+        auto = by_table(device_of(gm), self.options.inner, form_of(gm))
+        if self.options.policy != "measure":
+            return auto
+        try:
+            return self._measured(gm, example_inputs)
+        except NotMeasured as why:
+            return instead(auto, str(why))
+        except Exception as failure:
+            if self.options.strict:
+                raise
+            log.warning("liger_fx could not measure a graph, the table decides", exc_info=True)
+            return instead(auto, f"{type(failure).__name__}: {failure}".splitlines()[0])
+
+    def _measured(self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> Judge:
+        relevant = replace(self.options, require=(), strict=False)
+        if relevant.inner == "inductor":  # a CUDA graph would keep the copies of the inputs
+            relevant = replace(relevant, inductor=relevant.inductor | {"triton.cudagraphs": False})
+        measured = measure(
+            gm,
+            [rewrite for rewrite in self.rewrites if rewrite.name not in relevant.disable],
+            example_inputs,
+            compile_graph=lambda form, inputs: compile_rewritten(
+                form, inputs, relevant, self.rewrites, self.mode
+            ),
+            settings=relevant.settings,
+            conditions=f"{environment()} {fingerprint(self.rewrites)} {relevant} mode={self.mode}",
+        )
+        return by_measurement(measured, device_of(gm))
+
+    def _publish(self, report: Report) -> None:
+        """The report goes to `reports`, logs and traces. Raises RequirementError."""
+        first = not _reports
+        _reports.append(report)
+        try:
+            if report.note and first:
+                log.warning("liger_fx: %s", report.note)
+            for name, count in report.counts.items():
+                counters["liger_fx"][name] += count
+            log.info("%s", report.summary())
+            log.debug("%s", report)
+            torch._logging.trace_structured(
+                "artifact",
+                metadata_fn=lambda: {"name": "liger_fx_report", "encoding": "json"},
+                payload_fn=report.to_json,
+            )
+        except Exception as error:
+            if self.options.strict:
+                raise
+            report.rejections.append(Rejection.at("report", internal_error(error), Place()))
+            log_failure("could not report on a graph")
+        self._check_required(report)
+
+    def _check_required(self, report: Report) -> None:
+        self.made.update(report.counts)
+        missing = [name for name in self.options.require if name not in self.made]
+        # A graph without anything like the rewrite (a layer of its own, say) is no failure yet.
+        near = {m.rewrite for m in report.near_misses if 2 * m.matched >= m.total}
+        concerned = near | {r.rewrite for r in report.rejections}
+        if concerned & {*missing, "all"} and missing:
+            raise RequirementError(f"required but not made: {', '.join(missing)}\n{report}")
+
+
+# Of functions with a `require` among their options. torch.compile hands on the same object for all
+# graphs of one function; the environment's is one for the process.
+_made: list[tuple[Mapping[str, Any] | None, set[str]]] = []
+
+
+def _made_with(options: Mapping[str, Any] | None) -> set[str]:
+    """The rewrites made in the graphs of the function that was compiled with ``options``."""
+    found = next((made for known, made in _made if known is options), None)
+    if found is not None:
+        return found
+    made: set[str] = set()
+    if options is None or "require" in options:
+        _made.append((options, made))
+    return made
+
+
+def parse_options(
+    options: Mapping[str, Any] | None, rewrites: Sequence[Rewrite] | None = None
+) -> Options:
+    """``options`` over the environment. Raises OptionError for what is unknown."""
+    known = _installed() if rewrites is None else rewrites
+    try:
+        return Options.parse(options, {r.name: r.settings for r in known})
+    except ValueError as error:
+        raise OptionError(str(error)) from None
+
+
+def reports() -> list[Report]:
+    """One report for each graph that this process has compiled with liger_fx, oldest first; the
+    last 1000."""
+    return list(_reports)
+
+
+def clear_reports() -> None:
+    """Forget the reports so far."""
+    _reports.clear()
+
+
+def explain(
+    fn: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+) -> Report:
+    """What liger_fx would do with ``fn(*args, **kwargs)``, without running a kernel.
+
+    ``fn`` is traced on fake tensors: real, fake and meta arguments will do, and no GPU is needed.
+    Code between two graphs runs on fake tensors too. options: as for `torch.compile`. Resets
+    torch.compile: what the process has compiled before is compiled again when it is called next.
+    Returns one report over all graphs. Raises OptionError, a ValueError.
+    """
+    from torch._subclasses import FakeTensorMode
+
+    rewriting = Backend(options)
+    found: list[Report] = []
+
+    def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        found.append(rewriting.rewrite(gm))
+        return gm.forward
+
+    torch._dynamo.reset()
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            torch.compile(fn, backend=record)(*args, **(kwargs or {}))
+    finally:
+        torch._dynamo.reset()
+    return Report.merged(found)
+
+
+# -- what is installed -----------------------------------------------------------------------------
+
+
+def _default() -> list[Rewrite]:
+    from liger_fx.passes import DEFAULT
+
+    return DEFAULT
+
+
+def _installed() -> list[Rewrite]:
+    return [*_default(), *_of_packages()]
+
+
+@functools.cache
+def _of_packages() -> tuple[Rewrite, ...]:
+    found: list[Rewrite] = []
+    for entry in entry_points(group="liger_fx.rewrites"):
+        try:
+            loaded = entry.load()
+        except Exception:
+            log.exception("liger_fx cannot load the rewrites %s = %s", entry.name, entry.value)
+            continue
+        found += [loaded] if isinstance(loaded, Rewrite) else loaded
+    return tuple(found)
+
+
+def _note() -> str | None:
+    """What is to be said of the program around the graphs, by the part of liger_fx that serves a
+    library which the program uses (entry points ``<library> = "module:function"``)."""
+    notes = (e.load()() for e in entry_points(group="liger_fx.notes") if e.name in sys.modules)
+    return next(filter(None, notes), None)
+
+
+@functools.cache
+def _warn_without_cuda() -> None:
+    log.warning("liger_fx: on a CPU plain PyTorch ops stand in: Liger's Triton kernels need a GPU")

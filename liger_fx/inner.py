@@ -1,0 +1,105 @@
+"""The compiler of the rewritten graph, and the key under which its results are cached."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from liger_fx import ops
+from liger_fx.bodies import checkpoint_eagerly, keep_in_checkpoints
+from liger_fx.options import Options
+from liger_fx.rewrite import Rewrite
+
+
+def compile_rewritten(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    rewrites: Sequence[Rewrite],
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile ``gm``, to which ``rewrites`` have been applied, with ``options.inner``."""
+    keep_in_checkpoints(gm, [name for rewrite in rewrites for name in rewrite.save_ops])
+    if options.inner == "eager":
+        checkpoint_eagerly(gm)
+        return gm.forward
+    if options.inner == "aot_eager":
+        return torch._dynamo.lookup_backend("aot_eager")(gm, list(example_inputs))
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = {**(list_mode_options(mode) if mode else {}), **options.inductor}
+    tag = ";".join(filter(None, [torch.compiler.config.cache_key_tag, fingerprint(rewrites)]))
+    tagged = torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
+    with tagged, _cacheable_random_state(patches):
+        return compile_fx(  # type: ignore[return-value]
+            gm, list(example_inputs), config_patches=patches
+        )
+
+
+def _cacheable_random_state(patches: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """On a GPU, attention in an activation checkpoint counts as random, with dropout or without,
+    and runs under an operator that restores the generator's state for the recomputation. torch has
+    two such operators. It picks the graph-safe one, which torch 2.11 cannot cache
+    (https://github.com/pytorch/pytorch/pull/185562), although only CUDA graphs need it."""
+    from torch._inductor import config as inductor
+
+    in_cuda_graphs = patches.get("triton.cudagraphs", inductor.triton.cudagraphs)
+    if in_cuda_graphs or torch._prims.rng_prims.graphsafe_run_with_rng_state.cacheable():
+        return contextlib.nullcontext()
+    return torch._functorch.config.patch(graphsafe_rng_functionalization=False)
+
+
+# -- the cache key ---------------------------------------------------------------------------------
+
+
+def fingerprint(rewrites: Sequence[Rewrite]) -> str:
+    """What a cached result depends on and the compile caches cannot see: they see the rewritten
+    graph, but not the backward of an op (https://github.com/pytorch/pytorch/issues/144344). A hash
+    over the source of our ops and rewrites and of the files of a user's, and Liger's version."""
+    own = sorted(_file_of(r.replace) for r in rewrites if r.replace.__module__.split(".")[0] != _US)
+    return ";".join([_FINGERPRINT, *dict.fromkeys(own)])
+
+
+_US = "liger_fx"
+
+
+@functools.cache
+def _file_of(function: Callable[..., Any]) -> str:
+    """A hash of the file that defines ``function``, or of its code where there is no file."""
+    try:
+        source = Path(inspect.getfile(function)).read_bytes()
+    except (OSError, TypeError):  # typed in, or no Python function
+        source = getattr(getattr(function, "__code__", None), "co_code", b"")
+    return f"{function.__module__}={hashlib.sha256(source).hexdigest()[:16]}"
+
+
+def _own_fingerprint() -> str:
+    source = hashlib.sha256()
+    rewrites = importlib.util.find_spec("liger_fx.passes")
+    assert rewrites is not None
+    for folder in (
+        Path(ops.__file__).parent,
+        *map(Path, rewrites.submodule_search_locations or ()),
+    ):
+        for path in sorted(folder.glob("*.py")):
+            source.update(path.read_bytes())
+    return f"liger_fx={source.hexdigest()[:16]};liger_kernel={version('liger_kernel')}"
+
+
+_FINGERPRINT = _own_fingerprint()  # of what has just been imported: an editor may save later
+
+
+def environment() -> str:
+    """What decides, beside options and rewrites, what a graph becomes."""
+    return f"torch={torch.__version__};{_FINGERPRINT}"
