@@ -130,7 +130,7 @@ def parse_args() -> argparse.Namespace:
     add_outputs(parser)
     parser.add_argument("--arm", choices=UNBUDGETED, help=argparse.SUPPRESS)
     parser.add_argument("--depth", type=int, help=argparse.SUPPRESS)
-    parser.set_defaults(lr=1e-4)
+    parser.set_defaults(lr=1e-4, padded=0.0)
     return parser.parse_args()
 
 

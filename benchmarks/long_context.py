@@ -162,7 +162,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--arm", choices=UNBUDGETED, help=argparse.SUPPRESS)
     parser.add_argument("--seq", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--confirming", action="store_true", help=argparse.SUPPRESS)
-    parser.set_defaults(batch=1, checkpoint=True, lr=1e-4)
+    parser.set_defaults(batch=1, checkpoint=True, lr=1e-4, padded=0.0)
     return parser.parse_args()
 
 

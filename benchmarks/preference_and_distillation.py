@@ -50,6 +50,7 @@ from training_step import (
     checkpointed,
     compared,
     labels_of,
+    padded_batches,
     rewrites,
     share_of,
     stock_layers,
@@ -294,7 +295,7 @@ def prepare_layers(model: TransformerDecoder, args: argparse.Namespace) -> None:
         return stock_layers(model, args)
     if args.checkpoint:
         checkpointed(model)
-    compile_layers(model)
+    compile_layers(model, padded_batches(args))
 
 
 def of_arm(head: Head, args: argparse.Namespace) -> Any:

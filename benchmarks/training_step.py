@@ -7,8 +7,9 @@
 
 Random weights and tokens, bf16. The first part of a sequence is the prompt, whose labels are
 ignored. With ``--padded`` sequences differ in length, as in a batch that is not packed, and what
-fills them up is ignored too. Every arm trains the same model on the same batches in a process of
-its own, so the losses must agree and neither memory nor compiled code is shared.
+fills them up is ignored too; arms of liger_fx are told so, as by the recipes. Every arm trains the
+same model on the same batches in a process of its own, so the losses must agree and neither memory
+nor compiled code is shared.
 """
 
 from __future__ import annotations
@@ -50,8 +51,6 @@ from torchtune import training
 from torchtune.models.llama3_2 import llama3_2_1b
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.loss import CEWithChunkedOutputLoss
-
-REQUIRE = {"require": "linear_cross_entropy"}  # an arm that did not fuse must fail
 
 LossStep = Callable[[Tensor, Tensor], Tensor]
 Loss = Callable[[Any, Tensor], Tensor]
@@ -115,12 +114,22 @@ def liger_by_hand(model: TransformerDecoder, args: argparse.Namespace) -> LossSt
     return recipe_loss(model, partial(LigerFusedLinearCrossEntropyLoss(), weight), args.batch)
 
 
+def fused(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of an arm of liger_fx; one that did not fuse must fail."""
+    return {"require": "linear_cross_entropy"} | padded_batches(args)
+
+
+def padded_batches(args: argparse.Namespace) -> dict[str, Any]:
+    """What torchtune's recipes tell liger_fx of batches that are not packed."""
+    return {"tiled_mlp.skip_padding": True} if args.padded else {}
+
+
 def whole_step(backend: str, model: TransformerDecoder, args: argparse.Namespace) -> LossStep:
     """Checkpoints, model, shift and ``nn.CrossEntropyLoss`` in one graph."""
     if args.checkpoint:
         checkpointed(model)
     step = recipe_loss(model, nn.CrossEntropyLoss(ignore_index=IGNORE), args.batch)
-    options = REQUIRE if backend == "liger_fx" else None
+    options = fused(args) if backend == "liger_fx" else None
     return torch.compile(step, backend=backend, fullgraph=True, options=options)
 
 
@@ -130,8 +139,8 @@ def liger_fx_recipe(model: TransformerDecoder, args: argparse.Namespace) -> Loss
 
     if args.checkpoint:
         checkpointed(model)
-    compile_layers(model)
-    return recipe_loss(model, fuse_head(model, chunked_loss(model), REQUIRE), args.batch)
+    compile_layers(model, padded_batches(args))
+    return recipe_loss(model, fuse_head(model, chunked_loss(model), fused(args)), args.batch)
 
 
 def spend(
@@ -139,7 +148,7 @@ def spend(
 ) -> None:
     """As the recipes' ``liger_fx.memory_gib``."""
     needs_cuda(args.device, "a memory budget")
-    from liger_fx.activations import MemoryBudget, checkpoints_of
+    from liger_fx.torchtune.activations import MemoryBudget, checkpoints_of
 
     layers, peak = checkpoints_of(model), torch.cuda.max_memory_allocated
     budget = MemoryBudget(layers, int(args.gib * GIB), peak, progress)

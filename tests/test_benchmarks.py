@@ -178,6 +178,16 @@ def test_training_step(run: Run, children_here: None) -> None:
     assert f"{rows[0]['ms']:.1f}" in table(printed, "0%", "liger_fx_step")
 
 
+def test_arms_of_liger_fx_are_told_of_padding(run: Run, children_here: None) -> None:
+    args = Namespace(padded=0.4)
+    assert training_step.padded_batches(args) == {"tiled_mlp.skip_padding": True}
+    assert training_step.fused(args)["tiled_mlp.skip_padding"] is True
+    assert training_step.padded_batches(Namespace(padded=0.0)) == {}
+    arguments = ["--arms", "liger_fx_step", "--batch", "2", "--seq", "16", "--steps", "1"]
+    _, (row,) = run(training_step, *TINY, *arguments, "--warmup", "1", "--padded", "0.4")
+    assert row["rewrites"] == "linear_cross_entropy 1"
+
+
 @pytest.mark.parametrize("share", [0, 0.1, 0.5])
 def test_padding_is_on_the_right_and_has_its_share(share: float) -> None:
     padded = _common.padding(torch.zeros(8, 100), share)

@@ -99,7 +99,7 @@ def forward(self, L_x_: "f32[2, 5, 16]", L_w1_: "f32[24, 16]", L_w3_: "f32[24, 1
     l_w1_ = L_w1_
     l_w3_ = L_w3_
     l_w2_ = L_w2_
-    swiglu_mlp_default: "f32[2, 5, 16]" = torch.ops.liger_fx.swiglu_mlp.default(l_x_, l_w1_, l_w3_, l_w2_, 0)
+    swiglu_mlp_default: "f32[2, 5, 16]" = torch.ops.liger_fx.swiglu_mlp.default(l_x_, l_w1_, l_w3_, l_w2_, 0, False)
     return (swiglu_mlp_default,)""",
     )
 
@@ -113,7 +113,7 @@ def forward(self, L_x_: "f32[2, 5, 16]", L_gate_: "f32[24, 16]", L_up_: "f32[24,
     l_gate_ = L_gate_
     l_up_ = L_up_
     l_down_ = L_down_
-    geglu_mlp_default: "f32[2, 5, 16]" = torch.ops.liger_fx.geglu_mlp.default(l_x_, l_gate_, l_up_, l_down_, 0)
+    geglu_mlp_default: "f32[2, 5, 16]" = torch.ops.liger_fx.geglu_mlp.default(l_x_, l_gate_, l_up_, l_down_, 0, False)
     return (geglu_mlp_default,)""",
     )
 
@@ -137,7 +137,7 @@ def forward(self, L_tensors_0_: "f32[2, 5, 16]", L_tensors_1_: "f32[24, 16]", L_
     to_1: "bf16[24, 16]" = l_tensors_1_.to(torch.bfloat16)
     to_2: "bf16[24, 16]" = l_tensors_2_.to(torch.bfloat16)
     to_3: "bf16[16, 24]" = l_tensors_3_.to(torch.bfloat16)
-    swiglu_mlp_default: "bf16[2, 5, 16]" = torch.ops.liger_fx.swiglu_mlp.default(to, to_1, to_2, to_3, 0)
+    swiglu_mlp_default: "bf16[2, 5, 16]" = torch.ops.liger_fx.swiglu_mlp.default(to, to_1, to_2, to_3, 0, False)
     _exit_autocast = torch.amp.autocast_mode._exit_autocast(_enter_autocast)
     return (swiglu_mlp_default,)""",
     )
@@ -177,6 +177,35 @@ def test_tile_tokens_reach_the_op(inputs):
     with mock.patch("liger_fx.ops.tiled_mlp._tile_size", return_value=3) as size:
         compiled(*inputs)
     assert size.call_args.args[-1] == 3
+
+
+@pytest.mark.parametrize("skip_padding", [False, True])
+def test_skip_padding_reaches_the_op(skip_padding, inputs):
+    options = {"policy": ["tiled_mlp"], "inner": "eager", "tiled_mlp.skip_padding": skip_padding}
+    compiled = torch.compile(huggingface, backend="liger_fx", options=options)
+    with mock.patch("liger_fx.ops.tiled_mlp.tokens_with_gradient", return_value=None) as look:
+        compiled(*inputs).sum().backward()
+    assert look.call_count == skip_padding
+
+
+def test_padding_is_not_skipped_unless_asked_for(inputs):
+    """An inf in a token without a gradient: the weight gradients are nan, as in eager."""
+    x, *weights = inputs
+    x = x.detach()
+    x[:, -1] = torch.inf
+
+    def loss(mlp):
+        return lambda x, *rest: mlp(x, *rest)[:, :-1].sum()
+
+    for skip_padding in (False, True):
+        torch._dynamo.reset()
+        options = {"policy": ["tiled_mlp"], "inner": "aot_eager"}
+        options["tiled_mlp.skip_padding"] = skip_padding
+        compiled = torch.compile(huggingface, backend="liger_fx", options=options)
+        _, *found = gradients(loss(compiled), x, *weights)
+        _, *eager = gradients(loss(huggingface), x, *weights)
+        assert all(g.isnan().any() for g in eager)
+        assert all(g.isnan().any() != skip_padding for g in found)
 
 
 # -- inside an activation checkpoint ---------------------------------------------------------------
@@ -459,7 +488,7 @@ def test_numerics_under_inductor(spelling):
 
 
 def test_a_padded_step_computes_its_tokens_only():
-    """The loss head says that labels are ignored, each layer's backward leaves out the padding."""
+    """The head drops ignored labels, and each layer's backward leaves out the padding."""
     model = llama3(
         vocab_size=64,
         num_layers=3,
@@ -483,6 +512,7 @@ def test_a_padded_step_computes_its_tokens_only():
 
     with mock.patch("liger_fx.ops.tokens._indices", wraps=_indices) as spy:
         options = {"policy": "all", "inner": "aot_eager", "require": "tiled_mlp"}
+        options |= {"tiled_mlp.skip_padding": True}
         got = gradients_of(torch.compile(step, backend="liger_fx", fullgraph=True, options=options))
     # Those of all labels and of each layer, from the last; what is left of 48 tokens.
     masks = [int(call.args[0].sum()) for call in spy.call_args_list]
