@@ -161,10 +161,19 @@ def _is_known(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return True
     owner = getattr(node.target, "__objclass__", node.target)  # of a method: torch.Tensor.add_
-    if "batch_norm" in _name(node) or "instance_norm" in _name(node):
-        return False  # they write running statistics, and neither schema nor version says so
+    if _updates_statistics(node):
+        return False
     package = (getattr(owner, "__module__", None) or "").split(".")[0]
     return package in ("torch", "operator", "_operator", "math", "builtins")
+
+
+def _updates_statistics(node: fx.Node) -> bool:
+    """Is it a batch or instance norm in training? Neither schema nor version shows its writes."""
+    name, args, kwargs = _name(node), node.args, node.kwargs
+    if "batch_norm" not in name and "instance_norm" not in name:
+        return False
+    given = args[5] if len(args) > 5 else name != "batch_norm"  # both have the flag there
+    return kwargs.get("training", kwargs.get("use_input_stats", given)) is not False
 
 
 def _written_arguments(node: fx.Node) -> list[Any]:
