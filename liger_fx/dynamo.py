@@ -291,17 +291,23 @@ def _of_packages() -> tuple[Rewrite, ...]:
         try:
             loaded = entry.load()
         except Exception:
-            log.exception("liger_fx cannot load the rewrites %s = %s", entry.name, entry.value)
+            log_failure(f"cannot load the rewrites {entry.name} = {entry.value}")
             continue
         found += [loaded] if isinstance(loaded, Rewrite) else loaded
     return tuple(found)
 
 
 def _note() -> str | None:
-    """What is to be said of the program around the graphs, by the part of liger_fx that serves a
-    library which the program uses (entry points ``<library> = "module:function"``)."""
-    notes = (e.load()() for e in entry_points(group="liger_fx.notes") if e.name in sys.modules)
-    return next(filter(None, notes), None)
+    """A sentence about the program around the graphs, if a library is imported for which liger_fx
+    has one (entry points ``<library> = "module:function"``). None where the function fails, as with
+    another version of the library."""
+    for entry in entry_points(group="liger_fx.notes"):
+        if entry.name in sys.modules:
+            try:
+                return entry.load()()
+            except Exception:
+                log.debug("liger_fx has no note on %s", entry.name, exc_info=True)
+    return None
 
 
 @functools.cache

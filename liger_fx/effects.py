@@ -158,11 +158,11 @@ def _is_known(node: fx.Node) -> bool:
         return isinstance(fake(node.args[0]), torch.Tensor) and hasattr(torch.Tensor, node.target)  # type: ignore[arg-type]
     if node.op != "call_function":
         return False
+    if _updates_statistics(node):
+        return False
     if isinstance(node.target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
         return True
     owner = getattr(node.target, "__objclass__", node.target)  # of a method: torch.Tensor.add_
-    if _updates_statistics(node):
-        return False
     package = (getattr(owner, "__module__", None) or "").split(".")[0]
     return package in ("torch", "operator", "_operator", "math", "builtins")
 

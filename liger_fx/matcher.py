@@ -366,10 +366,11 @@ class Legality:
     def check_kept(self, match: Match) -> None:
         """Raise `Reject` if a checkpoint that keeps the result of ``match`` gives other gradients
         than one that computes the result again: where the body writes to what it was given."""
-        effects = self.view.effects
+        if not match.recomputed:
+            return
         given = (node for node in self.view.position if node.op == "placeholder")
-        written = next(filter(effects.written, given), None)
-        if match.recomputed and written is not None:
+        written = next(filter(self.view.effects.written, given), None)
+        if written is not None:
             raise Reject(f"{written.name} is written by the checkpoint, which runs twice on it")
 
     def _plain_tensors(self, match: Match) -> None:

@@ -21,9 +21,10 @@ class Options:
         pays in this graph, timed at its first compile; "all" every legal rewrite, a list of names
         just these.
     disable: rewrites never to apply.
-    require: rewrites that must have been applied, in some graph of the process so far or in this
-        one; else compiling raises.
-    strict: raise on an unexpected engine error instead of compiling the untouched graph.
+    require: rewrites that must have been applied, in this graph or in an earlier one of the same
+        compiled function; else compiling raises. Graphs belong to one function if they are compiled
+        with the same ``options=`` object. From the environment, all graphs of the process count.
+    strict: raise on an unexpected engine error instead of leaving out the match that caused it.
     inner: the compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
     settings: ``{rewrite: {setting: value}}``, spelled ``<rewrite>.<setting>``.
     inductor: all other keys, handed to Inductor.

@@ -83,6 +83,13 @@ def check_norm(match: Match, x: Any, weight: Any, eps: Any, normalized_shape: An
     check_rows(match, x)
 
 
+def as_eager_reads(match: Match, x: Any) -> Any:
+    """The proxy ``x``, or a contiguous copy of x where eager's result is contiguous and x is not:
+    there torch's own norms copy first, so that their gradient of the copy is contiguous as well."""
+    copies = match.output.is_contiguous() and not match.values["x"].is_contiguous()
+    return x.contiguous() if copies else x
+
+
 def check_rows(match: Match, x: torch.Tensor) -> None:
     if x.dtype not in DTYPES:
         raise Reject(f"the input is {x.dtype}; the kernel computes in float32")

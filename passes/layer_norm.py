@@ -8,7 +8,7 @@ Numerics     Computed in fp32, rounded once, as torch does.
 """
 
 import torch.nn.functional as F
-from liger_fx.passes._norms import DTYPES, check_rows
+from liger_fx.passes._norms import DTYPES, as_eager_reads, check_rows
 
 from liger_fx import ops
 from liger_fx.canonical import hint, specialise
@@ -37,7 +37,7 @@ def check(match: Match, x, normalized_shape, weight, bias, eps):
 
 
 def replace(match: Match, x, weight, bias):
-    return ops.layer_norm(x, weight, bias, specialise(match.values["eps"]))
+    return ops.layer_norm(as_eager_reads(match, x), weight, bias, specialise(match.values["eps"]))
 
 
 layer_norm = Rewrite(

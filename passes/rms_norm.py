@@ -20,7 +20,7 @@ def check(match: Match, x, eps, weight=None, normalized_shape=None):
 
 
 def replace(match: Match, x, weight=None):
-    return ops.rms_norm(x, weight, *_norms.literals(match))
+    return ops.rms_norm(_norms.as_eager_reads(match, x), weight, *_norms.literals(match))
 
 
 rms_norm = Rewrite(

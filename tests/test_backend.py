@@ -197,6 +197,19 @@ def test_require(model, args):
     torch.compile(torch.sin, backend="liger_fx", options=required())(args[0])
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_note_on_the_program_costs_nothing_if_it_fails(fails, model, args):
+    """As the note on torchtune does beside a version of torchtune that liger_fx does not know."""
+    note = mock.Mock(side_effect=ImportError if fails else None, return_value="a note")
+    entry = mock.Mock(load=lambda: note)
+    entry.name = "torch"
+    with mock.patch.object(liger_fx.dynamo, "entry_points", lambda group: [entry]):
+        torch.compile(model, backend="liger_fx", options={"inner": "eager"})(*args)
+    report = liger_fx.reports()[-1]
+    assert report.counts == {"linear_cross_entropy": 1} and report.rejections == []
+    assert report.note == (None if fails else "a note")
+
+
 def test_graphs_breaks_and_recompiles_are_those_of_any_backend(monkeypatch):
     monkeypatch.setenv("LIGER_FX_INNER", "eager")
 

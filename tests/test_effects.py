@@ -51,6 +51,9 @@ def effects_of(fn, *args):
         (lambda x, y: scale_second_.default(x, y), "y"),
         (lambda x, y: torch._foreach_mul_([x, y], 2.0), "x y"),
         (lambda x, y: users_own(x, y), "x y"),  # unknown means written
+        (lambda x, y: F.batch_norm(x, y[0], y[1], training=True), "x getitem getitem_1"),
+        (lambda x, y: F.batch_norm(x, y[0], y[1]), ""),
+        (lambda x, y: F.instance_norm(x[None], y[0, :3], y[1, :3]), "getitem getitem_1 getitem_2"),
         (lambda x, y: x * y, ""),
         (lambda x, y: F.relu(x, inplace=False), ""),
         (lambda x, y: x.__add__(y), ""),
