@@ -1109,3 +1109,41 @@ def test_a_mode_needs_the_compiler_of_the_environment(inner, monkeypatch):
     compiled = torch.compile(loss_of, backend="liger_fx", mode="max-autotune")
     with pytest.raises(Exception, match=r"(?s)mode.*inner|inner.*mode"):
         compiled(*head_inputs())
+
+
+def test_a_view_whose_gradient_dynamo_forgets():
+    """The fake tensors of torch 2.13 lose it where a view is written without grad mode."""
+
+    def fn(x, weight, labels):
+        h = x.transpose(0, 1).contiguous()
+        with torch.no_grad():
+            h.mul_(2)
+        return F.cross_entropy(F.linear(h, weight).view(-1, 11), labels)
+
+    def gradient(backend, **options):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        x = torch.randn(5, 2, 8).transpose(0, 1).requires_grad_()
+        compiled = torch.compile(fn, backend=backend, dynamic=True, options=options or None)
+        compiled(x, torch.randn(11, 8), torch.randint(0, 11, (10,))).backward()
+        return x.grad
+
+    actual = gradient("liger_fx", policy="all", inner="aot_eager")
+    torch.testing.assert_close(actual, gradient("aot_eager"))
+
+
+def test_a_checkpoint_that_writes_to_its_inputs_keeps_no_loss():
+    """The backward runs the body again on other labels: a loss that is kept would not notice."""
+
+    def fn(x, weight, labels):
+        def body(h):
+            labels.copy_(labels.flip(0))
+            return F.cross_entropy(F.linear(h, weight), labels)
+
+        return checkpoint(body, x, use_reentrant=False)
+
+    given = torch.randn(10, 8, requires_grad=True), torch.randn(11, 8), torch.arange(10)
+    options = {"policy": "all", "inner": "eager"}
+    torch.compile(fn, backend="liger_fx", options=options)(*given)
+    why = liger_fx.reports()[-1].why_not("linear_cross_entropy")
+    assert why == "l_labels_ is written by the checkpoint, which runs twice on it"
