@@ -19,10 +19,10 @@ from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.utils import counters
 
 from liger_fx.inner import compile_rewritten, environment, fingerprint
-from liger_fx.measure import NotMeasured, measure
-from liger_fx.options import Options
-from liger_fx.policy import Judge, by_measurement, by_table, device_of, form_of, instead, policy
-from liger_fx.report import Place, Rejection, Report, internal_error, log_failure
+from liger_fx.measure import measured
+from liger_fx.options import Options, parse
+from liger_fx.policy import Judge, by_table, device_of, form_of, policy
+from liger_fx.report import Rejection, Report, internal_error, log_failure
 from liger_fx.rewrite import Allow, BrokenGraph, Rewrite, rewrite_graph
 
 log = logging.getLogger("liger_fx")
@@ -123,12 +123,14 @@ class Backend:
                 raise
             log_failure("leaves a graph as it is")
             report = Report(nodes=len(gm.graph.nodes))
-            report.rejections.append(Rejection.at("all", internal_error(error), Place()))
+            report.rejections.append(Rejection("all", internal_error(error)))
         return report
 
     def _policy(self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> Allow:
         try:
-            judge = self._judge(gm, example_inputs)
+            judge = by_table(device_of(gm), self.options.inner, form_of(gm))
+            if self.options.policy == "measure":
+                judge = self._measured(gm, example_inputs, judge)
         except Exception as error:  # such as a broken table
             if self.options.strict:
                 raise
@@ -137,36 +139,24 @@ class Backend:
             judge = lambda rewrite, match: (False, why)  # noqa: E731
         return policy(self.options, judge, [rewrite.name for rewrite in _default()])
 
-    def _judge(self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> Judge:
-        """What decides about the rewrites that the options leave to evidence."""
-        auto = by_table(device_of(gm), self.options.inner, form_of(gm))
-        if self.options.policy != "measure":
-            return auto
-        try:
-            return self._measured(gm, example_inputs)
-        except NotMeasured as why:
-            return instead(auto, str(why))
-        except Exception as failure:
-            if self.options.strict:
-                raise
-            log.warning("liger_fx could not measure a graph, the table decides", exc_info=True)
-            return instead(auto, f"{type(failure).__name__}: {failure}".splitlines()[0])
-
-    def _measured(self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> Judge:
+    def _measured(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None, table: Judge
+    ) -> Judge:
         relevant = replace(self.options, require=(), strict=False)
         if relevant.inner == "inductor":  # a CUDA graph would keep the copies of the inputs
             relevant = replace(relevant, inductor=relevant.inductor | {"triton.cudagraphs": False})
-        measured = measure(
+        return measured(
             gm,
             [rewrite for rewrite in self.rewrites if rewrite.name not in relevant.disable],
             example_inputs,
-            compile_graph=lambda form, inputs: compile_rewritten(
+            lambda form, inputs: compile_rewritten(
                 form, inputs, relevant, self.rewrites, self.mode
             ),
-            settings=relevant.settings,
-            conditions=f"{environment()} {fingerprint(self.rewrites)} {relevant} mode={self.mode}",
+            relevant.settings,
+            f"{environment()} {fingerprint(self.rewrites)} {relevant} mode={self.mode}",
+            table,
+            self.options.strict,
         )
-        return by_measurement(measured, device_of(gm))
 
     def _publish(self, report: Report) -> None:
         """The report goes to `reports`, logs and traces. Raises RequirementError."""
@@ -187,7 +177,7 @@ class Backend:
         except Exception as error:
             if self.options.strict:
                 raise
-            report.rejections.append(Rejection.at("report", internal_error(error), Place()))
+            report.rejections.append(Rejection("report", internal_error(error)))
             log_failure("could not report on a graph")
         self._check_required(report)
 
@@ -223,7 +213,7 @@ def parse_options(
     """``options`` over the environment. Raises OptionError for what is unknown."""
     known = _installed() if rewrites is None else rewrites
     try:
-        return Options.parse(options, {r.name: r.settings for r in known})
+        return parse(options, {r.name: r.settings for r in known})
     except ValueError as error:
         raise OptionError(str(error)) from None
 

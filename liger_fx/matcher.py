@@ -1,18 +1,15 @@
-"""Matching patterns against the canonical view, and the rules that make a match legal."""
+"""Matching patterns against the canonical view."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx
 
-# Whose wrappers the values of torch.func are (torch/_functorch/pyfunctorch.py).
-from torch._C._functorch import is_functorch_wrapped_tensor
-
-from liger_fx.canonical import View, fake, first_argument, op_name, storage_key
+from liger_fx.canonical import View, fake, op_name
 from liger_fx.pattern import Binding, Cast, Chain, Guard, Op, Pattern, Term
 
 
@@ -117,15 +114,7 @@ class _State:
     near: bool = False  # an operation was matched that tells something
 
     def copy(self) -> _State:
-        return _State(
-            dict(self.bindings),
-            dict(self.chains),
-            dict(self.sources),
-            list(self.dtypes),
-            dict(self.values),
-            self.matched,
-            self.near,
-        )
+        return _State(*map(copy.copy, vars(self).values()))
 
 
 class Matcher:
@@ -312,187 +301,3 @@ def data_inputs(node: fx.Node) -> list[fx.Node]:
 
 def name_of(op: Any) -> str:
     return op if isinstance(op, str) else getattr(op, "__name__", str(op))
-
-
-# -- legality -------------------------------------------------------------------------------------
-
-_GRAD_MODE = {torch._C._set_grad_enabled}
-
-
-class Legality:
-    """The facts about one graph that decide whether a match may be replaced at all."""
-
-    def __init__(self, view: View) -> None:
-        self.view = view
-        self.grad_mode = [node for node in view.position if node.target in _GRAD_MODE]
-        self.without_gradient = next(filter(self._loses_gradient, view.position), None)
-
-    def check(
-        self, match: Match, constants: Sequence[str] = (), saved: Sequence[str] | None = None
-    ) -> None:
-        """Raise `Reject` if somebody could notice that the interior values are gone.
-
-        constants: names of bindings to which the replacement gives no gradient. saved: names of
-        bindings that the replacement keeps for its backward, "output" among them for what it
-        returns; None for all.
-        """
-        if self.without_gradient is not None:
-            raise Reject(
-                f"{self.without_gradient.name} is a view of a tensor with a gradient, and Dynamo "
-                "says that it has none: what needs a gradient in this graph is not known"
-            )
-        self._plain_tensors(match)
-        self._no_escape(match)
-        self._inputs_in_time(match)
-        self._no_mutation(match)
-        self._saved_unwritten(match, saved)
-        self._one_grad_mode(match, constants)
-
-    def _loses_gradient(self, node: fx.Node) -> bool:
-        """Is the node a view without a gradient of a value with one? Dynamo's fake tensors forget
-        the gradient of a view that is written without grad mode (torch 2.13, ``dynamic=True``)."""
-        before, after = fake(first_argument(node)), fake(node)
-        return (
-            isinstance(before, torch.Tensor)
-            and isinstance(after, torch.Tensor)
-            and before.requires_grad
-            and not after.requires_grad
-            and after.is_floating_point()
-            and storage_key(before) == storage_key(after)
-            and op_name(node) != "detach"
-            and bool(self._grad_mode(node))
-        )
-
-    def check_kept(self, match: Match) -> None:
-        """Raise `Reject` if a checkpoint that keeps the result of ``match`` gives other gradients
-        than one that computes the result again: where the body writes to what it was given."""
-        if not match.recomputed:
-            return
-        given = (node for node in self.view.position if node.op == "placeholder")
-        written = next(filter(self.view.effects.written, given), None)
-        if written is not None:
-            raise Reject(f"{written.name} is written by the checkpoint, which runs twice on it")
-
-    def _plain_tensors(self, match: Match) -> None:
-        for node in match.nodes:
-            for value in map(fake, (node, *node.all_input_nodes)):
-                if isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value):
-                    raise Reject("it runs inside of torch.func, for which the ops have no rules")
-        for name, value in match.values.items():
-            if isinstance(value, torch.Tensor) and _is_wrapper(value):
-                raise Reject(
-                    f"{name} is a {type(value).__name__}; the kernels take plain tensors only"
-                )
-
-    def _no_escape(self, match: Match) -> None:
-        for node in sorted(match.nodes - set(match.outputs)):
-            for user in node.users:
-                if user in match.nodes or _stays(node, match.nodes):
-                    continue
-                what, user = name_of(op_name(node)), _reader(user)
-                if user.op == "output":
-                    raise Reject(f"the value of `{what}` ({node.name}) is also returned")
-                raise Reject(
-                    f"the value of `{what}` ({node.name}) is also used by "
-                    f"`{name_of(op_name(user))}` ({user.name})"
-                )
-
-    def _inputs_in_time(self, match: Match) -> None:
-        position, first = self.view.position, match.first
-        for name, value in match.bindings.items():
-            if not isinstance(fake(value), torch.Tensor) or not isinstance(value, fx.Node):
-                continue  # a number is resolved before it is recorded
-            if position[value] >= position[first]:
-                raise Reject(f"{name} ({value.name}) is computed only after {first.name}")
-
-    def _no_mutation(self, match: Match) -> None:
-        """Nothing may write to a value of the match between the first and the last time that the
-        match makes or reads the value. The replacement reads all of its inputs at the place of the
-        first output."""
-        effects, position = self.view.effects, self.view.position
-        if effects.moves is not None:
-            raise Reject(
-                f"`{effects.moves.target}` ({effects.moves.name}) gives a tensor new memory"
-            )
-        names = {storage_key(v): v.name for v in match.bindings.values() if isinstance(v, fx.Node)}
-        for key, (value, uses) in self._uses(match).items():
-            name = names.get(key, value.name)
-            if key in effects.hidden:
-                raise Reject(f"{name} is written by a call that does not say so")
-            uses.append(match.first)
-            for write in effects.writes.get(key, ()):
-                between = position[min(uses)] <= position[write] < position[max(uses)]
-                if between and write not in match.nodes:
-                    raise Reject(
-                        f"{name} is written in place by `{name_of(op_name(write))}` ({write.name}) "
-                        f"before `{name_of(op_name(max(match.outputs)))}`"
-                    )
-
-    def _uses(self, match: Match) -> dict[int, tuple[fx.Node, list[fx.Node]]]:
-        """Of each storage: the value that the match reads or makes first, and the nodes of the
-        match that read or make it."""
-        uses: dict[int, tuple[fx.Node, list[fx.Node]]] = {}
-        for node in sorted(match.nodes):
-            for value in (*node.all_input_nodes, node):
-                key = storage_key(value)
-                if key is not None:
-                    uses.setdefault(key, (value, []))[1].append(node)
-        return uses
-
-    def _saved_unwritten(self, match: Match, saved: Sequence[str] | None) -> None:
-        """Nothing may write to a value that the backward of the replacement reads: autograd would
-        raise, where eager kept a copy (the cast of a residual stream, say)."""
-        if not any(getattr(fake(node), "requires_grad", False) for node in match.outputs):
-            return
-        kept = {name: v for name, v in match.bindings.items() if saved is None or name in saved}
-        if saved is None or "output" in saved:
-            kept |= {node.name: node for node in match.outputs}
-        for name, value in kept.items():
-            for write in self.view.effects.writes.get(storage_key(value) or 0, ()):
-                if write not in match.nodes and not write < match.first:
-                    raise Reject(
-                        f"the backward needs {name}, which `{name_of(op_name(write))}` "
-                        f"({write.name}) writes to later"
-                    )
-
-    def _one_grad_mode(self, match: Match, constants: Sequence[str]) -> None:
-        """An output that is computed without gradients is a constant, whatever is on its way."""
-        if not self.grad_mode:
-            return
-        constant = self._computed_of({match.bindings.get(name) for name in constants}, match)
-        for output in filter(self._grad_mode, match.outputs):
-            nodes = interior(self.view, output, match.bindings) | {match.first}
-            if not all(map(self._grad_mode, nodes - constant)):
-                raise Reject("grad mode is switched in the middle of it")
-
-    def _computed_of(self, constant: set[Any], match: Match) -> set[Any]:
-        """These values, and what the match computes of nothing else."""
-        for node in sorted(match.nodes):
-            inputs = [self.view.resolve(value) for value in data_inputs(node)]
-            if inputs and constant.issuperset(inputs):
-                constant.add(node)
-        return constant
-
-    def _grad_mode(self, node: fx.Node) -> Any:
-        """Is grad mode on where the node runs?"""
-        before = [s for s in self.grad_mode if self.view.position[s] < self.view.position[node]]
-        return before[-1].args[0] if before else torch.is_grad_enabled()
-
-
-def _reader(user: fx.Node) -> fx.Node:
-    """Whoever computes with a value that ``user`` may only hand on."""
-    while op_name(user) in ("cast", "detach", "reshape") and len(user.users) == 1:
-        user = next(iter(user.users))
-    return user
-
-
-def _stays(node: fx.Node, nodes: set[fx.Node]) -> bool:
-    """Is the node a view or a cast of an input of the match? It stays for whoever else uses it."""
-    if op_name(node) not in ("reshape", "getitem", "cast"):
-        return False
-    return all(n not in nodes or _stays(n, nodes) for n in data_inputs(node))
-
-
-def _is_wrapper(value: torch.Tensor) -> bool:
-    """A DTensor, an NF4Tensor ...: a tensor that stands for other tensors."""
-    return hasattr(type(value), "__tensor_flatten__") or hasattr(value, "__tensor_flatten__")

@@ -34,7 +34,8 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses import FakeTensor
 
 from liger_fx.canonical import fake, hint
-from liger_fx.policy import Measurement, device_of
+from liger_fx.matcher import Match
+from liger_fx.policy import Judge, Measurement, device_of, pays
 from liger_fx.rewrite import Rewrite, rewrite_graph
 
 log = logging.getLogger("liger_fx")
@@ -47,6 +48,46 @@ Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
 
 class NotMeasured(Exception):
     """Nothing can be measured here; the message says why."""
+
+
+def measured(
+    gm: fx.GraphModule,
+    rewrites: Sequence[Rewrite],
+    example_inputs: Sequence[Any] | None,
+    compile_graph: Compile,
+    settings: Mapping[str, dict[str, Any]],
+    conditions: str,
+    table: Judge,
+    strict: bool,
+) -> Judge:
+    """``policy="measure"``, with the arguments of `measure`. table: decides where nothing can be
+    measured, or where that fails, unless ``strict``. A rewrite that is not among what was measured
+    cannot be made here; it is tried, for the report to say why."""
+    try:
+        found = measure(gm, rewrites, example_inputs, compile_graph, settings, conditions)
+    except NotMeasured as reason:
+        why = str(reason)
+    except Exception as failure:
+        if strict:
+            raise
+        log.warning("liger_fx could not measure a graph, the table decides", exc_info=True)
+        why = f"{type(failure).__name__}: {failure}".splitlines()[0]
+    else:
+        machine = "CPU" if device_of(gm).type == "cpu" else "GPU"
+        return lambda rewrite, match: _said(found.get(rewrite.name), machine)
+
+    def stand_in(rewrite: Rewrite, match: Match) -> tuple[bool, str]:
+        pays_here, evidence = table(rewrite, match)
+        return pays_here, f"{evidence} [not measured here: {why}]"
+
+    return stand_in
+
+
+def _said(found: Measurement | None, machine: str) -> tuple[bool, str]:
+    if found is None:
+        return True, "not measured"
+    memory = "" if found.memory is None else f", {found.memory:.2f} of the memory"
+    return pays([found]), f"{found.speed:.3f}x the speed{memory}, on this {machine}"
 
 
 def measure(

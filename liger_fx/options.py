@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -41,110 +42,88 @@ class Options:
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     inductor: dict[str, Any] = field(default_factory=dict)
 
-    @staticmethod
-    def parse(
-        given: Mapping[str, Any] | None,
-        known: Mapping[str, Mapping[str, Any]],
-        environ: Mapping[str, str] = os.environ,
-    ) -> Options:
-        """Read ``given`` over the environment. known: the settings of each rewrite, by its name.
-
-        Raises ValueError, listing what is known, for a name or a value that is not.
-        """
-        parser = _Parser(known)
-        for name, text in environ.items():
-            if name.startswith("LIGER_FX_"):
-                parser.environment(name, text)
-        for key, value in (given or {}).items():
-            parser.option(key, value)
-        return parser.options()
-
 
 _OURS = tuple(f.name for f in fields(Options) if f.name not in ("settings", "inductor"))
 
 
-class _Parser:
-    def __init__(self, known: Mapping[str, Mapping[str, Any]]) -> None:
-        self.known = known
-        self.dotted = {f"{r}.{s}": default for r, ss in known.items() for s, default in ss.items()}
-        self.values: dict[str, Any] = {}
-        self.settings: dict[str, dict[str, Any]] = {}
-        self.inductor: dict[str, Any] = {}
+def parse(
+    given: Mapping[str, Any] | None,
+    known: Mapping[str, Mapping[str, Any]],
+    environ: Mapping[str, str] = os.environ,
+) -> Options:
+    """Read ``given`` over the environment. known: the settings of each rewrite, by its name.
 
-    def environment(self, variable: str, text: str) -> None:
-        names = {f"LIGER_FX_{n.replace('.', '_').upper()}": n for n in (*_OURS, *self.dotted)}
-        if variable not in names:
-            raise ValueError(
-                f"unknown environment variable {variable}; known are {', '.join(sorted(names))}"
-            )
-        self.option(names[variable], text)
-
-    def option(self, key: str, value: Any) -> None:
+    Raises ValueError, listing what is known, for a name or a value that is not.
+    """
+    defaults = {f"{r}.{s}": default for r, ss in known.items() for s, default in ss.items()}
+    ours: dict[str, Any] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    inductor: dict[str, Any] = {}
+    for key, value in {**_from(environ, (*_OURS, *defaults)), **(given or {})}.items():
+        rewrite, _, setting = key.partition(".")
         if key in _OURS:
-            self.values[key] = getattr(self, f"_{key}", self._names)(key, value)
-        elif key in self.dotted:
-            rewrite, setting = key.split(".", 1)
-            chosen = self.settings.setdefault(rewrite, {})
-            chosen[setting] = _like(key, self.dotted[key], value)
-        elif key.split(".", 1)[0] in self.known or not _is_inductor_key(key):
-            ours = ", ".join([*_OURS, *self.dotted])
+            ours[key] = _value(key, value, known)
+        elif key in defaults:
+            settings.setdefault(rewrite, {})[setting] = _like(key, defaults[key], value)
+        elif rewrite in known or not _is_inductor_key(key):
             raise ValueError(
-                f"unknown option {key!r}; liger_fx knows {ours}, and every key of "
-                "torch._inductor.config"
+                f"unknown option {key!r}; liger_fx knows {', '.join((*_OURS, *defaults))}, and "
+                "every key of torch._inductor.config"
             )
         else:
-            self.inductor[key] = value
+            inductor[key] = value
+    options = Options(**ours, settings=settings, inductor=inductor)
+    if inductor and options.inner != "inductor":
+        raise ValueError(f"{', '.join(inductor)} are Inductor options, but inner={options.inner!r}")
+    return options
 
-    def options(self) -> Options:
-        options = Options(**self.values, settings=self.settings, inductor=self.inductor)
-        if options.inductor and options.inner != "inductor":
-            raise ValueError(
-                f"{', '.join(options.inductor)} are Inductor options, but inner={options.inner!r}"
-            )
-        return options
 
-    def _policy(self, key: str, value: Any) -> str | tuple[str, ...]:
-        if value in POLICIES:
-            return value
-        try:
-            return self._names(key, value)
-        except ValueError as unknown:
-            raise ValueError(f"{unknown}. A {key} is {', '.join(POLICIES)} or such names") from None
+def _from(environ: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
+    variables = {f"LIGER_FX_{name.replace('.', '_').upper()}": name for name in names}
+    found = {
+        variable: text for variable, text in environ.items() if variable.startswith("LIGER_FX_")
+    }
+    for variable in found.keys() - variables.keys():
+        raise ValueError(
+            f"unknown environment variable {variable}; known are {', '.join(sorted(variables))}"
+        )
+    return {variables[variable]: text for variable, text in found.items()}
 
-    def _strict(self, key: str, value: Any) -> bool:
+
+def _value(key: str, value: Any, known: Collection[str]) -> Any:
+    """The value of an option that is not a rewrite's."""
+    if key == "strict":
         return _like(key, False, value)
-
-    def _inner(self, key: str, value: Any) -> str:
-        if value not in INNER:
-            raise ValueError(f"inner is one of {', '.join(INNER)}, not {value!r}")
+    choices = {"inner": INNER, "policy": POLICIES}.get(key, ())
+    if isinstance(value, str) and value in choices:
         return value
-
-    def _names(self, key: str, value: str | Sequence[str]) -> tuple[str, ...]:
-        names = tuple(n for n in value.split(",") if n) if isinstance(value, str) else tuple(value)
-        for name in names:
-            if name not in self.known:
-                raise ValueError(f"{key}: no rewrite {name!r}; known are {', '.join(self.known)}")
-        return names
+    if key == "inner":
+        raise ValueError(f"inner is one of {', '.join(INNER)}, not {value!r}")
+    names = tuple(n for n in value.split(",") if n) if isinstance(value, str) else tuple(value)
+    for name in names:
+        if name not in known:
+            also = f"; or one of {', '.join(choices)}" if choices else ""
+            raise ValueError(f"{key}: no rewrite {name!r}; known are {', '.join(known)}{also}")
+    return names
 
 
 def _like(key: str, default: Any, value: Any) -> Any:
     """``value`` in the type of ``default``; environment variables are text."""
     if isinstance(value, str) and isinstance(default, bool):
-        if value.lower() not in ("0", "1", "false", "true"):
-            raise ValueError(f"{key} is true or false, not {value!r}")
-        return value.lower() in ("1", "true")
-    if isinstance(default, torch.dtype):
-        dtype = getattr(torch, value, None) if isinstance(value, str) else value
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{key} is a dtype such as 'float32' or 'bfloat16', not {value!r}")
-        return dtype
-    try:
-        converted = type(default)(value)
-    except (TypeError, ValueError):
-        converted = None
-    if converted is None or (not isinstance(value, str) and converted != value):
-        raise ValueError(f"{key} takes {type(default).__name__}, not {value!r}")
-    return converted
+        value = {"0": False, "false": False, "1": True, "true": True}.get(value.lower(), value)
+    if isinstance(value, str) and isinstance(default, torch.dtype):
+        value = getattr(torch, value, value)
+    if type(default) in (int, float) and not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError):
+            number = type(default)(value)
+            value = number if isinstance(value, str) or number == value else value
+    if type(value) is not type(default):
+        wanted = _EXAMPLES.get(type(default), type(default).__name__)
+        raise ValueError(f"{key} takes {wanted}, not {value!r}")
+    return value
+
+
+_EXAMPLES = {bool: "true or false", torch.dtype: "a dtype such as 'float32' or 'bfloat16'"}
 
 
 def _is_inductor_key(key: str) -> bool:

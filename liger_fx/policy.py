@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import statistics
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -185,31 +185,3 @@ def _evidence(architecture: str, entry: Entry | None, rows: Sequence[Row]) -> st
     if slowest.speed < NOISE and (smallest.memory or 1.0) <= SAVING:
         text += f", {smallest.memory:.2f} of the memory at best ({smallest.model}, {smallest.form})"
     return text
-
-
-# -- measure ---------------------------------------------------------------------------------------
-
-
-def by_measurement(measured: Mapping[str, Measurement], device: torch.device) -> Judge:
-    """``measure``: what `liger_fx.measure` found out about this graph. A rewrite that was not
-    measured cannot be made here; it is tried, for the report to say why."""
-    machine = "CPU" if device.type == "cpu" else "GPU"
-
-    def judge(rewrite: Rewrite, match: Match) -> tuple[bool, str]:
-        found = measured.get(rewrite.name)
-        if found is None:
-            return True, "not measured"
-        memory = "" if found.memory is None else f", {found.memory:.2f} of the memory"
-        return pays([found]), f"{found.speed:.3f}x the speed{memory}, on this {machine}"
-
-    return judge
-
-
-def instead(judge: Judge, why: str) -> Judge:
-    """``judge``, which stands in for ``measure``; why: nothing was measured."""
-
-    def stand_in(rewrite: Rewrite, match: Match) -> tuple[bool, str]:
-        pays_here, evidence = judge(rewrite, match)
-        return pays_here, f"{evidence} [not measured here: {why}]"
-
-    return stand_in

@@ -15,7 +15,7 @@ from typing import Any
 from torch import fx
 
 from liger_fx.canonical import op_name
-from liger_fx.matcher import Miss, name_of
+from liger_fx.matcher import name_of
 
 log = logging.getLogger("liger_fx")
 
@@ -39,29 +39,46 @@ class Place:
         return " at ".join(part for part in (self.module, self.source) if part)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Placed:
+    place: Place = Place()
+
+    @property
+    def module(self) -> str:
+        return self.place.module
+
+    @property
+    def source(self) -> str:
+        return self.place.source
+
+
 @dataclass(frozen=True)
-class Replacement:
+class Replacement(_Placed):
     """A subgraph that was replaced. pattern: the spelling that matched. worth: on what evidence the
     policy allowed it, "" where a user asked for it."""
 
     rewrite: str
     pattern: str
-    place: Place
     worth: str = ""
 
 
 @dataclass(frozen=True)
-class Rejection:
+class Rejection(_Placed):
     """A subgraph that matched, and was left alone for ``reason``."""
 
     rewrite: str
     reason: str
-    module: str
-    source: str
 
-    @staticmethod
-    def at(rewrite: str, reason: str, place: Place) -> Rejection:
-        return Rejection(rewrite, reason, place.module, place.source)
+
+@dataclass(frozen=True)
+class NearMiss(_Placed):
+    """How near a rewrite came that matched nowhere in the graph."""
+
+    rewrite: str
+    pattern: str
+    matched: int
+    total: int
+    reason: str
 
 
 def internal_error(error: Exception) -> str:
@@ -76,26 +93,6 @@ def log_failure(what: str) -> None:
         log.exception("liger_fx %s; please report this", what)
     except Exception:
         print(f"liger_fx {what}, and its log fails as well", file=sys.stderr)
-
-
-@dataclass(frozen=True)
-class NearMiss:
-    """How near a rewrite came that matched nowhere in the graph."""
-
-    rewrite: str
-    pattern: str
-    matched: int
-    total: int
-    reason: str
-    module: str
-    source: str
-
-    @staticmethod
-    def of(rewrite: str, miss: Miss, place: Place) -> NearMiss:
-        reason = f"wanted {miss.wanted}, found {_describe(miss.found)}"
-        return NearMiss(
-            rewrite, miss.pattern.name, miss.matched, miss.total, reason, place.module, place.source
-        )
 
 
 @dataclass
@@ -129,15 +126,17 @@ class Report:
     @staticmethod
     def merged(reports: Sequence[Report]) -> Report:
         """One report over several graphs."""
-        whole = Report()
+        whole = Report(note=next((r.note for r in reports if r.note), None))
         for report in reports:
-            whole.replacements += report.replacements
-            whole.rejections += report.rejections
-            whole.near_misses += report.near_misses
-            whole.skipped += report.skipped
-            whole.nodes += report.nodes
-            whole.seconds += report.seconds
-            whole.note = whole.note or report.note
+            for name in (
+                "replacements",
+                "rejections",
+                "near_misses",
+                "skipped",
+                "nodes",
+                "seconds",
+            ):
+                setattr(whole, name, getattr(whole, name) + getattr(report, name))
         return whole
 
     def to_json(self) -> str:
@@ -151,24 +150,22 @@ class Report:
         )
 
     def __str__(self) -> str:
-        rows = [(r.rewrite, "replaced", _said(r), r.place) for r in self.replacements]
         reasons: dict[str, Counter[str]] = {}
         for r in self.rejections:
             reasons.setdefault(r.reason, Counter())[r.rewrite] += 1
+        several = {reason: names for reason, names in reasons.items() if len(names) > 1}
+        rows = [(r.rewrite, "replaced", _said(r), r.place) for r in self.replacements]
         rows += [
-            (r.rewrite, "refused", r.reason, Place(r.module, r.source))
+            (r.rewrite, "refused", r.reason, r.place)
             for r in self.rejections
-            if len(reasons[r.reason]) == 1
+            if r.reason not in several
         ]
-        rows += [
-            (m.rewrite, "no match", _near(m), Place(m.module, m.source)) for m in self.near_misses
-        ]
+        rows += [(m.rewrite, "no match", _near(m), m.place) for m in self.near_misses]
         rows += [("", "skipped", what, place) for what, place in self.skipped]
         lines = _grouped(rows)
-        lines += [
-            ("several", "refused", f"{_counted(counts)}: {reason}")
-            for reason, counts in reasons.items()
-            if len(counts) > 1  # such as what a policy has to say of all rewrites
+        lines += [  # such as what a policy has to say of all rewrites
+            ("several", "refused", f"{_counted(names)}: {reason}")
+            for reason, names in several.items()
         ]
         head = f"liger_fx: graph of {self.nodes} nodes, matched in {self.seconds * 1e3:.1f} ms"
         if not lines:
@@ -207,7 +204,8 @@ def _in(place: Place) -> str:
     return f"  [{place}]" if str(place) else ""
 
 
-def _describe(found: Any) -> str:
+def describe(found: Any) -> str:
+    """What stands where a pattern wanted something else."""
     if not isinstance(found, fx.Node):
         return repr(found)
     if found.op == "placeholder":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,8 @@ from torch.fx.proxy import GraphAppendingTracer
 from liger_fx.bodies import skipped, with_bodies
 from liger_fx.canonical import View, fake, same_sizes
 from liger_fx.effects import known_writes
-from liger_fx.matcher import Legality, Match, Matcher, Miss, Reject, candidates
+from liger_fx.legality import Legality
+from liger_fx.matcher import Match, Matcher, Miss, Reject, candidates
 from liger_fx.pattern import Pattern
 from liger_fx.report import (
     NearMiss,
@@ -27,6 +29,7 @@ from liger_fx.report import (
     Rejection,
     Replacement,
     Report,
+    describe,
     internal_error,
     log_failure,
 )
@@ -76,15 +79,18 @@ class Rewrite:
     settings: dict[str, Any] = field(default_factory=dict)
     gain: str | None = None
     save_ops: Sequence[str] = ()
-    spellings: tuple[Pattern, ...] = field(init=False, repr=False)
-    twins: tuple[tuple[Pattern, str], ...] = field(init=False, repr=False)
-    beside: tuple[Pattern, ...] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "spellings", tuple(map(Pattern, self.patterns)))
-        twins = tuple((Pattern(function), reason) for function, reason in self.refuses)
-        object.__setattr__(self, "twins", twins)
-        object.__setattr__(self, "beside", tuple(map(Pattern, self.companions)))
+    @functools.cached_property
+    def spellings(self) -> list[Pattern]:
+        return list(map(Pattern, self.patterns))
+
+    @functools.cached_property
+    def twins(self) -> list[tuple[Pattern, str]]:
+        return [(Pattern(function), reason) for function, reason in self.refuses]
+
+    @functools.cached_property
+    def beside(self) -> list[Pattern]:
+        return list(map(Pattern, self.companions))
 
 
 Allow = Callable[[Rewrite, Match], str]
@@ -133,20 +139,13 @@ class _Graph:
 
     def __init__(self, gm: fx.GraphModule, recomputed: bool, counted: Mapping[int, int]) -> None:
         self.gm, self.recomputed, self.counted = gm, recomputed, counted
-        self._legality: Legality | None = None
 
-    @property
+    @functools.cached_property
     def legality(self) -> Legality:
-        if self._legality is None:
-            self._legality = Legality(View(self.gm.graph, self.counted))
-        return self._legality
-
-    @property
-    def view(self) -> View:
-        return self.legality.view
+        return Legality(View(self.gm.graph, self.counted))
 
     def changed(self, by: Rewrite) -> None:
-        self._legality = None
+        del self.legality
         try:
             self.gm.graph.lint()
             self.gm.recompile()
@@ -170,7 +169,7 @@ class _Application:
         self.allow = allow
         self.strict = strict
         self.report = report
-        self.best: tuple[Miss, Place] | None = None
+        self.best: NearMiss | None = None
         self.seen = False  # a match was found, made or not
 
     def run(self, graphs: Sequence[_Graph]) -> None:
@@ -185,8 +184,7 @@ class _Application:
             if renamed:
                 graph.changed(self.rewrite)
         if not self.seen and self.best is not None:
-            miss, place = self.best
-            self.report.near_misses.append(NearMiss.of(self.rewrite.name, miss, place))
+            self.report.near_misses.append(self.best)
 
     @contextlib.contextmanager
     def _costs_only(self, node: fx.Node | None) -> Iterator[None]:
@@ -210,7 +208,7 @@ class _Application:
             return matches
         combined = matches
         with self._costs_only(None):
-            combined = self.rewrite.combine(graph.view, matches)
+            combined = self.rewrite.combine(graph.legality.view, matches)
         return [
             match
             for match in combined
@@ -218,7 +216,7 @@ class _Application:
         ]
 
     def _find(self, graph: _Graph) -> list[Match]:
-        view, found = graph.view, dict[fx.Node, Match]()
+        view, found = graph.legality.view, dict[fx.Node, Match]()
         for pattern in self.rewrite.spellings:
             for node in candidates(view, pattern):
                 if node not in found:
@@ -254,8 +252,10 @@ class _Application:
             match.nodes.update(match.outputs)
 
     def _note_miss(self, miss: Miss | None, node: fx.Node) -> None:
-        if miss is not None and (self.best is None or miss.matched > self.best[0].matched):
-            self.best = (miss, Place.of(node))
+        if miss is not None and (self.best is None or miss.matched > self.best.matched):
+            reason = f"wanted {miss.wanted}, found {describe(miss.found)}"
+            name, spelling, place = self.rewrite.name, miss.pattern.name, Place.of(node)
+            self.best = NearMiss(name, spelling, miss.matched, miss.total, reason, place=place)
 
     def _is_legal(self, match: Match, legality: Legality, checked: bool = False) -> bool:
         with self._costs_only(match.root):
@@ -279,13 +279,13 @@ class _Application:
         if news:
             _commit(graph, match, news)
             renamed.update(zip(match.outputs, news, strict=True))
-            made = Replacement(self.rewrite.name, match.spelling, place, match.worth)
+            made = Replacement(self.rewrite.name, match.spelling, match.worth, place=place)
             self.report.replacements.append(made)
 
     def _reject(self, node: fx.Node | None, reason: str) -> None:
         self.seen = True
         place = Place() if node is None else Place.of(node)
-        self.report.rejections.append(Rejection.at(self.rewrite.name, reason, place))
+        self.report.rejections.append(Rejection(self.rewrite.name, reason, place=place))
 
 
 def _outermost(matches: list[Match]) -> list[Match]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from expecttest import assert_expected_inline
 
+from liger_fx import options
 from liger_fx.options import Options
 
 KNOWN = {
@@ -19,7 +20,7 @@ KNOWN = {
 
 
 def parse(given=None, **environ):
-    return Options.parse(given, KNOWN, environ)
+    return options.parse(given, KNOWN, environ)
 
 
 def error(given=None, **environ):
@@ -80,14 +81,14 @@ def test_errors_list_what_is_known():
     assert_expected_inline(
         error({"inner": "nvfuser"}), """inner is one of inductor, aot_eager, eager, not 'nvfuser'"""
     )
-    assert_expected_inline(error({"strict": "maybe"}), """strict is true or false, not 'maybe'""")
+    assert_expected_inline(error({"strict": "maybe"}), """strict takes true or false, not 'maybe'""")
     assert_expected_inline(
         error({"linear_cross_entropy.chunk_tokens": 1.5}),
         """linear_cross_entropy.chunk_tokens takes int, not 1.5""",
     )
     assert_expected_inline(
         error({"linear_cross_entropy.accum_dtype": "fp8"}),
-        """linear_cross_entropy.accum_dtype is a dtype such as 'float32' or 'bfloat16', not 'fp8'""",
+        """linear_cross_entropy.accum_dtype takes a dtype such as 'float32' or 'bfloat16', not 'fp8'""",
     )
     assert_expected_inline(
         error({"inner": "eager", "max_autotune": True}),
