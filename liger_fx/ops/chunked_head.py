@@ -170,6 +170,10 @@ def allocate(x: Tensor, head: Head, wanted: Wanted, accum: torch.dtype, tokens: 
 
 
 def logits_buffer(rows: int, vocab: int, x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.device.type != "cuda":
+        # Unpadded: a CPU's bf16 GEMM with AMX reads one element behind an odd row and multiplies it
+        # by zero, which is NaN for what memory happens to hold (torch 2.13).
+        return x.new_empty(rows, vocab, dtype=dtype)
     # Rows padded to 128 bytes: without, a vocabulary like 32001 misses the GEMMs for aligned rows.
     unit = 128 // dtype.itemsize
     padded = -(-vocab // unit) * unit
