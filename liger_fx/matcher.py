@@ -17,6 +17,10 @@ class Reject(Exception):
     """Raised by a rewrite's ``check``: the match is not legal, and this is why."""
 
 
+class BrokenGraph(RuntimeError):
+    """A replacement left a graph that cannot run. Nothing can be done but to stop."""
+
+
 @dataclass
 class Match:
     """One place where a pattern fits.
@@ -153,7 +157,7 @@ class Matcher:
         if isinstance(term, tuple | list):
             return self._match_all(tuple(term), value, state)
         if isinstance(term, slice) and isinstance(value, slice):
-            return self._match_all(_ends(term), _ends(value), state)
+            return self._match_all(ends(term), ends(value), state)
         if not isinstance(value, fx.Node) and type(value) in _LITERALS and value == term:
             return state
         return self._missed(repr(term), value, state)
@@ -244,7 +248,7 @@ class Matcher:
 _LITERALS = (int, float, bool, str, type(None), torch.dtype, type(Ellipsis))
 
 
-def _ends(value: slice) -> tuple[Any, Any, Any]:
+def ends(value: slice) -> tuple[Any, Any, Any]:
     return value.start, value.stop, value.step
 
 

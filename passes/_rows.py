@@ -1,7 +1,8 @@
 """A projection, and the rows of its logits on the way to a loss.
 
 Whatever happens to rows of logits happens as well to rows of the hidden state: reshapes of leading
-dimensions, slices of positions (``logits[..., :-1, :]``), and casts, which only widen.
+dimensions, slices of positions (``logits[..., :-1, :]``), and casts, which only widen. A slice of
+classes, as of a vocabulary that is padded to a round number (nanochat), is one of the weight.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from torch import fx
 
 from liger_fx import ops
 from liger_fx.canonical import fake, hint, op_name, specialise
-from liger_fx.matcher import Match, Reject
+from liger_fx.matcher import Match, Reject, ends
 from liger_fx.pattern import chain
 
 
@@ -23,21 +24,34 @@ def keeps_rows(node: fx.Node) -> bool:
     if op_name(node) == "cast":
         return torch.promote_types(before.dtype, after.dtype) == after.dtype
     if op_name(node) == "getitem":
-        return _is_row_slice(node.args[1], before.dim())
+        items = _slices(node)  # of classes: by constants
+        return bool(items) and not any(isinstance(end, fx.Node) for end in ends(items[-1]))
     if op_name(node) == "reshape" and before.dim() and after.dim():
         return str(before.shape[-1]) == str(after.shape[-1])
     return False
 
 
-def _is_row_slice(index: Any, dims: int) -> bool:
-    """Slices of leading dimensions only."""
+def _slices(node: fx.Node) -> list[slice]:
+    """One for each dimension of what ``node`` indexes; nothing if it indexes otherwise."""
+    index, dims = node.args[1], fake(node.args[0]).dim()
     items = list(index) if isinstance(index, tuple | list) else [index]
     if Ellipsis in items:
         at = items.index(Ellipsis)
         items[at : at + 1] = [slice(None)] * (dims - len(items) + 1)
-    if not all(isinstance(item, slice) for item in items):
-        return False
-    return len(items) < dims or items[-1] in (slice(None), slice(0, None))
+    items += [slice(None)] * (dims - len(items))
+    return items if all(isinstance(item, slice) for item in items) else []
+
+
+def _of_classes(node: fx.Node) -> slice | None:
+    """What a ``getitem`` takes of the classes, if that is not all of them."""
+    before, after = fake(node.args[0]), fake(node)
+    return None if str(before.shape[-1]) == str(after.shape[-1]) else _slices(node)[-1]
+
+
+def _takes_rows(node: fx.Node) -> bool:
+    """Is it a slice, and not only of classes?"""
+    whole = (slice(None), slice(0, None))
+    return op_name(node) == "getitem" and any(item not in whole for item in _slices(node)[:-1])
 
 
 def keeps_or_scales_rows(node: fx.Node) -> bool:
@@ -121,6 +135,10 @@ def head_arguments(
     match: Match, hidden: fx.Proxy, weight: fx.Proxy, bias: Any, prefix: str = ""
 ) -> tuple[Any, ...]:
     """Hidden state, weight and bias as the projection takes them, for the rows that are kept."""
+    for node in reversed(match.chains[f"{prefix}rows"]):
+        if op_name(node) == "getitem" and (classes := _of_classes(node)):
+            weight = weight[classes]
+            bias = bias[classes] if match.values[f"{prefix}bias"] is not None else bias
     given = {"hidden": slice_rows(match, hidden, prefix), "weight": weight, "bias": bias}
     named = {f"{prefix}{name}": value for name, value in given.items()}
     return cast_as_autocast(match, logits_of(match, prefix).dtype, named)
@@ -150,9 +168,11 @@ def slice_rows(match: Match, hidden: fx.Proxy, prefix: str = "") -> fx.Proxy:
     for node in _until_last_slice(match, prefix):
         if op_name(node) == "reshape":
             hidden = hidden.flatten(0, -2)
-        elif op_name(node) == "getitem":
-            index = fx.node.map_arg(node.args[1], lambda n: fx.Proxy(n, tracer))  # type: ignore[arg-type, return-value]
-            hidden = hidden[index]  # type: ignore[index]
+        elif _takes_rows(node):
+            index = (
+                node.args[1] if _of_classes(node) is None else (*_slices(node)[:-1], slice(None))
+            )
+            hidden = hidden[fx.node.map_arg(index, lambda n: fx.Proxy(n, tracer))]  # type: ignore[arg-type, return-value, index]
     return hidden
 
 
@@ -160,5 +180,5 @@ def _until_last_slice(match: Match, prefix: str) -> list[fx.Node]:
     """The steps on the rows, innermost first, as far as they matter: the op takes any leading
     dimensions, so reshapes after the last slice do not."""
     outermost_first = match.chains[f"{prefix}rows"]
-    names = [op_name(node) for node in outermost_first]
-    return outermost_first[names.index("getitem") :][::-1] if "getitem" in names else []
+    last = next((i for i, node in enumerate(outermost_first) if _takes_rows(node)), None)
+    return [] if last is None else outermost_first[last:][::-1]

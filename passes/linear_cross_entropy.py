@@ -1,7 +1,8 @@
 """Final projection + cross-entropy -> ``liger_fx::linear_cross_entropy``: no logits.
 
-Matches      ``F.cross_entropy`` over rows of ``F.linear``, with reshapes, row slices and upcasts in
-             between in any order (torchtune, torchtitan, Hugging Face, F.linear_cross_entropy);
+Matches      ``F.cross_entropy`` over rows of ``F.linear``, with reshapes, slices of rows or of
+             classes and upcasts in between in any order (torchtune, torchtitan, Hugging Face,
+             nanochat, F.linear_cross_entropy);
              ``c * tanh(logits / c)`` between the two (Hugging Face Gemma2); logits transposed to
              [b, V, s]; the sum of such losses over chunks of one hidden state (torchtune's
              CEWithChunkedOutputLoss), which becomes one op; ``reduction="none"``.

@@ -64,6 +64,21 @@ def huggingface_shifted_logits(h, w, y):
     return F.cross_entropy(shift, y[..., 1:].contiguous().view(-1))
 
 
+def nanochat(h, w, y):
+    logits = F.linear(h, torch.cat([w, w[:3]]))  # its vocabulary is padded
+    logits = logits[..., :V]
+    logits = logits.float()
+    logits = 15 * torch.tanh(logits / 15)
+    targets = torch.where(y == -100, -1, y).view(-1)
+    return F.cross_entropy(logits.view(-1, V), targets, ignore_index=-1, reduction="mean")
+
+
+def padded_shifted_and_biased(h, w, y):
+    logits = F.linear(h, torch.cat([w[:2], w, w[:3]]), torch.cat([w[:, 0], w[:5, 1]]))
+    shift = logits[:, :-1, 2:-3].float().contiguous().view(-1, V)
+    return F.cross_entropy(shift, y[:, 1:].contiguous().view(-1))
+
+
 def torchtitan(h, w, y):
     return F.cross_entropy(F.linear(h, w).flatten(0, 1).float(), y.flatten(0, 1))
 
@@ -110,7 +125,7 @@ def linear_cross_entropy(h, w, y):
 
 SPELLINGS = [
     torchtune, torchtune_chunked, torchtune_per_chunk, huggingface, huggingface_gemma2,
-    huggingface_shifted_logits, torchtitan, sliced_after_flattening, classes_second, smoothed,
+    huggingface_shifted_logits, nanochat, padded_shifted_and_biased, torchtitan, sliced_after_flattening, classes_second, smoothed,
     other_ignore_index, per_token, keyword_arguments, one_token,
     *([linear_cross_entropy] if hasattr(F, "linear_cross_entropy") else []),
 ]  # fmt: skip

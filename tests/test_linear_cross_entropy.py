@@ -518,6 +518,21 @@ def test_leaves_narrowed_logits(hidden, weight, labels):
     )
 
 
+@pytest.mark.parametrize("of", [slice(None, None, 2), [2, 0, 1]], ids=str)
+def test_a_choice_of_classes_is_one_of_the_weight(of, hidden, weight):
+    """A slice is; a list of classes is left alone."""
+
+    def fn(h, w, y):
+        return F.cross_entropy(F.linear(h, w)[..., of].flatten(0, 1), y.view(-1))
+
+    y = torch.randint(0, 3, (B, S), device=DEVICE)
+    found = capture(fn, hidden, weight, y)
+    assert found.reports[0].counts == ({"linear_cross_entropy": 1} if of != [2, 0, 1] else {})
+    actual = torch.autograd.grad(found.value, [hidden, weight])
+    for a, e in zip(actual, gradients(fn, hidden, weight, y)[1:], strict=True):
+        assert relative_error(a, e) <= TOLERANCES[torch.float32]
+
+
 def test_leaves_an_index_that_permutes_rows(hidden, weight, labels):
     def fn(h, w, y, order):
         return F.cross_entropy(F.linear(h, w).view(-1, V)[order], y.view(-1))

@@ -81,7 +81,9 @@ def test_errors_list_what_is_known():
     assert_expected_inline(
         error({"inner": "nvfuser"}), """inner is one of inductor, aot_eager, eager, not 'nvfuser'"""
     )
-    assert_expected_inline(error({"strict": "maybe"}), """strict takes true or false, not 'maybe'""")
+    assert_expected_inline(
+        error({"strict": "maybe"}), """strict takes true or false, not 'maybe'"""
+    )
     assert_expected_inline(
         error({"linear_cross_entropy.chunk_tokens": 1.5}),
         """linear_cross_entropy.chunk_tokens takes int, not 1.5""",

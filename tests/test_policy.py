@@ -475,7 +475,5 @@ def test_explaining_measures_nothing(compiles, monkeypatch):
 
 
 def test_an_unknown_policy():
-    with pytest.raises(
-        Exception, match=r"no rewrite 'fastest'.*; or one of auto, measure, all"
-    ):
+    with pytest.raises(Exception, match=r"no rewrite 'fastest'.*; or one of auto, measure, all"):
         torch.compile(layer, backend="liger_fx", options={"policy": "fastest"})(*tensors())
