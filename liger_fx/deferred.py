@@ -32,7 +32,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.parallel.distributed import _DDPSink
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -242,15 +241,26 @@ class _Sum(torch.autograd.Function):
             sums.append(outputs[0].detach().sum())
             return [torch.ones_like(outputs[0])]
 
-        ctx.first, needs = 2 + count, ctx.needs_input_grad[2 + count :]
-        ctx.save_for_backward(*source.gradients(needs, ones))
+        tensors = tensors[count:]
+        ctx.first, ctx.like = 2 + count, (source.function, len(source.rows), source.classes)
+        gradients = source.gradients(ctx.needs_input_grad[ctx.first :], ones)
+        ctx.save_for_backward(*tensors, *gradients)
         return torch.stack(sums).sum()
 
     @staticmethod
     @torch.compiler.disable
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        gradients = [g if g is None else scaled(g, grad).to(g.dtype) for g in ctx.saved_tensors]
+        count = len(ctx.saved_tensors) // 2
+        tensors, gradients = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        if torch.is_grad_enabled():  # the gradients kept are constants
+            function, r, classes = ctx.like
+            source = _Source(function, tensors[:r], tensors[r:], classes)
+            needs = ctx.needs_input_grad[ctx.first :]
+            gradients = source.gradients(
+                needs, lambda outputs, _: [grad.expand_as(outputs[0])], again=True
+            )
+        else:
+            gradients = [g if g is None else scaled(g, grad).to(g.dtype) for g in gradients]
         return *[None] * ctx.first, *gradients
 
 
@@ -280,6 +290,7 @@ class DeferredLogits(Tensor):
     _replay: Any = None
     _raw: Tensor | None = None
     _real: Tensor | None = None
+    _node: Any = None  # that gets the gradient of _real
     _linked = False  # _real is a view of the root's
     _lent = False  # somebody has memory of a view that is not the root's
     _bypassed = False  # gradients of this tensor were given to the hidden states directly
@@ -327,7 +338,7 @@ class DeferredLogits(Tensor):
         return isinstance(self._native("grad_fn"), (_Computed._backward_cls, *others))
 
     def _values(self, write: bool = False) -> Tensor:
-        root = self._root or self
+        root = self if self._root is None else self._root
         if write and root._lent:
             raise RuntimeError(
                 "cannot write to these logits: a part of them was computed by itself and given "
@@ -345,6 +356,14 @@ class DeferredLogits(Tensor):
             self._real, self._linked = values if own else self._attach(values), True
         if self._real is None:
             self._real = self._attach(self._below_autograd(record=self._own_node()))
+        node = self._native("grad_fn")
+        if self._node is None:
+            self._node = node
+        elif node is not self._node:
+            raise RuntimeError(
+                "an autograd.Function wrote to these logits (mark_dirty). Give it .materialize() "
+                'of them, or compile with the option logits="keep"'
+            )
         return self._real
 
     def _attach(self, values: Tensor) -> Tensor:
@@ -362,8 +381,12 @@ class DeferredLogits(Tensor):
         if self._raw is None:
             source, record = self._source, record and self._native("requires_grad")
             source.check()
-            recording = torch.set_grad_enabled(record)
-            with torch.inference_mode(False), recording, _no_autocast(source.rows[0]):
+            # In this order, as inference_mode sets the grad mode too.
+            with (
+                torch.inference_mode(False),
+                torch.set_grad_enabled(record),
+                _no_autocast(source.rows[0]),
+            ):
                 inputs, r = _aliases(source.tensors), len(source.rows)
                 values = source.function(inputs[:r], inputs[r:]).contiguous()
             if (values.shape, values.dtype) != (self._shape(), self._native("dtype")):
@@ -696,9 +719,10 @@ def _moved(
     source = logits._source.of_rows(rows)
     if like.untyped_storage()._cdata != mirror.untyped_storage()._cdata:
         return _made(source, like, logits)
-    root, before = logits._root or logits, logits._root and logits._replay
-    again = (lambda values: replay(before(values))) if before else replay
-    return _deferred(source, like, like.requires_grad, (logits,), root, again)
+    if logits._root is None:
+        return _deferred(source, like, like.requires_grad, (logits,), logits, replay)
+    before, again = logits._replay, lambda values: replay(before(values))
+    return _deferred(source, like, like.requires_grad, (logits,), logits._root, again)
 
 
 def _made(source: _Source, like: Tensor, *parents: DeferredLogits) -> DeferredLogits:
