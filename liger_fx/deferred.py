@@ -354,16 +354,10 @@ class DeferredLogits(Tensor):
             with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
                 values = self._replay(whole)
             self._real, self._linked = values if own else self._attach(values), True
+            self._node = self._native("grad_fn")
         if self._real is None:
             self._real = self._attach(self._below_autograd(record=self._own_node()))
-        node = self._native("grad_fn")
-        if self._node is None:
-            self._node = node
-        elif node is not self._node:
-            raise RuntimeError(
-                "an autograd.Function wrote to these logits (mark_dirty). Give it .materialize() "
-                'of them, or compile with the option logits="keep"'
-            )
+            self._node = self._native("grad_fn")
         return self._real
 
     def _attach(self, values: Tensor) -> Tensor:
@@ -546,7 +540,7 @@ _WHOLE_GRADIENT = {
 
 
 def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    name = getattr(func, "__name__", "")
+    name = getattr(func, "__name__", "").split(".")[0]  # of an operator's overload
     in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
     in_place = in_place or kwargs.get("inplace") is True
     written = tree_leaves((args[:1] if in_place else (), kwargs.get("out")))
@@ -562,6 +556,12 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 'places, or compile with the option logits="keep"'
             )
         real = leaf._values(write=any(leaf is w for w in written))
+        attribute = name in ("__get__", "__set__")  # also read and set by torch itself
+        if leaf._native("grad_fn") is not leaf._node and not attribute:
+            raise RuntimeError(
+                "an autograd.Function wrote to these logits (mark_dirty). Give it .materialize() "
+                'of them, or compile with the option logits="keep"'
+            )
         given[id(real)] = leaf, real, real._version
         return real
 

@@ -184,18 +184,16 @@ CHUNKED: dict[str, Callable[[Any], Any]] = {
     "logsumexp": lambda x: x.logsumexp(-1, keepdim=True),
     "sum": lambda x: (x.sum(-1), x.mean(dim=-1)),
     "gather": lambda x: x.gather(-1, INDEX),
-    "log-probabilities": lambda x: (
-        torch.gather(x.log_softmax(-1), 2, INDEX[..., :1]).squeeze(-1)
-    ),
+    "log-probabilities": lambda x: torch.gather(x.log_softmax(-1), 2, INDEX[..., :1]).squeeze(-1),
     "temperature": lambda x: (x / 0.7).softmax(-1).amax(-1),
     "temperature tensor": lambda x: torch.div(x, torch.tensor(0.7)).logsumexp(-1),
     "softcap": lambda x: (30 * torch.tanh(x / 30)).logsumexp(-1),
     "entropy": lambda x: -(x.softmax(-1) * x.log_softmax(-1)).sum(-1),
     "entropy of exp": lambda x: -(F.log_softmax(x, -1).exp() * F.log_softmax(x, -1)).sum(dim=-1),
     "trl's entropy": lambda x: torch.logsumexp(x, -1) - (F.softmax(x, dim=-1) * x).sum(-1),
-    "torch's entropy": lambda x: (
-        torch.distributions.Categorical(logits=x, validate_args=False).entropy()
-    ),
+    "torch's entropy": lambda x: torch.distributions.Categorical(
+        logits=x, validate_args=False
+    ).entropy(),
     "cross-entropy": lambda x: F.cross_entropy(x.view(-1, V).float(), LABELS.view(-1)),
     "module": lambda x: torch.nn.CrossEntropyLoss()(x.flatten(0, 1), LABELS.flatten()),
     "shifted": lambda x: F.cross_entropy(
@@ -375,6 +373,9 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "view that was read": lambda x: (x[1].cos(), x[1].exp_()),
     "rows": lambda x: x.__setitem__((slice(None), 1), 7.0),
     "function": lambda x: F.relu(x, inplace=True),
+    "positional": lambda x: F.relu(x[0], True),
+    "operator overload": lambda x: torch.ops.aten.relu_.default(x[1]),
+    "foreach": lambda x: torch._foreach_mul_([x[1], x[2]], 3),
     "functions": lambda x: torch.relu_(x[0]),
     "tensor": lambda x: x.mul_(torch.full((V,), 2.0)),
 }
@@ -418,8 +419,15 @@ def test_writes_that_a_part_would_not_see(case):
         logits.zero_()
     assert memory.any() and logits.all()
     logits = case.deferred()
-    with pytest.raises(RuntimeError, match="wrote to a part of deferred logits"):
-        F.relu(logits[1], True)
+    with pytest.raises(RuntimeError, match="fill wrote to a part of deferred logits"):
+        torch.ops.test_deferred.fill(logits[1])
+    with pytest.raises(RuntimeError, match=r"call \.materialize|Call \.materialize"):
+        logits.zero_()
+
+
+@torch.library.custom_op("test_deferred::fill", mutates_args=("x",))
+def _fill(x: Tensor) -> None:
+    x.fill_(7.0)
 
 
 def test_autograd_function_that_writes(case):
@@ -471,7 +479,9 @@ def test_stale_hidden_and_parameters():
     with torch.no_grad():
         case.weight.add_(1)
     for use in (lambda: unread.cos(), lambda: view.argmax(-1), lambda: unread.view(-1, V)):
-        with pytest.raises(RuntimeError, match=r"parameter 0 of the head, of shape \[11, 8\], was w"):
+        with pytest.raises(
+            RuntimeError, match=r"parameter 0 of the head, of shape \[11, 8\], was w"
+        ):
             use()
     assert torch.equal(read + torch.zeros(V), values) and unread.shape == (B, S, V)
     hidden = torch.randn(B, H)
@@ -608,9 +618,7 @@ def test_log(case, caplog):
 
 def test_wrong_metadata(case):
     head = Head(softcapped, (case.weight,))
-    logits = DeferredLogits(
-        head, case.leaf, classes=V + 1, dtype=torch.float32, requires_grad=True
-    )
+    logits = DeferredLogits(head, case.leaf, classes=V + 1, dtype=torch.float32, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"returned \[3, 5, 11\] torch.float32, but"):
         logits.cos()
 
