@@ -25,7 +25,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import EllipsisType
 from typing import Any
 
@@ -36,12 +36,12 @@ from torch.nn.parallel.distributed import _DDPSink
 from torch.utils._pytree import tree_leaves, tree_map
 
 from liger_fx.ops.chunked_head import chunk_tokens_for
-from liger_fx.ops.linear_cross_entropy import scaled
-from liger_fx.ops.tokens import valid_tokens
+from liger_fx.ops.linear_cross_entropy import linear_cross_entropy
 
 _log = logging.getLogger("liger_fx")
 _count = 0
 _readers: set[str] = set()
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def materialized() -> int:
@@ -66,7 +66,8 @@ class _Source:
     """``function(rows, parameters)``, each row by itself.
 
     rows: the hidden states [*, H], and further tensors [*, k] of the same leading shape. classes:
-    the size of the last dimension of the values. graph: the values as autograd recorded them, and
+    the size of the last dimension of the values. linear: the dtype of a projection, F.linear, after
+    which values were copied or widened at most. graph: the values as autograd recorded them, and
     the aliases of the tensors that they were computed from, until a backward takes both.
     """
 
@@ -74,6 +75,7 @@ class _Source:
     rows: tuple[Tensor, ...]
     parameters: tuple[Tensor, ...]
     classes: int
+    linear: torch.dtype | None = None
     graph: list[tuple[Tensor, list[Tensor]]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -111,11 +113,11 @@ class _Source:
         )
 
     def of_rows(self, rows: Iterable[Tensor]) -> _Source:
-        return _Source(self.function, tuple(rows), self.parameters, self.classes)
+        return replace(self, rows=tuple(rows), graph=[])
 
     def chunks(self) -> list[slice]:
-        # In fp32, as most of what is done with logits.
-        size = chunk_tokens_for(self.classes, 4, self.rows[0].device.type)
+        # What is done with the values takes about four tensors of their size in fp32.
+        size = chunk_tokens_for(self.classes, 16, self.rows[0].device.type)
         count = math.prod(self.rows[0].shape[:-1])
         return [slice(start, start + size) for start in range(0, max(count, 1), size)]
 
@@ -132,12 +134,12 @@ class _Source:
     def gradients(
         self,
         needs: Sequence[bool],
-        upstream: Callable[[tuple[Tensor, ...], slice], Sequence[Tensor | None]],
-        again: bool = False,
+        grads: Sequence[Tensor | None],
+        again: bool,
     ) -> list[Tensor | None]:
         """Of the tensors, where they are needed, by chunks, each computed anew.
 
-        upstream: of the outputs of a chunk, given these. again: for gradients of gradients.
+        grads: of the outputs, [N, ...] each. again: they shall have gradients themselves.
         """
         r = len(self.rows)
         parts: list[list[Tensor | None]] = []
@@ -151,7 +153,8 @@ class _Source:
             for chunk in self.chunks():
                 inputs = (*(rows[chunk] for rows in flat), *parameters)
                 outputs = _tuple(self.function(inputs[:r], inputs[r:]))
-                found = _gradients(outputs, inputs, needs, upstream(outputs, chunk), again)
+                upstream = [g if g is None else g[chunk] for g in grads]
+                found = _gradients(outputs, inputs, needs, upstream, again)
                 parts.append(found[:r])
                 for i, gradient in enumerate(found[r:]):
                     if gradient is not None:
@@ -223,45 +226,20 @@ class _Computed(torch.autograd.Function):
             lead = tensors[0].dim() - 1
             flat = [g if g is None else _flat(g, lead) for g in grads]
             source = _Source(function, tensors[:r], tensors[r:], classes)
-            gradients = source.gradients(
-                needs, lambda _, chunk: [g if g is None else g[chunk] for g in flat], again
-            )
+            gradients = source.gradients(needs, flat, again)
         return *[None] * ctx.first, *gradients
 
 
-class _Sum(torch.autograd.Function):
-    """The sum of what a source's function returns, []. Its gradients are computed in the forward,
-    which has the logits of each chunk at hand."""
+class _Signal(torch.autograd.Function):
+    """A loss of hidden states, whose backward also runs the hooks of the deferred logits."""
 
     @staticmethod
-    def forward(ctx: Any, source: _Source, count: int, *tensors: Tensor) -> Tensor:
-        sums = []
-
-        def ones(outputs: tuple[Tensor, ...], _: slice) -> list[Tensor | None]:
-            sums.append(outputs[0].detach().sum())
-            return [torch.ones_like(outputs[0])]
-
-        tensors = tensors[count:]
-        ctx.first, ctx.like = 2 + count, (source.function, len(source.rows), source.classes)
-        gradients = source.gradients(ctx.needs_input_grad[ctx.first :], ones)
-        ctx.save_for_backward(*tensors, *gradients)
-        return torch.stack(sums).sum()
+    def forward(ctx: Any, deferred: DeferredLogits, loss: Tensor) -> Tensor:
+        return loss.clone()
 
     @staticmethod
-    @torch.compiler.disable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        count = len(ctx.saved_tensors) // 2
-        tensors, gradients = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        if torch.is_grad_enabled():  # the gradients kept are constants
-            function, r, classes = ctx.like
-            source = _Source(function, tensors[:r], tensors[r:], classes)
-            needs = ctx.needs_input_grad[ctx.first :]
-            gradients = source.gradients(
-                needs, lambda outputs, _: [grad.expand_as(outputs[0])], again=True
-            )
-        else:
-            gradients = [g if g is None else scaled(g, grad).to(g.dtype) for g in gradients]
-        return *[None] * ctx.first, *gradients
+        return None, grad
 
 
 class _Read(torch.autograd.Function):
@@ -306,7 +284,8 @@ class DeferredLogits(Tensor):
             with torch.autocast(kind, autocast_dtype, enabled, cache_enabled=False):
                 return head.function(*rows, *parameters)
 
-        source = _Source(function, (hidden,), tuple(head.parameters), classes)
+        linear = dtype if head.function is F.linear and dtype in _KERNEL_DTYPES else None
+        source = _Source(function, (hidden,), tuple(head.parameters), classes, linear)
         like = torch.empty((*hidden.shape[:-1], classes), dtype=dtype, device="meta")
         return _deferred(source, like, requires_grad)
 
@@ -737,7 +716,10 @@ def _converted(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> 
     like = _on_mirror(func, mirror, *args, **kwargs)
     if like is mirror:
         return logits
-    return _made(logits._source.then(lambda values: values.to(like.dtype)), like, logits)
+    source = logits._source.then(lambda values: values.to(like.dtype))
+    if like.dtype in (mirror.dtype, torch.float32):
+        source.linear = logits._source.linear
+    return _made(source, like, logits)
 
 
 def _to(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
@@ -842,38 +824,56 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    """``F.cross_entropy`` or ``F.nll_loss`` of [N, V] or [V]; ignored rows are left out."""
+    """``F.cross_entropy`` or ``F.nll_loss`` of [N, V] or [V]."""
     mirror = logits._mirror()
     _unless(size_average is None and reduce is None and mirror.dim() <= 2)
     _unless(target.shape == mirror.shape[:-1] and target.dtype == torch.int64)
     _unless(reduction in ("none", "sum", "mean"))
-    settings: dict[str, Any] = dict(ignore_index=ignore_index, reduction="none")
+    settings: dict[str, Any] = dict(ignore_index=ignore_index)
     if func is F.cross_entropy:
-        settings |= dict(label_smoothing=label_smoothing)
+        settings["label_smoothing"] = label_smoothing
+    wide = _wide(mirror.dtype)
 
     def losses(values: Tensor, labels: Tensor, *weights: Tensor) -> Tensor:
-        wide = values.to(_wide(values.dtype))
-        return func(wide, labels.squeeze(-1), *(w.to(wide.dtype) for w in weights), **settings)
+        weights = tuple(w.to(wide) for w in weights)
+        return func(values.to(wide), labels.squeeze(-1), *weights, reduction="none", **settings)
 
-    source = logits._source.then(
-        losses, (target.unsqueeze(-1),), () if weight is None else (weight,)
-    )
-    wide = _wide(mirror.dtype)
-    if reduction == "none":
-        like = mirror.new_empty(mirror.shape[:-1], dtype=wide, requires_grad=mirror.requires_grad)
-        return _by_chunks(source, like, logits).to(mirror.dtype)
-    valid = target.reshape(-1) != ignore_index
-    if (indices := valid_tokens(valid)) is not None:
-        source = source.of_rows(_flat(rows)[indices] for rows in source.rows)
-    if torch.is_grad_enabled() and mirror.requires_grad:
-        _bypass((logits,))
-        total = _Sum.apply(source, 1, logits, *source.tensors)
+    fused = func is F.cross_entropy and weight is None and reduction != "none"
+    if fused and logits._source.linear is not None:
+        total = _sum_of_losses(logits, mirror.requires_grad, target, **settings)
     else:
-        total = source.outputs()[0].sum()
+        weights = () if weight is None else (weight,)
+        source = logits._source.then(losses, (target.unsqueeze(-1),), weights)
+        grad = mirror.requires_grad and torch.is_grad_enabled()
+        like = torch.empty(target.shape, device="meta", dtype=wide, requires_grad=grad)
+        total = _by_chunks(source, like, logits)
+        total = total if reduction == "none" else total.sum()
     if reduction == "mean":
-        counted = target.reshape(-1)[valid]
+        counted = target[target != ignore_index]
         total = total / (counted.numel() if weight is None else weight[counted].to(wide).sum())
     return total.to(mirror.dtype)
+
+
+def _sum_of_losses(
+    logits: DeferredLogits,
+    requires_grad: bool,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """By the op whose forward computes the gradients."""
+    hidden, weight, *bias = (t.to(logits._source.linear) for t in logits._source.tensors)
+    record = requires_grad and torch.is_grad_enabled()
+    given = hidden, weight, bias[0] if bias else None
+    needs = [record and tensor is not None and tensor.requires_grad for tensor in given]
+    chunking = 0, torch.float32, True
+    loss = linear_cross_entropy(
+        *given, target, ignore_index, label_smoothing, 0.0, *needs, *chunking
+    )[0]
+    if not record:
+        return loss
+    _bypass((logits,))
+    return _Signal.apply(logits, loss)
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {}

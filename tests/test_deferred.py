@@ -495,7 +495,7 @@ def test_stale_hidden_and_parameters():
 def test_resharded_parameters(case):
     logits = case.deferred()
     case.weight.untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match="parameter 0 .* was resharded or freed"):
+    with pytest.raises(RuntimeError, match=r"parameter 0 .* was resharded or freed"):
         logits.cos()
 
 
@@ -516,11 +516,16 @@ def test_autocast_is_that_of_the_head(case):
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that is made."""
+    """The number of elements of the largest tensor that is made, and the functions that ran."""
 
     elements = 0
 
+    def __init__(self):
+        super().__init__()
+        self.functions = set()
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.functions.add(func)
         outcome = func(*args, **(kwargs or {}))
         made = [t for t in tree_leaves(outcome) if isinstance(t, Tensor) and not t.is_meta]
         self.elements = max([self.elements, *(t.numel() for t in made)])
@@ -546,6 +551,44 @@ def test_no_tensor_of_all_logits(case):
         logits.argmax(-1), logits.topk(2), logits.max(-1)
         loss.backward()
     assert largest.elements <= max(hidden.numel(), weight.numel()) < rows * classes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_cross_entropy_of_a_projection_is_fused(dtype, reduction, with_bias):
+    leaves = [torch.randn(B, S, H), torch.randn(V, H), torch.randn(V)][: 2 + with_bias]
+    leaves = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+
+    def loss(logits: Any) -> Tensor:
+        logits = logits[:, :-1].float().reshape(-1, V)
+        labels = LABELS[:, 1:].reshape(-1)
+        return F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=0.1)
+
+    def deferred_logits(hidden: Tensor, *parameters: Tensor) -> Any:
+        kind = dict(classes=V, dtype=dtype, requires_grad=hidden.requires_grad)
+        return DeferredLogits(Head(F.linear, parameters), hidden, **kind)
+
+    with Largest() as made:
+        actual = loss(deferred_logits(leaves[0] * 1, *leaves[1:]))
+    assert torch.ops.liger_fx.linear_cross_entropy.default in made.functions
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected, reference = loss(F.linear(*leaves)), F.linear(*exact)
+    torch.testing.assert_close(actual, expected)
+    grads = torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves)
+    precise = torch.autograd.grad(
+        F.cross_entropy(
+            reference[:, :-1].reshape(-1, V),
+            LABELS[:, 1:].reshape(-1),
+            reduction=reduction,
+            label_smoothing=0.1,
+        ),
+        exact,
+    )
+    for a, b, e in zip(*grads, precise, strict=True):
+        assert relative_error(a, e) <= 1.1 * relative_error(b, e) + TOLERANCES[dtype]
+    with torch.no_grad():
+        assert torch.equal(loss(deferred_logits(*leaves)), actual)
 
 
 def test_hooks(case):
