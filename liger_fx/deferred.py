@@ -22,6 +22,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -41,6 +42,7 @@ from liger_fx.ops.linear_cross_entropy import linear_cross_entropy
 _log = logging.getLogger("liger_fx")
 _count = 0
 _readers: set[str] = set()
+_OR_KEEP = 'or compile with the option logits="keep"'
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -93,8 +95,8 @@ class _Source:
             what = "written in place, as by optimizer.step()" if written else "resharded or freed"
             raise RuntimeError(
                 f"these logits cannot be computed any more: {name}, of shape {list(tensor.shape)}, "
-                f"was {what}. Read the logits or call .materialize() on them before that, or "
-                'compile with the option logits="keep"'
+                f"was {what}. Read the logits or call .materialize() on them before that, "
+                f"{_OR_KEEP}"
             )
 
     def then(
@@ -132,17 +134,14 @@ class _Source:
         return [torch.cat(column) for column in zip(*parts, strict=True)]
 
     def gradients(
-        self,
-        needs: Sequence[bool],
-        grads: Sequence[Tensor | None],
-        again: bool,
+        self, needs: Sequence[bool], grads: Sequence[Tensor | None], again: bool
     ) -> list[Tensor | None]:
         """Of the tensors, where they are needed, by chunks, each computed anew.
 
         grads: of the outputs, [N, ...] each. again: they shall have gradients themselves.
         """
         r = len(self.rows)
-        parts: list[list[Tensor | None]] = []
+        parts: list[list[Any]] = []
         # A sum over chunks in bf16 would lose what a chunk adds to it.
         totals: list[Any] = [
             torch.zeros_like(p, dtype=_wide(p.dtype)) if need else None
@@ -159,14 +158,14 @@ class _Source:
                 for i, gradient in enumerate(found[r:]):
                     if gradient is not None:
                         totals[i] = totals[i] + gradient if again else totals[i].add_(gradient)
+            columns: list[Any] = [
+                [part[i] for part in parts] if needs[i] else None for i in range(r)
+            ]
             whole = [
-                torch.cat(column).reshape(rows.shape) if need else None
-                for column, rows, need in zip(zip(*parts, strict=True), self.rows, needs)  # noqa: B905
+                c and torch.cat(c).reshape(t.shape) for c, t in zip(columns, self.rows, strict=True)
             ]
-            return whole + [
-                t if t is None else t.to(p.dtype)
-                for t, p in zip(totals, self.parameters, strict=True)
-            ]
+            casts = zip(totals, self.parameters, strict=True)
+            return whole + [t if t is None else t.to(p.dtype) for t, p in casts]
 
 
 def _aliases(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -321,8 +320,8 @@ class DeferredLogits(Tensor):
         if write and root._lent:
             raise RuntimeError(
                 "cannot write to these logits: a part of them was computed by itself and given "
-                "away, and would not see the write. Call .materialize() on the whole logits first, "
-                'or compile with the option logits="keep"'
+                "away, and would not see it. Call .materialize() on the whole logits first, "
+                f"{_OR_KEEP}"
             )
         whole_exists = (
             write or root._real is not None or root._shape().numel() == self._shape().numel()
@@ -349,8 +348,11 @@ class DeferredLogits(Tensor):
         """The values without history. record: keep the history for the backward."""
         if self._real is not None:
             return self._real.detach()
-        if self._root is not None and self._root._real is not None:
-            return self._replay(self._root._below_autograd())
+        root = self._root
+        if root is not None and (
+            root._real is not None or root._shape().numel() == self._shape().numel()
+        ):
+            return self._replay(root._below_autograd())
         if self._raw is None:
             source, record = self._source, record and self._native("requires_grad")
             source.check()
@@ -409,7 +411,7 @@ class DeferredLogits(Tensor):
             if argument.is_write and any(isinstance(leaf, cls) for leaf in tree_leaves(value)):
                 raise RuntimeError(
                     f"{func} would write to deferred logits from C++. Give it .materialize() of "
-                    'them, or compile with the option logits="keep"'
+                    f"them, {_OR_KEEP}"
                 )
 
         def values(leaf: Any) -> Any:
@@ -489,16 +491,14 @@ def _announce(values: Tensor) -> None:
     global _count
     _count += 1
     frame: Any = sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _INSIDE:
+    inside = ("torch", "liger_fx")
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in inside:
         frame = frame.f_back
     reader = f"{frame.f_code.co_filename}:{frame.f_lineno}"
     if reader not in _readers:
         _readers.add(reader)
         mib = values.numel() * values.element_size() / 2**20
         _log.info("logits are read at %s: %.1f MiB are computed for it", reader, mib)
-
-
-_INSIDE = {"torch", "liger_fx"}
 
 
 # Functions on computed values.
@@ -532,19 +532,23 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             raise RuntimeError(
                 f"{name} needs the gradient of all logits, but results were computed of their rows "
                 "before. Call it before the logits are used, use .materialize() of them in all "
-                'places, or compile with the option logits="keep"'
+                f"places, {_OR_KEEP}"
             )
         real = leaf._values(write=any(leaf is w for w in written))
         attribute = name in ("__get__", "__set__")  # also read and set by torch itself
         if leaf._native("grad_fn") is not leaf._node and not attribute:
             raise RuntimeError(
                 "an autograd.Function wrote to these logits (mark_dirty). Give it .materialize() "
-                'of them, or compile with the option logits="keep"'
+                f"of them, {_OR_KEEP}"
             )
         given[id(real)] = leaf, real, real._version
         return real
 
-    outcome = func(*tree_map(values, args), **tree_map(values, kwargs))
+    def mapped(argument: Any) -> Any:  # itself where possible, as deepcopy's memo is written to
+        found = any(isinstance(leaf, DeferredLogits) for leaf in tree_leaves(argument))
+        return tree_map(values, argument) if found else argument
+
+    outcome = func(*map(mapped, args), **{name: mapped(value) for name, value in kwargs.items()})
     for deferred, real, version in given.values():
         if deferred._root is None or deferred._linked:
             continue
@@ -552,7 +556,7 @@ def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             deferred._root._lent = True
             raise RuntimeError(
                 f"{name} wrote to a part of deferred logits, which the whole does not see. Call "
-                '.materialize() on the whole logits first, or use the option logits="keep"'
+                f".materialize() on the whole logits first, {_OR_KEEP}"
             )
         if func is Tensor.data_ptr or any(_may_alias(leaf, real) for leaf in tree_leaves(outcome)):
             deferred._root._lent = True
@@ -587,11 +591,8 @@ def _text(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> str:
 def _hook(func: Any, logits: DeferredLogits, hook: Any) -> Any:
     # FSDP only wants to know that the backward has begun, whatever the gradient.
     module = getattr(getattr(hook, "func", hook), "__module__", None) or ""
-    return (
-        _metadata(func, logits, hook)
-        if module.startswith("torch.distributed.fsdp")
-        else (NotImplemented)
-    )
+    fsdp = module.startswith("torch.distributed.fsdp")
+    return _metadata(func, logits, hook) if fsdp else NotImplemented
 
 
 def _of_rows(handler: Callable[..., Any], under_autocast: bool = False) -> Callable[..., Any]:
@@ -609,6 +610,8 @@ def _of_rows(handler: Callable[..., Any], under_autocast: bool = False) -> Calla
         if low and not under_autocast and torch.is_autocast_enabled(device.type):
             return NotImplemented
         logits._source.check()
+        # Copied, as a list among them may change before the function runs again.
+        args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
         try:
             return handler(func, logits, *args, **kwargs)
         except _NotByRows:
@@ -674,7 +677,10 @@ def _static_index(index: Any) -> tuple[Any, ...]:
     """The index with numbers for masks, and without what may change later."""
     items: list[Any] = []
     for item in index if isinstance(index, tuple) else (index,):
-        if not isinstance(item, int | slice | EllipsisType | Tensor | None):
+        if isinstance(item, slice):
+            ends = item.start, item.stop, item.step
+            item = slice(*(end if end is None else operator.index(end) for end in ends))
+        elif not isinstance(item, int | EllipsisType | Tensor | None):
             item = torch.as_tensor(item)
         if not isinstance(item, Tensor):
             items.append(item)
@@ -768,7 +774,7 @@ def _both(func: Any, a: _Source, b: _Source, kwargs: dict[str, Any]) -> _Source:
     rows, parameters = max(a.rows, b.rows, key=len), max(a.parameters, b.parameters, key=len)
     for source in (a, b):
         for some, all_ in ((source.rows, rows), (source.parameters, parameters)):
-            _unless(all(x is y for x, y in zip(some, all_, strict=False)))
+            _unless(all(map(_same, some, all_)))
 
     def values(source: _Source, rs: Sequence[Tensor], ps: Sequence[Tensor]) -> Any:
         return source.function(rs[: len(source.rows)], ps[: len(source.parameters)])
@@ -781,10 +787,18 @@ def _both(func: Any, a: _Source, b: _Source, kwargs: dict[str, Any]) -> _Source:
     )
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    """One tensor, or views that are alike of one tensor."""
+    if a is b or a._base is None or a._base is not b._base:
+        return a is b
+    alike = a.shape == b.shape and a.stride() == b.stride() and a.requires_grad == b.requires_grad
+    return alike and a.storage_offset() == b.storage_offset()
+
+
 def _over_classes(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
     names, keeps_shape = _OVER_CLASSES[func.__name__]
     mirror = logits._mirror()
-    _unless(len(args) <= len(names))
+    _unless(len(args) <= len(names) and not kwargs.get("sparse_grad"))
     given = dict(zip(names, args, strict=False)) | kwargs
     dim = given.get("dim", -1 if func.__name__ == "topk" else None)
     dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
@@ -849,8 +863,8 @@ def _cross_entropy(
         total = _by_chunks(source, like, logits)
         total = total if reduction == "none" else total.sum()
     if reduction == "mean":
-        counted = target[target != ignore_index]
-        total = total / (counted.numel() if weight is None else weight[counted].to(wide).sum())
+        valid = target != ignore_index
+        total = total / (valid if weight is None else weight[target[valid]].to(wide)).sum()
     return total.to(mirror.dtype)
 
 

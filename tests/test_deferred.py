@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import logging
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -190,6 +192,9 @@ CHUNKED: dict[str, Callable[[Any], Any]] = {
     "softcap": lambda x: (30 * torch.tanh(x / 30)).logsumexp(-1),
     "entropy": lambda x: -(x.softmax(-1) * x.log_softmax(-1)).sum(-1),
     "entropy of exp": lambda x: -(F.log_softmax(x, -1).exp() * F.log_softmax(x, -1)).sum(dim=-1),
+    "entropy of a slice": lambda x: (
+        -(x[:, :-1].softmax(-1) * x[..., :-1, :].log_softmax(-1)).sum(-1)
+    ),
     "trl's entropy": lambda x: torch.logsumexp(x, -1) - (F.softmax(x, dim=-1) * x).sum(-1),
     "torch's entropy": lambda x: torch.distributions.Categorical(
         logits=x, validate_args=False
@@ -243,6 +248,7 @@ COMPUTED: dict[str, Callable[[Any], Any]] = {
         x.view(-1, V), torch.full((B * S, V), 1 / V).to(x.dtype)
     ),
     "deepcopy": lambda x: copy.deepcopy(x.detach()),
+    "deepcopy of one twice": lambda x: len(set(map(id, copy.deepcopy([y := x.detach(), y])))),
     "copy": lambda x: copy.copy(x.detach()),
     "pickle": lambda x: pickle.loads(pickle.dumps(x.detach())),
     "save": lambda x: _saved(x),
@@ -388,6 +394,17 @@ def test_writes_are_seen(write):
         write(x)
         after = x[:, 1:]
         return [t * t for t in (x, before, copied, row, after)] + [after.logsumexp(-1)]
+
+    same(use)
+
+
+def test_arguments_that_change_later():
+    def use(x: Any) -> Any:
+        end, shape = torch.tensor(2), [B * S, V]
+        part, flat = x[:, :end], x.view(shape)
+        end.fill_(4), shape.reverse()
+        x.mul_(2)
+        return part * 1, flat * 1
 
     same(use)
 
@@ -589,6 +606,41 @@ def test_cross_entropy_of_a_projection_is_fused(dtype, reduction, with_bias):
         assert relative_error(a, e) <= 1.1 * relative_error(b, e) + TOLERANCES[dtype]
     with torch.no_grad():
         assert torch.equal(loss(deferred_logits(*leaves)), actual)
+
+
+def test_memory(case):
+    """Nothing of the size of the logits is held before a read, and all is freed without a gc."""
+    gc.collect()
+    gc.disable()
+    try:
+        for read in (False, True):
+            hidden = case.leaf * 1
+            watched = weakref.ref(hidden)
+            head, kind = Head(softcapped, (case.weight,)), dict(dtype=case.dtype)
+            with Largest() as largest:
+                logits: Any = DeferredLogits(head, hidden, classes=V, requires_grad=True, **kind)
+                views = logits.view(-1, V), logits[:, 1:], logits.float().log_softmax(-1)
+                assert largest.elements <= hidden.numel()
+            if read:
+                (logits.cos().sum() + views[1].sum() + views[2].logsumexp(-1).sum()).backward()
+            del hidden
+            assert watched() is not None
+            del logits, views
+            assert watched() is None
+    finally:
+        gc.enable()
+
+
+def test_accelerate(case):
+    operations = pytest.importorskip("accelerate.utils.operations")
+    state = pytest.importorskip("accelerate.state").PartialState(cpu=True)
+    logits, before = case.deferred(), materialized()
+    outputs = operations.convert_to_fp32({"logits": logits.bfloat16()})
+    assert type(outputs["logits"]) is DeferredLogits and materialized() == before
+    padded = operations.pad_across_processes(outputs, dim=1, pad_index=-100)
+    whole = operations.concatenate([padded, padded])["logits"]
+    assert state.num_processes == 1 and type(whole) is Tensor
+    torch.testing.assert_close(whole[:B], case.eager().bfloat16().float())
 
 
 def test_hooks(case):
