@@ -1,5 +1,6 @@
 """A torch.compile backend that replaces subgraphs of a decoder by Liger's kernels."""
 
+from liger_fx.deferred import DeferredLogits
 from liger_fx.dynamo import (
     OptionError,
     RequirementError,
@@ -15,6 +16,7 @@ from liger_fx.report import NearMiss, Rejection, Replacement, Report
 from liger_fx.rewrite import Reject, Rewrite, rewrite_graph
 
 __all__ = [
+    "DeferredLogits",
     "Match",
     "NearMiss",
     "OptionError",

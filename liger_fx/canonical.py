@@ -181,7 +181,7 @@ class View:
             return False
         if not isinstance(after, torch.Tensor) or before.dtype != after.dtype:
             return False
-        if op_name(node) == "getitem" and not _only_slices(node.args[1]):
+        if op_name(node) == "getitem" and not only_slices(node.args[1]):
             return False
         if not same_sizes(before.shape, after.shape):
             return False
@@ -237,7 +237,7 @@ def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(x is y or str(x) == str(y) for x, y in zip(a, b, strict=True))
 
 
-def _only_slices(index: Any) -> bool:
+def only_slices(index: Any) -> bool:
     """An index of full or partial slices only; an index tensor of the same shape is no no-op."""
     items = index if isinstance(index, tuple | list) else (index,)
     return all(item is Ellipsis or isinstance(item, slice) for item in items)

@@ -23,6 +23,7 @@ from liger_fx.measure import measured
 from liger_fx.options import Options, parse
 from liger_fx.policy import Judge, by_table, device_of, form_of, policy
 from liger_fx.report import Rejection, Report, internal_error, log_failure
+from liger_fx.returned import Deferral, defer, returned_logits, returning
 from liger_fx.rewrite import Allow, BrokenGraph, Rewrite, rewrite_graph
 
 log = logging.getLogger("liger_fx")
@@ -100,21 +101,31 @@ class Backend:
             )
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        report = self.rewrite(gm, example_inputs)
+        report, deferrals = self.rewrite(gm, example_inputs)
         if self.accept is not None:
             self.accept(report)
         self._publish(report)
-        return compile_rewritten(gm, example_inputs, self.options, self.rewrites, self.mode)
+        compiled = compile_rewritten(gm, example_inputs, self.options, self.rewrites, self.mode)
+        return returning(compiled, deferrals)
 
-    def rewrite(self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None = None) -> Report:
+    def rewrite(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None = None
+    ) -> tuple[Report, list[Deferral]]:
         """Rewrite ``gm`` in place. An engine error costs a match and is in the report, unless
-        ``strict``. example_inputs: for ``policy="measure"``; without inputs nothing is run."""
+        ``strict``. example_inputs: for ``policy="measure"``; without inputs nothing is run. Where
+        ``gm`` returns hidden states in the place of logits, the deferrals say so."""
         options = self.options
+        deferrals: list[Deferral] = []
         try:
             if device_of(gm).type == "cpu":
                 _warn_without_cuda()
             allow = self._policy(gm, example_inputs)
-            report = rewrite_graph(gm, self.rewrites, options.settings, allow, options.strict)
+            returned = returned_logits(gm) if options.logits == "on_demand" else []
+            report = rewrite_graph(
+                gm, self.rewrites, options.settings, allow, options.strict, returned
+            )
+            deferrals = defer(gm, returned)
+            report.deferred = [deferral.place for deferral in deferrals]
             report.note = _note()
         except BrokenGraph:
             raise
@@ -124,7 +135,7 @@ class Backend:
             log_failure("leaves a graph as it is")
             report = Report(nodes=len(gm.graph.nodes))
             report.rejections.append(Rejection("all", internal_error(error)))
-        return report
+        return report, deferrals
 
     def _policy(self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> Allow:
         try:
@@ -249,8 +260,9 @@ def explain(
     found: list[Report] = []
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found.append(rewriting.rewrite(gm))
-        return gm.forward
+        report, deferrals = rewriting.rewrite(gm)
+        found.append(report)
+        return returning(gm.forward, deferrals)
 
     torch._dynamo.reset()
     try:

@@ -13,6 +13,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from liger_fx.canonical import View, fake, first_argument, op_name, storage_key
 from liger_fx.matcher import Match, Reject, data_inputs, interior, name_of
+from liger_fx.returned import ReturnedLogits
 
 _GRAD_MODE = {torch._C._set_grad_enabled}
 
@@ -20,8 +21,8 @@ _GRAD_MODE = {torch._C._set_grad_enabled}
 class Legality:
     """The facts about one graph that decide whether a match may be replaced at all."""
 
-    def __init__(self, view: View) -> None:
-        self.view = view
+    def __init__(self, view: View, returned: Sequence[ReturnedLogits] = ()) -> None:
+        self.view, self.returned = view, returned
         self.grad_mode = [node for node in view.position if node.target in _GRAD_MODE]
         self.without_gradient = next(filter(self._loses_gradient, view.position), None)
 
@@ -86,13 +87,26 @@ class Legality:
             for user in node.users:
                 if user in match.nodes or _stays(node, match.nodes):
                     continue
+                if self._deferrable(node, user, match.nodes):
+                    continue
                 what, user = name_of(op_name(node)), _reader(user)
                 if user.op == "output":
-                    raise Reject(f"the value of `{what}` ({node.name}) is also returned")
+                    why = next((r.obstacle for r in self.returned if node in r.nodes), "")
+                    why = why and f", and cannot be computed later: {why}"
+                    raise Reject(f"the value of `{what}` ({node.name}) is also returned{why}")
                 raise Reject(
                     f"the value of `{what}` ({node.name}) is also used by "
                     f"`{name_of(op_name(user))}` ({user.name})"
                 )
+
+    def _deferrable(self, node: fx.Node, user: fx.Node, nodes: set[fx.Node]) -> bool:
+        """Does ``user`` lead to nothing but a return of logits that can be computed when read?"""
+        chains = [r for r in self.returned if node in r.nodes and not r.obstacle]
+        if user.op == "output":
+            return any(node is r.value for r in chains)
+        return any(user in r.nodes for r in chains) and all(
+            u in nodes or self._deferrable(user, u, nodes) for u in user.users
+        )
 
     def _inputs_in_time(self, match: Match) -> None:
         position, first = self.view.position, match.first

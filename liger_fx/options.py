@@ -12,6 +12,7 @@ import torch
 
 POLICIES = ("auto", "measure", "all")
 INNER = ("inductor", "aot_eager", "eager")
+LOGITS = ("on_demand", "keep")
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Options:
         with the same ``options=`` object. From the environment, all graphs of the process count.
     strict: raise on an unexpected engine error instead of leaving out the match that caused it.
     inner: the compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
+    logits: of a model that returns them beside its loss: "on_demand" computes them when they are
+        read (`liger_fx.DeferredLogits`), "keep" in the graph, which keeps the head from being
+        fused.
     settings: ``{rewrite: {setting: value}}``, spelled ``<rewrite>.<setting>``.
     inductor: all other keys, handed to Inductor.
 
@@ -39,6 +43,7 @@ class Options:
     require: tuple[str, ...] = ()
     strict: bool = False
     inner: str = "inductor"
+    logits: str = "on_demand"
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     inductor: dict[str, Any] = field(default_factory=dict)
 
@@ -94,11 +99,11 @@ def _value(key: str, value: Any, known: Collection[str]) -> Any:
     """The value of an option that is not a rewrite's."""
     if key == "strict":
         return _like(key, False, value)
-    choices = {"inner": INNER, "policy": POLICIES}.get(key, ())
+    choices = {"inner": INNER, "policy": POLICIES, "logits": LOGITS}.get(key, ())
     if isinstance(value, str) and value in choices:
         return value
-    if key == "inner":
-        raise ValueError(f"inner is one of {', '.join(INNER)}, not {value!r}")
+    if choices and key != "policy":
+        raise ValueError(f"{key} is one of {', '.join(choices)}, not {value!r}")
     names = tuple(n for n in value.split(",") if n) if isinstance(value, str) else tuple(value)
     for name in names:
         if name not in known:

@@ -100,7 +100,8 @@ class Report:
     """The outcome for one compiled graph.
 
     seconds: time spent on matching and rewriting. nodes: size of the graph as Dynamo made it.
-    skipped: what was not looked into, a sentence each, and where. note: what the program around the
+    skipped: what was not looked into, a sentence each, and where. deferred: the projections whose
+    logits are returned, and computed when they are read. note: what the program around the
     graph leaves out, if that is known.
     """
 
@@ -108,6 +109,7 @@ class Report:
     rejections: list[Rejection] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
     skipped: list[tuple[str, Place]] = field(default_factory=list)
+    deferred: list[Place] = field(default_factory=list)
     nodes: int = 0
     seconds: float = 0.0
     note: str | None = None
@@ -128,14 +130,7 @@ class Report:
         """One report over several graphs."""
         whole = Report(note=next((r.note for r in reports if r.note), None))
         for report in reports:
-            for name in (
-                "replacements",
-                "rejections",
-                "near_misses",
-                "skipped",
-                "nodes",
-                "seconds",
-            ):
+            for name in _SUMMED:
                 setattr(whole, name, getattr(whole, name) + getattr(report, name))
         return whole
 
@@ -162,6 +157,10 @@ class Report:
         ]
         rows += [(m.rewrite, "no match", _near(m), m.place) for m in self.near_misses]
         rows += [("", "skipped", what, place) for what, place in self.skipped]
+        rows += [
+            ("logits", "deferred", "they are returned: computed when read", place)
+            for place in self.deferred
+        ]
         lines = _grouped(rows)
         lines += [  # such as what a policy has to say of all rewrites
             ("several", "refused", f"{_counted(names)}: {reason}")
@@ -173,6 +172,9 @@ class Report:
         width = max((len(name) for name, *_ in lines), default=0)
         text = [f"  {name:{width}}  {word:8}  {what}" for name, word, what in lines]
         return "\n".join([head, *text, *([f"  {self.note}"] if self.note else [])])
+
+
+_SUMMED = ("replacements", "rejections", "near_misses", "skipped", "deferred", "nodes", "seconds")
 
 
 def _counted(counts: Mapping[str, int]) -> str:
@@ -226,7 +228,7 @@ def _module(node: fx.Node) -> str:
     if not stack:
         return ""
     name = _WRAPPERS.sub("", list(stack.values())[-1][0])
-    name = name.removeprefix("L").removeprefix("G")
+    name = re.sub(r"^[LG](\['args'\]\[\d+\])?", "", name)  # a local, maybe one of ``*args``
     return _INDEX.sub(r".\1", name).strip(".").removeprefix("self.")
 
 

@@ -21,7 +21,7 @@ from liger_fx.bodies import skipped, with_bodies
 from liger_fx.canonical import View, fake, same_sizes
 from liger_fx.effects import known_writes
 from liger_fx.legality import Legality
-from liger_fx.matcher import Match, Matcher, Miss, Reject, candidates
+from liger_fx.matcher import BrokenGraph, Match, Matcher, Miss, Reject, candidates
 from liger_fx.pattern import Pattern
 from liger_fx.report import (
     NearMiss,
@@ -33,6 +33,7 @@ from liger_fx.report import (
     internal_error,
     log_failure,
 )
+from liger_fx.returned import ReturnedLogits
 
 __all__ = ["Allow", "BrokenGraph", "Reject", "Rewrite", "rewrite_graph"]
 
@@ -96,16 +97,13 @@ class Rewrite:
 Allow = Callable[[Rewrite, Match], str]
 
 
-class BrokenGraph(RuntimeError):
-    """A replacement left a graph that cannot run. Nothing can be done but to stop."""
-
-
 def rewrite_graph(
     gm: fx.GraphModule,
     rewrites: Sequence[Rewrite],
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     allow: Allow | None = None,
     strict: bool = False,
+    returned: Sequence[ReturnedLogits] = (),
 ) -> Report:
     """Apply ``rewrites`` in order to ``gm``, in place, and to the bodies of its activation
     checkpoints and of its nested regions.
@@ -114,7 +112,8 @@ def rewrite_graph(
     settings: per rewrite name, settings that differ from its defaults. allow: called with each
     rewrite and match; returns why the match is worth replacing, or "", or raises `Reject`. strict:
     an exception in a rewrite or in ``allow`` is raised. Without ``strict`` the exception costs the
-    one match, stands among the rejections, and is logged with its stack.
+    one match, stands among the rejections, and is logged with its stack. returned: logits whose
+    return may be disregarded, since the caller will `defer` them.
 
     Bodies of custom autograd functions, of flex attention and of ``cond`` are left alone. Raises
     ValueError for a graph without example values, BrokenGraph, a RuntimeError.
@@ -122,7 +121,7 @@ def rewrite_graph(
     start = time.perf_counter()
     report = Report(nodes=len(gm.graph.nodes))
     counted = known_writes(gm)
-    graphs = [_Graph(graph, recomputed, counted) for graph, recomputed in with_bodies(gm)]
+    graphs = [_Graph(graph, recomputed, counted, returned) for graph, recomputed in with_bodies(gm)]
     for graph in graphs:
         _require_example_values(graph.gm)
     for rewrite in rewrites:
@@ -135,14 +134,20 @@ def rewrite_graph(
 
 class _Graph:
     """A graph and what is known of it, until it changes. recomputed: in a checkpoint's backward.
-    counted: as for `Effects`."""
+    counted: as for `Effects`. returned: as for `rewrite_graph`."""
 
-    def __init__(self, gm: fx.GraphModule, recomputed: bool, counted: Mapping[int, int]) -> None:
-        self.gm, self.recomputed, self.counted = gm, recomputed, counted
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        recomputed: bool,
+        counted: Mapping[int, int],
+        returned: Sequence[ReturnedLogits],
+    ) -> None:
+        self.gm, self.recomputed, self.counted, self.returned = gm, recomputed, counted, returned
 
     @functools.cached_property
     def legality(self) -> Legality:
-        return Legality(View(self.gm.graph, self.counted))
+        return Legality(View(self.gm.graph, self.counted), self.returned)
 
     def changed(self, by: Rewrite) -> None:
         del self.legality

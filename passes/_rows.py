@@ -33,7 +33,8 @@ def keeps_rows(node: fx.Node) -> bool:
 
 def _slices(node: fx.Node) -> list[slice]:
     """One for each dimension of what ``node`` indexes; nothing if it indexes otherwise."""
-    index, dims = node.args[1], fake(node.args[0]).dim()
+    index: Any = node.args[1]
+    dims = fake(node.args[0]).dim()
     items = list(index) if isinstance(index, tuple | list) else [index]
     if Ellipsis in items:
         at = items.index(Ellipsis)
@@ -137,7 +138,7 @@ def head_arguments(
     """Hidden state, weight and bias as the projection takes them, for the rows that are kept."""
     for node in reversed(match.chains[f"{prefix}rows"]):
         if op_name(node) == "getitem" and (classes := _of_classes(node)):
-            weight = weight[classes]
+            weight = weight[classes]  # type: ignore[index]
             bias = bias[classes] if match.values[f"{prefix}bias"] is not None else bias
     given = {"hidden": slice_rows(match, hidden, prefix), "weight": weight, "bias": bias}
     named = {f"{prefix}{name}": value for name, value in given.items()}
