@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -122,17 +122,62 @@ def in_fresh_process(*arguments: str) -> list[Row]:
 
 def in_process(caches: Path, *arguments: str) -> list[Row]:
     """The same, with the compiled code that is in ``caches``; what it compiles is left there."""
-    environment = os.environ | {
-        "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor",
-        "TRITON_CACHE_DIR": f"{caches}/triton",
-    }
-    environment.pop("TORCH_COMPILE_BACKEND", None)  # torchtune would compile every arm with it
     command = [sys.executable, *sys.argv, *arguments]
+    environment = os.environ | caches_in(caches)
+    environment.pop("TORCH_COMPILE_BACKEND", None)  # torchtune would compile every arm with it
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     rows = [json.loads(s[len(_ROW) :]) for s in done.stdout.splitlines() if s.startswith(_ROW)]
     if done.returncode:
         rows.append({"error": f"failed: exit status {done.returncode}"})
     return rows
+
+
+def caches_in(folder: Path) -> dict[str, str]:
+    """Variables of the environment of a process that keeps its compiled code in ``folder``."""
+    return {
+        "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
+        "TRITON_CACHE_DIR": f"{folder}/triton",
+    }
+
+
+class Child:
+    """A process of this script that compiles, waits for its turn, and is timed: what compiles at
+    the same time as others is timed alone. Its first row says that it has compiled."""
+
+    def __init__(self, name: str, *arguments: str) -> None:
+        self.name = name
+        self.command = [sys.executable, *sys.argv, *arguments]
+
+    def compile(self, environment: dict[str, str], jobs: int) -> None:
+        """Start it, one of ``jobs`` that share the processors, and return when it has compiled, or
+        failed."""
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.process = subprocess.Popen(
+            self.command,
+            env=environment | {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.first = next(self._read(), {"error": "failed: ended while compiling"})
+        progress(f"{self.name}: {self.first.get('error', 'compiled')}")
+
+    def time(self) -> list[Row]:
+        if "error" in self.first:
+            rows = [self.first]
+        else:
+            print(file=self.process.stdin, flush=True)
+            rows = list(self._read())
+        self.process.communicate()
+        if self.process.returncode:
+            rows.append({"error": f"failed: exit status {self.process.returncode}"})
+        return [{"arm": self.name} | row for row in rows]
+
+    def _read(self) -> Iterator[Row]:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith(_ROW):
+                yield json.loads(line[len(_ROW) :])
 
 
 def progress(text: str) -> None:
@@ -144,13 +189,14 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--picture", type=_picture, metavar="FILE.png", help="draw the result")
 
 
-def print_header(device: torch.device) -> Header:
-    """Machine, versions, date and command: what a reader needs to repeat the numbers.
+def print_header(device: torch.device, *others: str) -> Header:
+    """Machine, versions, also of the packages ``others``, date and command: what a reader needs to
+    repeat the numbers.
 
     To be called before measuring: packages may be replaced while a long run goes on.
     """
     on_gpu = device.type == "cuda"
-    packages = ("torch", "triton", "liger_kernel", "torchtune", "liger_fx")
+    packages = ("torch", "triton", "liger_kernel", "torchtune", *others, "liger_fx")
     header = {
         "machine": torch.cuda.get_device_name(device) if on_gpu else f"CPU {platform.machine()}",
         "versions": {name: _version(name) for name in packages},

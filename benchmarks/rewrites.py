@@ -29,7 +29,6 @@ import random
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -40,8 +39,8 @@ from typing import Any, NamedTuple
 
 import torch
 from _common import (
-    _ROW,
     GIB,
+    Child,
     Column,
     Panel,
     Row,
@@ -51,7 +50,6 @@ from _common import (
     markdown,
     peak_bytes,
     print_header,
-    progress,
     reset_peak,
     run_arm,
     write_json,
@@ -258,42 +256,6 @@ def interleaved(
 # -- all cases -------------------------------------------------------------------------------------
 
 
-class Child:
-    """The process of a case: compiles, waits for its turn, and is timed."""
-
-    def __init__(self, case: Case) -> None:
-        self.case = case
-
-    def compile(self, threads: int) -> None:
-        """Start it, and return when it has compiled, or failed."""
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("LIGER_FX_")}
-        environment["TORCHINDUCTOR_COMPILE_THREADS"] = str(threads)
-        command = [sys.executable, *sys.argv, "--case", json.dumps(self.case)]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=pipe, stdout=pipe, text=True
-        )
-        self.first = next(self._read(), {"error": "failed: ended while compiling"})
-        progress(f"{self.case}: {self.first.get('error', 'compiled')}")
-
-    def time(self) -> list[Row]:
-        if "error" in self.first:
-            rows = [self.first]
-        else:
-            print(file=self.process.stdin, flush=True)
-            rows = list(self._read())
-        self.process.communicate()
-        if self.process.returncode:
-            rows.append({"error": f"failed: exit status {self.process.returncode}"})
-        return [{"arm": str(self.case)} | row for row in rows]
-
-    def _read(self) -> Iterator[Row]:
-        assert self.process.stdout
-        for line in self.process.stdout:
-            if line.startswith(_ROW):
-                yield json.loads(line[len(_ROW) :])
-
-
 def here(device: torch.device) -> Row:
     """What runs must have in common whose medians are taken."""
     return {
@@ -468,10 +430,11 @@ def main() -> None:
         return print(summary(args.show))
     before = runs_before(args.device) if args.add else {"commands": [], "rows": []}
     header = print_header(args.device)
-    children = [Child(case) for case in cases(args.models, args.inner)]
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    found = cases(args.models, args.inner)
+    children = [Child(str(case), "--case", json.dumps(case)) for case in found]
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("LIGER_FX_")}
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda child: child.compile(threads), children))
+        list(pool.map(lambda child: child.compile(environment, args.jobs), children))
     rows: list[Row] = []
     for child in children:
         rows += child.time()

@@ -261,11 +261,11 @@ def rewrites() -> str | None:
     return ", ".join(f"{name} {n}" for name, n in sorted(counts.items())) or "none"
 
 
-def compared(rows: list[Row]) -> list[Row]:
-    """Rows sorted by share, each with its speed and memory over those of the torchtune arm."""
-    stock = {row.get("ignored"): row for row in rows if row["arm"] == "torchtune"}
+def compared(rows: list[Row], baseline: str = "torchtune") -> list[Row]:
+    """Rows sorted by share, each with its speed and memory over those of the arm ``baseline``."""
+    bases = {row.get("ignored"): row for row in rows if row["arm"] == baseline}
     for row in rows:
-        base = stock.get(row.get("ignored"), {})
+        base = bases.get(row.get("ignored"), {})
         if "ms" in row and "ms" in base:
             row["speed"] = base["ms"] / row["ms"]
             row["memory"] = row["peak_gib"] and row["peak_gib"] / base["peak_gib"]

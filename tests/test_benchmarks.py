@@ -24,6 +24,7 @@ sys.path.append(str(BENCHMARKS))
 import _common  # noqa: E402
 import compile_time  # noqa: E402
 import host_time  # noqa: E402
+import huggingface_step  # noqa: E402
 import linear_cross_entropy  # noqa: E402
 import long_context  # noqa: E402
 import matching_time  # noqa: E402
@@ -213,6 +214,43 @@ def test_preference_and_distillation(run: Run, children_here: None, picture: Pat
         assert second["first_loss"] == pytest.approx(first["first_loss"], rel=1e-3)
     assert f"{rows[5]['ms']:.1f}" in table(printed, "distillation", "0%", "liger_fx_recipe")
     assert picture.exists()
+
+
+def test_huggingface_step(run: Run, monkeypatch: pytest.MonkeyPatch, picture: Path) -> None:
+    """What processes of their own measure is what this one measures; an arm of none has a reason."""
+    small = ["--device", "cpu", "--batch", "2", "--seq", "16", "--steps", "1", "--warmup", "2"]
+    small += ["--ignored", "0", "0.5"]
+    command = ["step", *small, "--model", "tiny", "--arm", "eager"]
+    monkeypatch.setattr(sys, "argv", command)
+    with mock.patch.object(sys, "stdin", io.StringIO("\n")):
+        first, *eager = huggingface_step.measure(huggingface_step.parse_args())
+    assert first == {"compiled": True}
+    assert [(row["ignored"], row["compile_s"]) for row in eager] == [(0, None), (0.5, None)]
+
+    arguments = ["--models", "tiny", "--arms", "liger_fx_loss", "liger", "--jobs", "2"]
+    arguments += ["--baseline", "liger_fx_loss", "--picture", str(picture)]
+    printed, rows = run(huggingface_step, *small, *arguments)
+    *rows, without = sorted(rows, key=lambda row: "error" in row)
+    for row, reference in zip(rows, eager, strict=True):
+        assert row["ignored"] == reference["ignored"] and row["graphs"] == row["speed"] == 1
+        assert row["rewrites"] == "linear_cross_entropy 1"
+        assert row["losses"] == pytest.approx(reference["losses"], rel=1e-3)
+        assert row["losses"][0] - row["losses"][1] > 0.02
+    assert rows[0]["compile_s"] > 0 and rows[1]["compile_s"] is None
+    assert ", ".join(f"{loss:.4f}" for loss in rows[1]["losses"]) in table(printed, "tiny", "50%")
+    assert without["error"] == "left out: Liger's patch needs a GPU"
+    assert f"- liger: tiny: {without['error']}" in printed and picture.exists()
+
+
+def test_a_step_without_memory_while_others_compile() -> None:
+    model = torch.nn.Linear(2, 1)
+    loss = model(torch.ones(1, 2)).sum()
+    loss.register_hook(mock.Mock(side_effect=torch.OutOfMemoryError))
+    assert huggingface_step.compile_step(model, lambda: loss, torch.device("cpu")) is None
+    seconds = huggingface_step.compile_step(
+        model, lambda: model(torch.ones(1, 2)).sum(), torch.device("cpu")
+    )
+    assert seconds > 0 and model.weight.grad is None
 
 
 def test_compile_time_in_two_processes(run: Run) -> None:
