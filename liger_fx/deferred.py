@@ -704,10 +704,16 @@ def _moved(
     source = logits._source.of_rows(rows)
     if like.untyped_storage()._cdata != mirror.untyped_storage()._cdata:
         return _made(source, like, logits)
-    if logits._root is None:
-        return _deferred(source, like, like.requires_grad, (logits,), logits, replay)
-    before, again = logits._replay, lambda values: replay(before(values))
-    return _deferred(source, like, like.requires_grad, (logits,), logits._root, again)
+    root, before = logits if logits._root is None else logits._root, logits._replay
+
+    def again(values: Tensor) -> Tensor:
+        return replay(values if before is None else before(values))
+
+    if torch.is_grad_enabled() or not like.requires_grad:
+        return _deferred(source, like, like.requires_grad, (logits,), root, again)
+    # As eager's: a leaf, which keeps to itself what gradient it gets.
+    made = _deferred(source, like, False, (logits,), root, again)
+    return _metadata(Tensor.requires_grad_, made)
 
 
 def _made(source: _Source, like: Tensor, *parents: DeferredLogits) -> DeferredLogits:

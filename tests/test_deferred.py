@@ -347,6 +347,19 @@ def test_first_read_without_grad(case, mode):
     assert torch.is_grad_enabled()
 
 
+def test_view_made_without_grad(case):
+    """In eager such a view says that it requires a gradient, and gives none to the logits."""
+
+    def use(x: Any) -> Any:
+        with torch.no_grad():
+            flat = x.view(-1, V)
+            assert flat.logsumexp(-1).requires_grad is False
+        loss = flat.cos().sum() + flat[1:].logsumexp(-1).sum() + x.cos().sum()
+        return flat.requires_grad, torch.autograd.grad(loss, (case.leaf, case.weight))
+
+    torch.testing.assert_close(use(case.deferred()), use(case.eager()))
+
+
 def test_made_in_inference_mode(case):
     with torch.inference_mode():
         logits = case.deferred()
