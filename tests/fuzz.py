@@ -3,6 +3,8 @@
     python tests/fuzz.py --seeds 0:10000 --jobs 2          find programs that go wrong
     python tests/fuzz.py --seeds 17                        print seed 17, and check it
     python tests/fuzz.py --seeds 0:500 --self-check        the reference against itself
+    python tests/fuzz.py --seeds 0:1000 --without saved    a repair of the engine undone: who notices?
+    python tests/fuzz.py --seeds 0:1000 --without all      the same for each repair, as a table
 
 `program` makes a program from a seed: the source text of its inputs and of its body, which
 `_fuzz_menu` puts together. `verdict` says what differs between both compilers, and `shrunk` drops
@@ -15,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -27,6 +30,7 @@ import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +39,7 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")  # a third less to compil
 
 import torch
 from _fuzz_menu import Generator, Program
+from _repairs import NOT_COMPARED, REPAIRS
 from torch import Tensor, fx
 
 import liger_fx
@@ -268,8 +273,9 @@ def verdict(program: Program, candidate: Callable[[Program], Outcome] = under_te
     if expected.graphs != actual.graphs:
         return Verdict("graphs", f"{actual.graphs}, expected {expected.graphs}")
     noise = functools.cache(lambda: [arm.run(perturbed=seed).values for seed in range(3)])
-    for name, wanted in expected.values.items():
-        difference = _difference(actual.values[name], wanted)
+    for name in expected.values | actual.values:
+        wanted = expected.values.get(name)
+        difference = _difference(actual.values.get(name), wanted)
         if isinstance(difference, str):
             return Verdict("values", f"{name}: {difference}")
         if difference > TOLERANCES[program.dtype]:
@@ -397,6 +403,7 @@ class Check:
     self_check: bool = False
     shrink: bool = True
     inner: str | None = None
+    without: str | None = None
 
     def __call__(self, seed: int) -> Verdict:
         """The verdict on a seed. The detail of a failure ends in its shrunk program."""
@@ -410,7 +417,11 @@ class Check:
         return Verdict(found.kind, f"{found.detail}\n\n{smallest.script(self.policy)}")
 
     def _candidate(self, program: Program) -> Outcome:
-        return reference(program).run() if self.self_check else under_test(program, self.policy)
+        if self.self_check:
+            return reference(program).run()
+        undone = REPAIRS[self.without].undone() if self.without else contextlib.nullcontext()
+        with undone:
+            return under_test(program, self.policy)
 
 
 @contextlib.contextmanager
@@ -498,6 +509,29 @@ def _seeds(text: str) -> range:
     return range(int(first), int(last) if last else int(first) + 1)
 
 
+def first_to_notice(check: Check, seeds: Sequence[int]) -> tuple[int, Verdict] | None:
+    """The first seed that fails; None if no seed does."""
+    with quiet():
+        return next(((seed, v) for seed in seeds if (v := check(seed)).failed), None)
+
+
+def undo(names: Sequence[str], seeds: Sequence[int], check: Check, jobs: int) -> int:
+    """Print for each repair which seed notices that it is undone. 1 if one is not noticed."""
+    checks = [dataclasses.replace(check, shrink=False, without=name) for name in names]
+    context = multiprocessing.get_context("spawn")
+    unnoticed = 0
+    with ProcessPoolExecutor(jobs, context) as pool:
+        found = pool.map(first_to_notice, checks, itertools.repeat(seeds))
+        for name, first in zip(names, found, strict=True):
+            unnoticed += first is None
+            how = "NOT NOTICED"
+            if first is not None:
+                seed, v = first
+                how = f"seed {seed} ({program(seed).motif}): {v.kind}: {v.detail.splitlines()[0]}"
+            print(f"{REPAIRS[name].row:6}{name:20}{how[:150]}", flush=True)
+    return 1 if unnoticed else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=_seeds, default=range(100), help="first:last, or one")
@@ -507,8 +541,20 @@ def main() -> int:
     parser.add_argument("--keep-going", action="store_true", help="after the first failure")
     parser.add_argument("--no-shrink", action="store_true")
     parser.add_argument("--self-check", action="store_true", help="the reference against itself")
+    parser.add_argument(
+        "--without",
+        choices=[*REPAIRS, "all"],
+        help="undo a repair of the engine (tests/_repairs.py): the run must find a failure",
+    )
     given = parser.parse_args()
     check = Check(given.policy, given.self_check, not given.no_shrink, given.inner)
+    if given.without is not None:
+        names = list(REPAIRS) if given.without == "all" else [given.without]
+        if given.without == "all":
+            print(
+                "\n".join(f"{row:6}cannot occur here: {why}" for row, why in NOT_COMPARED.items())
+            )
+        return undo(names, given.seeds, check, given.jobs)
     if len(given.seeds) == 1:
         print(program(given.seeds[0]).script(given.policy))
     kinds: Counter[str] = Counter()
