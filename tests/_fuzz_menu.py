@@ -34,6 +34,14 @@ if not hasattr(torch.ops.liger_fx_fuzz, "scale"):
         x.mul_(by)
 """
 
+# Dynamo does not look inside, and writes to `data` are not counted.
+UNKNOWN_FUNCTION = """
+@torch._dynamo.allow_in_graph
+def halve(x):
+    x.data.mul_(0.5)
+    return x.sum()
+"""
+
 SCRIPT = """
 import liger_fx
 options = {options}
@@ -78,14 +86,16 @@ class Program:
     def text(self) -> str:
         """``inputs(s)`` and ``program(...)`` as Python."""
         names = ", ".join(self.input_names)
-        body = [*self.body, f"return {', '.join(self.outputs)},"]
+        returned = f"return {', '.join(self.outputs)},"
         lines = [
             f"def inputs(s=5):\n    torch.manual_seed({self.seed})",
             *(f"    {line}" for line in self.inputs),
             f"    return {names},\n\n\ndef program({names}):",
-            *(f"    {line}" for line in body),
+            *(f"    {line}" for line in (*self.body, returned)),
         ]
-        needed = CUSTOM_OP if any("liger_fx_fuzz" in line for line in self.body) else ""
+        body = "\n".join(self.body)
+        needed = CUSTOM_OP if "liger_fx_fuzz" in body else ""
+        needed += UNKNOWN_FUNCTION if "halve" in body else ""
         return f"{IMPORTS}{needed}\n\n" + "\n".join(lines) + "\n"
 
     def script(self, policy: object = "all") -> str:
@@ -175,9 +185,11 @@ COPIES = [
     "$x = torch.empty_like({x})\n$x.copy_({x})",
 ]
 
-# Writes to a float tensor that the engine has to know from a schema or from a body.
+# Writes to a float tensor that the engine has to know from a schema or from a body; first those that
+# `_version` does not count.
+UNCOUNTED_WRITES = ["torch.ops.liger_fx_fuzz.scale({x}.detach(), 0.5)", "halve({x}.detach())"]
 UNSEEN_WRITES = [
-    "torch.ops.liger_fx_fuzz.scale({x}.detach(), 0.5)",
+    *UNCOUNTED_WRITES,
     "F.embedding(torch.zeros(1, dtype=torch.long), {x}.detach()[0], max_norm=0.1)",
     "def $body(x):\n    x.mul_(0.5)\n    return x.sum()\ncheckpoint($body, {x}.detach(), use_reentrant=False)",
     "def $body():\n    {x}.detach().mul_(0.5)\n    return {x}.sum()\ncheckpoint($body, use_reentrant=False)",
@@ -215,7 +227,9 @@ WEIGHT_WRITES = [
     "{x}.detach().mul_(0.5)",
     "with torch.no_grad():\n    {x}[0] = 0.5",
     "torch.ops.liger_fx_fuzz.scale({x}.detach(), 2.0)",
-]
+    # The running mean of a batch norm in training.
+    "F.batch_norm(torch.full((3, 6), 2.0, dtype={x}.dtype), {x}.detach().view(-1)[:6], torch.ones(6, dtype={x}.dtype), training=True, momentum=0.5)",
+]  # fmt: skip
 
 
 class Generator:
@@ -233,6 +247,7 @@ class Generator:
         self.leaves = self.random.random() < 0.6
         self.trained = 0.85  # share of the inputs that require gradients
         self.inner = self.random.choices(["aot_eager", "eager", "inductor"], [0.8, 0.195, 0.005])[0]
+        self.dynamic: bool | None = None
 
     def build(self) -> Program:
         motif = self.random.choice(MOTIFS) if self.random.random() < 0.6 else decoder
@@ -241,6 +256,9 @@ class Generator:
         for _ in range(0 if quietly else self.random.choice([0, 1, 1, 2])):
             self.write_anywhere()
         self.maybe_return_others()
+        if self.dynamic is None:
+            # A symbol for each size makes a long program take ten times as long to compile.
+            self.dynamic = self.random.random() < (0.15 if len(self.body) < 15 else 0.02)
         return Program(
             self.seed,
             motif.__name__,
@@ -248,8 +266,7 @@ class Generator:
             tuple(self.body),
             tuple(dict.fromkeys(self.outputs)),
             inner=self.inner,
-            # A symbol for each size makes a long program take ten times as long to compile.
-            dynamic=self.random.random() < (0.15 if len(self.body) < 15 else 0.02),
+            dynamic=self.dynamic,
             leaves=self.leaves,
         )
 
@@ -312,7 +329,10 @@ class Generator:
     def norm(self, x: str) -> str:
         if self.random.random() < 0.4:
             x = self.emit("$x = {x} + {r}", x=x, r=self.hidden())
-        return self.emit(self.pick(NORMS), x=x, w=self.weight(H), b=self.weight(H))
+        w = self.weight(H)
+        if self.random.random() < 0.2:  # after the sum
+            w = self.emit("$w = {w} * 1", w=w)
+        return self.emit(self.pick(NORMS), x=x, w=w, b=self.weight(H))
 
     def mlp(self, x: str) -> str:
         weights = dict(w=self.weight(FFN, H), b=self.weight(FFN, H), c=self.weight(H, FFN))
@@ -572,7 +592,7 @@ def written_unseen(g: Generator) -> None:
     """C5: a write of the kinds that have no name in place, in the middle of a norm or an MLP.
     Mostly without gradients: the reference may refuse to write to what its backward needs."""
     g.trained = g.random.choice([0.0, 0.0, 0.85])
-    if embedding := g.random.random() < 0.3:  # rows of a table are renormalised, and normed
+    if g.random.random() < 0.3:  # rows of a table are renormalised, and normed
         x = g.tensor("w", "5, 8", grad=False)
     else:
         x = g.emit("$h = {x} * 1", x=g.hidden())
@@ -582,10 +602,17 @@ def written_unseen(g: Generator) -> None:
         g.outputs.append(g.emit(spelling, x=x, w=g.weight(H), b=g.weight(H)))
     else:
         g.outputs.append(g.mlp(x))
+    weights = [name for name in g.names() if name[0] == "w"]
+    if weights and g.random.random() < 0.3:
+        x = g.random.choice(weights)
     at = g.random.randrange(start + 1, len(g.body)) if len(g.body) > start + 1 else start
     rest, g.body = g.body[at:], g.body[:at]
-    g.emit(g.random.choice(WEIGHT_WRITES if embedding else UNSEEN_WRITES), x=x)
+    moved = x[0] != "w" and not g.trained and g.random.random() < 0.3
+    writes = WEIGHT_WRITES if x[0] == "w" else UNCOUNTED_WRITES if moved else UNSEEN_WRITES
+    g.emit(g.random.choice(writes), x=x)
     g.body += rest
+    if moved:  # what was written is the memory of x no longer
+        g.emit("{x}.set_({x} * 2)", x=x)
 
 
 def unequal_halves(g: Generator) -> None:
@@ -600,6 +627,42 @@ def dropout_and_loss(g: Generator) -> None:
     """C7: a loss in a checkpoint whose recomputation must drop the same elements."""
     g.inner = g.random.choice(["eager", "eager", "aot_eager"])
     g.outputs.append(in_checkpoint_with_dropout(g, g.head, g.hidden(grad=True)))
+
+
+LOSS = "$l = F.cross_entropy(F.linear({h}, {w}).view(-1, 11), {y}.view(-1))"
+
+
+def written_and_recomputed(g: Generator) -> None:
+    """A loss in a checkpoint that writes to what it was given: the second run reads new values."""
+    g.inner = "aot_eager"  # a checkpoint in eager notices the write, and raises
+    y = g.labels(ignored=False)
+
+    def part(h: str) -> str:
+        w, copy = g.weight(V, H), g.emit("$y = {y} * 1", y=y)
+        loss = g.emit(LOSS, h=h, w=w, y=copy)
+        g.emit(g.random.choice(["{x}.copy_({x}.flip(1))", *LABEL_WRITES]), x=y)
+        return loss
+
+    g.outputs.append(in_checkpoint(g, part, g.hidden(grad=True)))
+
+
+def gradient_forgotten(g: Generator) -> None:
+    """A view that is written without grad mode, where Dynamo's fake tensors forget its gradient."""
+    g.dynamic = g.random.random() < 0.8
+    x = g.tensor("x", "s, 2, 8", grad=True)  # transposed, so that all that follows is views
+    h = g.emit("$h = {x}.transpose(0, 1).contiguous()", x=x)
+    write = g.random.choice(["mul_(2)", "add_(1)"])
+    g.emit(f"with torch.no_grad():\n    {h}.{write}")
+    g.outputs.append(g.emit(LOSS, h=h, w=g.weight(V, H), y=g.labels()))
+
+
+def partly_without_grad(g: Generator) -> None:
+    """A part of which one line runs without grad mode."""
+    part = g.random.choice([g.norm, g.mlp, g.head])
+    x = g.hidden(grad=True)
+    g.outputs.append(part(x))
+    at = g.random.randrange(len(g.body))
+    g.body[at : at + 1] = ["with torch.no_grad():", f"    {g.body[at]}"]
 
 
 def residual_in_place(g: Generator) -> None:
@@ -620,6 +683,15 @@ def megatron(g: Generator) -> None:
     )
     if g.random.random() < 0.3:
         x = g.emit("$x = {x} + {r}", x=x, r=g.tensor("x", "s, 2, 8"))
+    if g.random.random() < 0.4:  # the view in the backward of the projection is of the gradient
+        g.inner = "aot_eager"
+        text = "$h = {x} * 2\n$h.add_(F.linear({x}.detach().contiguous(), {w}))"
+        g.emit(text, x=x, w=g.weight(H, H))
+        x = g.body[-2].split(" = ")[0]
+        spelling = g.pick({name: NORMS[name] for name in ("torchtune", "module", "layer_norm")})
+        norm = lambda h: g.emit(spelling, x=h, w=g.weight(H), b=g.weight(H))  # noqa: E731
+        g.outputs.append(in_checkpoint_with_dropout(g, norm, x))
+        return
     n = g.emit(g.pick(NORMS), x=x, w=g.weight(H), b=g.weight(H))
     ends = ["$v = {n}.transpose(0, 1).view(-1, 8)", "$v = {n} * 2", "$v = {n}"]
     g.outputs.append(g.emit(g.random.choice(ends), n=n))
@@ -684,6 +756,9 @@ MOTIFS: list[Callable[[Generator], None]] = [
     written_unseen,
     unequal_halves,
     dropout_and_loss,
+    written_and_recomputed,
+    gradient_forgotten,
+    partly_without_grad,
     residual_in_place,
     megatron,
     one_element,

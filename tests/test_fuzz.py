@@ -7,6 +7,7 @@ import dataclasses
 import fuzz
 import pytest
 from _fuzz_menu import MOTIFS, Program
+from _repairs import REPAIRS
 
 DEFAULT = [range(start, start + 10) for start in range(0, 100, 10)]
 MORE = [range(start, start + 100) for start in range(100, 2100, 100)]
@@ -33,6 +34,25 @@ def test_random_programs(seeds):
 @pytest.mark.parametrize("seeds", MORE, ids=str)
 def test_more_random_programs(seeds):
     assert not failures(seeds)
+
+
+QUICK = ("copies", "halves", "layouts")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.fuzz) for n in REPAIRS],
+)
+def test_a_repair_that_is_undone_is_noticed(name):
+    seed = REPAIRS[name].seed
+    assert not fuzz.Check(shrink=False)(seed).failed
+    assert fuzz.Check(shrink=False, without=name)(seed).failed
+
+
+@pytest.mark.parametrize("name", REPAIRS)
+def test_a_repair_can_be_undone(name):
+    with REPAIRS[name].undone():
+        pass
 
 
 def test_a_seed_gives_one_program():

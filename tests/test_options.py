@@ -1,11 +1,18 @@
-"""Options from ``options=`` and from the environment."""
+"""Options from ``options=`` and from the environment, and what is asked of a compiled function."""
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
+from _programs import V, head_inputs, loss_of, norm
 from expecttest import assert_expected_inline
+from torch import Tensor
 
+import liger_fx
 from liger_fx import options
 from liger_fx.options import Options
 
@@ -96,3 +103,52 @@ def test_errors_list_what_is_known():
         error({"inner": "eager", "max_autotune": True}),
         """max_autotune are Inductor options, but inner='eager'""",
     )
+
+
+# -- C13: options that cannot apply, requirements that are not met -----------------------------------
+
+
+def test_what_another_function_met_is_not_met_by_this_one():
+    inputs = head_inputs()
+    options = {"require": ["linear_cross_entropy"], "inner": "eager"}
+    torch.compile(loss_of, backend="liger_fx", options=dict(options))(*inputs)
+    assert liger_fx.reports()[-1].counts == {"linear_cross_entropy": 1}
+
+    def returns_logits(h: Tensor, w: Tensor, y: Tensor) -> Any:
+        logits = F.linear(h, w)
+        return F.cross_entropy(logits.view(-1, V), y.view(-1)), logits
+
+    with pytest.raises(Exception, match="required but not made: linear_cross_entropy"):
+        torch.compile(returns_logits, backend="liger_fx", options=dict(options))(*inputs)
+
+
+def test_what_a_function_met_in_one_graph_is_met_in_its_others():
+    """A graph break leaves a second graph, with a loss that cannot be fused, in one function."""
+
+    def step(h: Tensor, w: Tensor, y: Tensor) -> Any:
+        loss = loss_of(h, w, y)
+        torch._dynamo.graph_break()
+        return loss, norm(h, w[0])
+
+    options = {"require": ["linear_cross_entropy"], "inner": "eager"}
+    torch.compile(step, backend="liger_fx", options=options)(*head_inputs())
+    assert len(liger_fx.reports()) == 2
+
+
+WITHOUT_INDUCTOR = pytest.mark.parametrize("inner", ["aot_eager", "eager"])
+
+
+@WITHOUT_INDUCTOR
+def test_a_mode_needs_its_compiler(inner):
+    """torch.compile takes either mode or options; who calls the backend may give both."""
+    backend = functools.partial(liger_fx.liger_fx, mode="max-autotune", options={"inner": inner})
+    with pytest.raises(Exception, match=r"(?s)mode.*inner|inner.*mode"):
+        torch.compile(loss_of, backend=backend)(*head_inputs())
+
+
+@WITHOUT_INDUCTOR
+def test_a_mode_needs_the_compiler_of_the_environment(inner, monkeypatch):
+    monkeypatch.setenv("LIGER_FX_INNER", inner)
+    compiled = torch.compile(loss_of, backend="liger_fx", mode="max-autotune")
+    with pytest.raises(Exception, match=r"(?s)mode.*inner|inner.*mode"):
+        compiled(*head_inputs())
