@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import logging
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +79,24 @@ def _explain(given: argparse.Namespace) -> str:
         dict(given.set),
     )
     library = "huggingface" if given.hf else "torchtune"
-    logging.disable(logging.WARNING)  # of libraries, on what they would do with a GPU
-    try:
+    with _quiet():
         subject = _builder(library).subject(given.hf or given.torchtune, request)
         explanation = explain_subject(subject)
-    finally:
-        logging.disable(logging.NOTSET)
     if given.html:
         given.html.write_text(as_page(explanation), encoding="utf-8")
     return as_text(explanation)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what libraries log and warn of: errors are raised, or stand in the report."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def _builder(library: str) -> Any:

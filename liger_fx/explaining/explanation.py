@@ -33,9 +33,8 @@ KINDS = {
     MASKS: "attention masks",
 }
 HELD = (
-    "Memory is what a graph holds when its forward is done: what it returns, and what the backward "
-    "reads, by the partitioner that Inductor uses. What an op needs while it runs, such as one "
-    "chunk of logits, is not counted."
+    "Memory is what is held when the forward is done: what is returned, and what Inductor keeps for "
+    "the backward. What an op needs while it runs, such as one chunk of logits, is not counted."
 )
 
 
@@ -70,32 +69,36 @@ class Explanation:
 
 
 def explain_subject(subject: Subject) -> Explanation:
-    """Raises CannotExplain if a part of ``subject`` cannot be traced, OptionError, a ValueError."""
+    """Raises CannotExplain if a part of ``subject`` cannot be traced, OptionError, a ValueError.
+    Without a measurement of memory, a fact says why."""
     backend = Backend(subject.options)
     explanation = Explanation(subject, facts=list(subject.facts))
-    before, after = _Bytes(), _Bytes()
-    reports: list[Report] = []
-    for part in subject.parts:
-        for graph in _trace(part, backend):
-            reports.append(_everywhere(graph.report, part.places))
-            explanation.example = explanation.example or graph.example
-            try:
-                before.add(held(graph.before, graph.groups), part)
-                after.add(held(graph.after, graph.groups), part)
-            except Exception as error:
-                first_line = next(iter(str(error).splitlines()), "")
-                raise CannotExplain(
-                    f"AOTAutograd cannot trace the graph: {type(error).__name__}: {first_line}"
-                ) from error
+    traced = [(part, graph) for part in subject.parts for graph in _trace(part, backend)]
+    reports = [_everywhere(graph.report, part.places) for part, graph in traced]
     explanation.report = _without_known(Report.merged(reports))
-    explanation.memory = [
+    explanation.example = next((graph.example for _, graph in traced if graph.example), None)
+    try:
+        explanation.memory = _memory(traced)
+        explanation.facts += [HELD] if explanation.memory else []
+    except Exception as error:  # Inductor's front half has limits of its own on fake tensors
+        explanation.facts.append(f"Memory could not be measured: {first_line(error)}")
+    return explanation
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def _memory(traced: Sequence[tuple[Part, _Graph]]) -> list[Row]:
+    before, after = _Bytes(), _Bytes()
+    for part, graph in traced:
+        before.add(held(graph.before, graph.groups), part)
+        after.add(held(graph.after, graph.groups), part)
+    return [
         Row(kind + before.how(group), before.of(group), after.of(group))
         for group, kind in KINDS.items()
         if before.of(group) or after.of(group)
     ]
-    if explanation.memory:
-        explanation.facts.append(HELD)
-    return explanation
 
 
 class _Bytes:
@@ -144,7 +147,7 @@ def _trace(part: Part, backend: Backend) -> list[_Graph]:
         texts = [(n, Place.of(m.root), list(map(_line, sorted(m.nodes)))) for n, m in matches]
         before = for_measuring(gm, backend.rewrites)
         report = backend.rewrite(gm)
-        groups.add_new(gm)
+        groups.add_new(gm, report)
         after = for_measuring(gm, backend.rewrites)
         graphs.append(_Graph(report, before, after, groups, _example(gm, report, texts, groups)))
         return gm.forward
@@ -152,9 +155,8 @@ def _trace(part: Part, backend: Backend) -> list[_Graph]:
     try:
         trace_without_kernels(part.call, part.args, part.kwargs, look)
     except Exception as error:
-        first_line = next(iter(str(error).splitlines()), "")
         raise CannotExplain(
-            f"the model cannot be traced on meta tensors: {type(error).__name__}: {first_line}"
+            f"the model cannot be traced on meta tensors: {first_line(error)}"
         ) from error
     return graphs
 

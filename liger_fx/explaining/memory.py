@@ -1,7 +1,7 @@
 """Bytes that a graph holds when its forward is done: what it returns and what the backward reads.
 
-AOTAutograd and its min-cut partitioner, which Inductor uses, decide about both, on fake tensors.
-They run on a graph before and after it is rewritten. A tensor is counted in the group of the node
+Inductor's own front half decides about both, on fake tensors: its decompositions, its passes over
+the joint graph and its partitioner. It runs on a graph before and after it is rewritten. A tensor is counted in the group of the node
 of Dynamo's graph that makes it, and once, however many views there are.
 """
 
@@ -18,7 +18,7 @@ from torch import fx
 from liger_fx.bodies import keep_in_checkpoints, with_bodies
 from liger_fx.canonical import fake, op_name, positional
 from liger_fx.matcher import Match
-from liger_fx.report import Place
+from liger_fx.report import Place, Report
 from liger_fx.rewrite import Reject, Rewrite, rewrite_graph
 
 LOSS, GATED, MASKS = "loss", "gated", "masks"
@@ -82,19 +82,21 @@ class Groups:
         """Of ``gm`` before it is rewritten."""
         groups = Groups(known=set(map(_key, _nodes(gm))))
         for name, match in matches:
-            if name in _GROUPS:
-                group = _GROUPS[name]
-                groups.places[Place.of(match.root)] = group
-                inputs = [match.bindings[i] for i in _INPUTS if i in match.bindings]
+            inputs = [match.bindings[i] for i in _INPUTS if i in match.bindings]
+            made_here = not any(isinstance(n, fx.Node) and n.op == "placeholder" for n in inputs)
+            if name in _GROUPS and made_here:
                 # A gated MLP's own output is no activation of it.
                 inside = match.nodes - {match.root} if name == "tiled_mlp" else match.nodes
                 members = [n for n in (*inside, *inputs) if isinstance(n, fx.Node)]
-                groups.members |= dict.fromkeys(map(_key, members), group)
+                groups.members |= dict.fromkeys(map(_key, members), _GROUPS[name])
         groups._find_masks(gm)
         return groups
 
-    def add_new(self, gm: fx.GraphModule) -> None:
+    def add_new(self, gm: fx.GraphModule, report: Report) -> None:
         """Count the nodes that stand in for a match as the match."""
+        for made in report.replacements:
+            if made.rewrite in _GROUPS:
+                self.places[made.place] = _GROUPS[made.rewrite]
         for node in _nodes(gm):
             if self.is_new(node) and Place.of(node) in self.places:
                 self.members[_key(node)] = self.places[Place.of(node)]
@@ -149,31 +151,26 @@ def held(gm: fx.GraphModule, groups: Groups) -> list[Held]:
 
 
 def _held(gm: fx.GraphModule, groups: Groups, checkpoint: int | None) -> list[Held]:
-    from torch._functorch.aot_autograd import aot_module_simplified
-    from torch._functorch.partitioners import min_cut_rematerialization_partition
-    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.compile_fx import compile_fx
     from torch._subclasses import FakeTensorMode
 
     found: list[Held] = []
 
-    def forward(traced: fx.GraphModule, inputs: Any) -> Any:
-        for maker in _makers_of_outputs(traced.graph):
-            value = maker.meta["val"]
-            origins = maker.meta.get("from_node") or ()
-            key = (origins[0].name if origins else "", Place.of(maker).module)
-            if (group := groups.group(key, value.shape)) is not None:
+    def look(traced: fx.GraphModule, inputs: Any, is_backward: bool = False, **_: Any) -> Any:
+        for maker in [] if is_backward else _makers_of_outputs(traced.graph):
+            value, origin = maker.meta["val"], _origin(maker)
+            if (group := groups.group(origin, value.shape)) is not None:
                 size = value.untyped_storage().nbytes()
                 found.append(Held(group, Place.of(maker), size, checkpoint))
         return traced.forward
 
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     with FakeTensorMode():
-        aot_module_simplified(
+        compile_fx(
             gm,
-            [_empty(node) for node in gm.graph.nodes if node.op == "placeholder"],
-            fw_compiler=forward,
-            bw_compiler=lambda traced, inputs: traced.forward,
-            partition_fn=min_cut_rematerialization_partition,
-            decompositions=select_decomp_table(),
+            list(map(_empty, inputs)),
+            inner_compile=look,
+            config_patches={"force_disable_caches": True},  # a hit would not look
         )
     return found
 
@@ -187,6 +184,15 @@ def _makers_of_outputs(graph: fx.Graph) -> list[fx.Node]:
     outputs = graph.output_node().all_input_nodes
     kept = {_storage(n) for n in outputs if isinstance(n.meta.get("val"), torch.Tensor)}
     return [node for at, node in makers.items() if at in kept and node.op != "placeholder"]
+
+
+def _origin(node: fx.Node) -> _Key:
+    """The node of Dynamo's graph that ``node`` computes a part of. A node of the backward that runs
+    in the forward has none, and counts as what it reads."""
+    while not node.meta.get("from_node") and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    origins = node.meta.get("from_node") or ()
+    return origins[0].name if origins else "", Place.of(node).module
 
 
 def _storage(node: fx.Node) -> int:

@@ -104,8 +104,8 @@ class Repeated:
 
     def fact(self) -> str:
         if len(self.stand_ins) == self.count:
-            return f"All {self.count} layers were traced."
-        fact = f"{len(self.stand_ins)} of {self.count} layers were traced"
+            return f"Layers traced: all {self.count}."
+        fact = f"Layers traced: {len(self.stand_ins)} of {self.count}"
         if self.known:
             return f"{fact}; the others are built alike, and counts and bytes are for all of them."
         return (

@@ -39,7 +39,7 @@ def subject(config: str, request: Request) -> Subject:
     compiles them.
 
     config: a name that ``tune ls`` prints, or a YAML file. Raises CannotExplain for one that is
-    unknown, for a recipe without a model and a loss (PPO), and for a quantised model.
+    unknown, for a recipe without one model and a loss (PPO), and for a model that cannot be built.
     """
     cfg = _load(config, request.overrides)
     dtype = DTYPES[request.dtype or cfg.get("dtype", "bf16")]
@@ -99,19 +99,18 @@ def _load(config: str, overrides: Mapping[str, Any]) -> Any:
 
 
 def _build(cfg: Any, key: str, dtype: torch.dtype) -> Any:
-    if cfg[key].get("quantize_base"):
-        raise CannotExplain(
-            f"`{key}.quantize_base` is set: weights are quantised when the model is built, which "
-            f"cannot be done on meta. --set {key}.quantize_base=false explains the same model "
-            "without quantisation"
-        )
     try:
         with training.set_default_dtype(dtype), torch.device("meta"):
             built = components.instantiate(cfg[key])
     except Exception as error:  # whatever a component says of its arguments
         raise CannotExplain(f"`{key}:` cannot be built on meta: {error}") from error
-    if isinstance(built, nn.Module) and (adapters := get_adapter_params(built)):
-        set_trainable_params(built, adapters)
+    if isinstance(built, nn.Module):
+        for module in built.modules():
+            if hasattr(module, "rope_init"):  # scaled angles depend on values: not on meta
+                module.rope_init()
+                module.to("meta")
+        if adapters := get_adapter_params(built):
+            set_trainable_params(built, adapters)
     return built
 
 
@@ -157,8 +156,8 @@ def _as_named(place: Place) -> list[Place]:
 
 def _facts(cfg: Any, kinds: int, layers: int) -> list[str]:
     facts = [
-        f"{kinds} of {layers} layers were traced, one of each kind, and the head with the loss: "
-        "what the recipes of liger_fx compile. Counts and bytes are for all layers."
+        f"Layers traced: {kinds} of {layers}, one of each kind, each on its own, and the head with "
+        "the loss, as the recipes of liger_fx compile them; counts and bytes are for all layers."
     ]
     datasets = cfg.get("dataset") or []
     datasets = [datasets] if isinstance(datasets, Mapping) or "packed" in datasets else datasets
