@@ -1,14 +1,15 @@
 """Bytes that a graph holds when its forward is done: what it returns and what the backward reads.
 
 Inductor's own front half decides about both, on fake tensors: its decompositions, its passes over
-the joint graph and its partitioner. It runs on a graph before and after it is rewritten. A tensor is counted in the group of the node
-of Dynamo's graph that makes it, and once, however many views there are.
+the joint graph and its partitioner. It runs on a graph before and after it is rewritten. A tensor
+is counted once, however many views there are, in the group of the node of Dynamo's graph that makes
+it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,17 +22,13 @@ from liger_fx.matcher import Match
 from liger_fx.report import Place, Report
 from liger_fx.rewrite import Reject, Rewrite, rewrite_graph
 
-LOSS, GATED, MASKS = "loss", "gated", "masks"
-_GROUPS = {
-    "linear_cross_entropy": LOSS,
-    "linear_logprobs": LOSS,
-    "linear_kl": LOSS,
-    "cross_entropy": LOSS,
-    "tiled_mlp": GATED,
-    "swiglu": GATED,
-    "geglu": GATED,
-}
+LOSS, GATED = "loss", "gated"
+_GROUPS = dict.fromkeys(
+    ("linear_cross_entropy", "linear_logprobs", "linear_kl", "cross_entropy"), LOSS
+) | dict.fromkeys(("tiled_mlp", "swiglu", "geglu"), GATED)
 _INPUTS = ("gate", "up", "gate_up", "logits")  # bindings that count as part of a match
+
+_Key = tuple[str, str]  # a node's name and module: names repeat between a graph and its bodies
 
 
 @dataclass(frozen=True)
@@ -45,15 +42,8 @@ class Held:
     checkpoint: int | None
 
 
-_Key = tuple[str, str]  # a node's name and module: names repeat between a graph and its bodies
-
-
-def _key(node: fx.Node) -> _Key:
-    return node.name, Place.of(node).module
-
-
 def all_matches(gm: fx.GraphModule, rewrites: Sequence[Rewrite]) -> list[tuple[str, Match]]:
-    """Every match in ``gm``, by the name of its rewrite, whether legal or not; changes nothing."""
+    """Every match in ``gm``, legal or not, with the name of its rewrite. Changes nothing."""
     found: list[tuple[str, Match]] = []
 
     def keep(rewrite: Rewrite, match: Match) -> str:
@@ -64,62 +54,65 @@ def all_matches(gm: fx.GraphModule, rewrites: Sequence[Rewrite]) -> list[tuple[s
     return found
 
 
+def all_nodes(gm: fx.GraphModule) -> list[fx.Node]:
+    """The nodes of ``gm`` and of its bodies."""
+    return [node for graph, _ in with_bodies(gm) for node in graph.graph.nodes]
+
+
 @dataclass
 class Groups:
-    """Which nodes of a graph, and of its bodies, belong to which group.
+    """Which nodes of a graph, and of its bodies, belong to which group. known: no rewrite made
+    them."""
 
-    masks: shapes of the masks that an attention node takes. PyTorch makes an additive mask of a
-    boolean one inside of attention, which is counted by its shape.
-    """
-
+    known: set[_Key]
     members: dict[_Key, str] = field(default_factory=dict)
-    masks: dict[_Key, torch.Size] = field(default_factory=dict)
-    places: dict[Place, str] = field(default_factory=dict)
-    known: set[_Key] = field(default_factory=set)
 
     @staticmethod
     def of(gm: fx.GraphModule, matches: Iterable[tuple[str, Match]]) -> Groups:
         """Of ``gm`` before it is rewritten."""
-        groups = Groups(known=set(map(_key, _nodes(gm))))
+        groups = Groups(known=set(map(_key, all_nodes(gm))))
         for name, match in matches:
             inputs = [match.bindings[i] for i in _INPUTS if i in match.bindings]
-            made_here = not any(isinstance(n, fx.Node) and n.op == "placeholder" for n in inputs)
-            if name in _GROUPS and made_here:
-                # A gated MLP's own output is no activation of it.
-                inside = match.nodes - {match.root} if name == "tiled_mlp" else match.nodes
-                members = [n for n in (*inside, *inputs) if isinstance(n, fx.Node)]
-                groups.members |= dict.fromkeys(map(_key, members), _GROUPS[name])
-        groups._find_masks(gm)
+            nodes = {node for node in inputs if isinstance(node, fx.Node)} | match.nodes
+            if name == "tiled_mlp":
+                nodes.remove(match.root)  # the MLP's output is none of its activations
+            # What another graph makes is held by it.
+            if name in _GROUPS and all(node.op != "placeholder" for node in nodes):
+                groups.members |= dict.fromkeys(map(_key, nodes), _GROUPS[name])
         return groups
 
-    def add_new(self, gm: fx.GraphModule, report: Report) -> None:
-        """Count the nodes that stand in for a match as the match."""
-        for made in report.replacements:
-            if made.rewrite in _GROUPS:
-                self.places[made.place] = _GROUPS[made.rewrite]
-        for node in _nodes(gm):
-            if self.is_new(node) and Place.of(node) in self.places:
-                self.members[_key(node)] = self.places[Place.of(node)]
-        self._find_masks(gm)
-
-    def _find_masks(self, gm: fx.GraphModule) -> None:
-        for node in _nodes(gm):
-            if op_name(node) == "scaled_dot_product_attention":
-                mask = positional(node)[3]
-                if isinstance(mask, fx.Node):
-                    shape = fake(mask).shape
-                    self.masks |= {_key(node): shape, _key(mask): shape}
-
-    def is_new(self, node: fx.Node) -> bool:
-        """Did a rewrite make ``node``?"""
-        return _key(node) not in self.known
-
-    def group(self, key: _Key, shape: torch.Size) -> str | None:
-        return MASKS if self.masks.get(key) == shape else self.members.get(key)
+    def add_new(self, gm: fx.GraphModule, report: Report) -> list[fx.Node]:
+        """Count what stands in for a match as the match. Returns the nodes that rewrites made."""
+        places = {r.place: r.rewrite for r in report.replacements if r.rewrite in _GROUPS}
+        new = [node for node in all_nodes(gm) if _key(node) not in self.known]
+        self.members |= {
+            _key(n): _GROUPS[places[Place.of(n)]] for n in new if Place.of(n) in places
+        }
+        return new
 
 
-def _nodes(gm: fx.GraphModule) -> list[fx.Node]:
-    return [node for graph, _ in with_bodies(gm) for node in graph.graph.nodes]
+def _key(node: fx.Node) -> _Key:
+    return node.name, Place.of(node).module
+
+
+def attention_masks(gm: fx.GraphModule) -> dict[fx.Node, tuple[int, int]]:
+    """The masks of ``scaled_dot_product_attention``: the memory of each, and its bytes when a
+    kernel reads it, which of a boolean mask makes one in the dtype of the queries."""
+    masks: dict[fx.Node, tuple[int, int]] = {}
+    for node in all_nodes(gm):
+        if op_name(node) == "scaled_dot_product_attention":
+            query, _, _, mask, *_ = positional(node)
+            if isinstance(mask, fx.Node):
+                value = fake(mask)
+                boolean = value.dtype == torch.bool
+                read = value.numel() * (fake(query).itemsize if boolean else value.itemsize)
+                masks[mask] = value.untyped_storage()._cdata, read
+    return masks
+
+
+def bytes_of_masks(masks: Mapping[fx.Node, tuple[int, int]]) -> int:
+    """Of those that are still read. Layers share a mask."""
+    return sum(dict(memory for node, memory in masks.items() if node.users).values())
 
 
 def for_measuring(gm: fx.GraphModule, rewrites: Sequence[Rewrite]) -> fx.GraphModule:
@@ -129,8 +122,7 @@ def for_measuring(gm: fx.GraphModule, rewrites: Sequence[Rewrite]) -> fx.GraphMo
     keep_in_checkpoints(gm, [name for rewrite in rewrites for name in rewrite.save_ops])
     for graph, _ in with_bodies(gm):
         for node in graph.graph.nodes:
-            node.args = fx.node.map_aggregate(node.args, _on_cpu)  # type: ignore[assignment]
-            node.kwargs = fx.node.map_aggregate(node.kwargs, _on_cpu)  # type: ignore[assignment]
+            node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _on_cpu)  # type: ignore[misc,assignment]
         graph.recompile()
     return gm
 
@@ -140,50 +132,58 @@ def _on_cpu(argument: Any) -> Any:
 
 
 def held(gm: fx.GraphModule, groups: Groups) -> list[Held]:
-    """What ``gm``, from `for_measuring`, holds of each group when its forward is done."""
+    """What ``gm``, from `for_measuring`, holds of each group when its forward is done, and what the
+    body of each of its checkpoints holds when it is run again."""
+    # A body comes first: the checkpoint around it leaves marks in it, which would count here.
+    forms = [(form, i if again else None) for i, (form, again) in enumerate(with_bodies(gm))]
     return [
-        # A body comes first: the checkpoint around it leaves marks in it, which would count here.
-        found
-        for index, (graph, recomputed) in enumerate(with_bodies(gm))
-        if recomputed or graph is gm
-        for found in _held(graph, groups, index if recomputed else None)
+        Held(group, Place.of(maker), maker.meta["val"].untyped_storage().nbytes(), checkpoint)
+        for form, checkpoint in forms
+        if checkpoint is not None or form is gm
+        for maker in _makers_of_outputs(_forward(form))
+        if (group := groups.members.get(_origin(maker))) is not None
     ]
 
 
-def _held(gm: fx.GraphModule, groups: Groups, checkpoint: int | None) -> list[Held]:
+def _forward(gm: fx.GraphModule) -> fx.Graph:
+    """The forward that Inductor makes of ``gm``: it returns what the backward reads as well."""
     from torch._inductor.compile_fx import compile_fx
     from torch._subclasses import FakeTensorMode
 
-    found: list[Held] = []
+    found: list[fx.Graph] = []
 
-    def look(traced: fx.GraphModule, inputs: Any, is_backward: bool = False, **_: Any) -> Any:
-        for maker in [] if is_backward else _makers_of_outputs(traced.graph):
-            value, origin = maker.meta["val"], _origin(maker)
-            if (group := groups.group(origin, value.shape)) is not None:
-                size = value.untyped_storage().nbytes()
-                found.append(Held(group, Place.of(maker), size, checkpoint))
+    def keep(traced: fx.GraphModule, inputs: Any, **_: Any) -> Any:
+        found.append(traced.graph)
         return traced.forward
 
-    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    uncached = {"force_disable_caches": True}  # a cache would not call `keep`
     with FakeTensorMode():
-        compile_fx(
-            gm,
-            list(map(_empty, inputs)),
-            inner_compile=look,
-            config_patches={"force_disable_caches": True},  # a hit would not look
-        )
-    return found
+        inputs = [_empty(node) for node in gm.graph.find_nodes(op="placeholder")]
+        compile_fx(gm, inputs, inner_compile=keep, config_patches=uncached)  # type: ignore[arg-type]
+    return found[0]
+
+
+def _empty(node: fx.Node) -> Any:
+    value = fake(node)
+    if not isinstance(value, torch.Tensor):
+        return value
+    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
+    return made.requires_grad_(value.requires_grad)
 
 
 def _makers_of_outputs(graph: fx.Graph) -> list[fx.Node]:
     """The nodes that make the memory of the outputs, without that of the inputs."""
+    tensors = [node for node in graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)]
     makers: dict[int, fx.Node] = {}
-    for node in graph.nodes:
-        if isinstance(node.meta.get("val"), torch.Tensor):
-            makers.setdefault(_storage(node), node)
+    for node in tensors:
+        makers.setdefault(_storage(node), node)
     outputs = graph.output_node().all_input_nodes
-    kept = {_storage(n) for n in outputs if isinstance(n.meta.get("val"), torch.Tensor)}
-    return [node for at, node in makers.items() if at in kept and node.op != "placeholder"]
+    kept = dict.fromkeys(makers[_storage(node)] for node in outputs if node in set(tensors))
+    return [node for node in kept if node.op != "placeholder"]
+
+
+def _storage(node: fx.Node) -> int:
+    return node.meta["val"].untyped_storage()._cdata
 
 
 def _origin(node: fx.Node) -> _Key:
@@ -193,15 +193,3 @@ def _origin(node: fx.Node) -> _Key:
         node = node.all_input_nodes[0]
     origins = node.meta.get("from_node") or ()
     return origins[0].name if origins else "", Place.of(node).module
-
-
-def _storage(node: fx.Node) -> int:
-    return node.meta["val"].untyped_storage()._cdata
-
-
-def _empty(node: fx.Node) -> Any:
-    value = fake(node)
-    if not isinstance(value, torch.Tensor):
-        return value
-    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
-    return made.requires_grad_(value.requires_grad)
