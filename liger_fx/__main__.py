@@ -58,8 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explain.add_argument("--html", type=Path, metavar="FILE", help="write a page as well")
     given = parser.parse_args(arguments)
     if given.torchtune and (given.padding or given.layers):
-        explain.error("--padding and --layers go with --hf: torchtune's recipes give no mask, and "
-                      "one layer of each kind is traced")
+        explain.error(
+            "--padding and --layers go with --hf: torchtune's recipes give no mask, and "
+            "one layer of each kind is traced"
+        )
     try:
         print(_explain(given))
     except ValueError as error:  # CannotExplain, and OptionError of LIGER_FX_* variables
@@ -106,7 +108,7 @@ def _builder(library: str) -> Any:
         importlib.import_module(package)
     except ImportError as error:
         raise CannotExplain(
-            f"{package} cannot be imported ({error}): pip install \"liger_fx[{library}]\""
+            f'{package} cannot be imported ({error}): pip install "liger_fx[{library}]"'
         ) from error
     return importlib.import_module(f"liger_fx.explaining.{library}")
 

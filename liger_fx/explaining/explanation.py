@@ -31,8 +31,8 @@ KINDS = {
     GATED: "gate, up and their product",
 }
 HELD = (
-    "Memory is what is held when the forward is done: what is returned, and what Inductor keeps for "
-    "the backward. What an op needs while it runs, such as one chunk of logits, is not counted."
+    "Memory is what is held when the forward is done: what is returned, and what Inductor keeps "
+    "for the backward. What an op needs while it runs, such as one chunk of logits, is not counted."
 )
 
 
@@ -76,8 +76,9 @@ def explain_subject(subject: Subject) -> Explanation:
     matched = {r.rewrite for r in (*report.replacements, *report.rejections)}
     report.near_misses = [m for m in report.near_misses if m.rewrite not in matched]
     explanation = Explanation(subject, report, list(subject.facts))
-    # A fused head or MLP shows more than the others.
-    examples = sorted((e for g in graphs for e in g.examples), key=lambda e: -len(e.before))
+    examples = [example for graph in graphs for example in graph.examples]
+    order = [rewrite.name for rewrite in backend.rewrites]  # heads first
+    examples.sort(key=lambda example: order.index(example.rewrite))
     explanation.example = examples[0] if examples else None
     try:
         explanation.memory = _memory(graphs)
@@ -178,7 +179,7 @@ def _memory(graphs: Sequence[_Graph]) -> list[Row]:
         if group in before | inside | after
     ]
     masks = [sum(graph.masks[form] for graph in graphs) for form in (0, 1)]
-    return rows + ([Row("attention masks", *masks)] if masks[0] else [])
+    return rows + ([Row("attention masks, as attention reads them", *masks)] if masks[0] else [])
 
 
 def _sizes(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,24 @@ class CannotExplain(ValueError):
     """The model cannot be built or traced; the message says why and what to do."""
 
 
+def unknown(what: str, name: str, known: Iterable[str]) -> CannotExplain:
+    """The error for a name that is none of ``known``."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=6, cutoff=0.5)
+    return CannotExplain(
+        f"no {what} is called {name!r}; near it: {', '.join(near) or 'none'}. "
+        f"Known: {', '.join(known)}"
+    )
+
+
+def described(model: nn.Module, dtype: torch.dtype, request: Request, checkpoint: bool) -> str:
+    """A title: class and size of ``model``, and what it is trained on."""
+    parameters = sum(p.numel() for p in model.parameters())
+    title = f"{type(model).__name__}, {parameters / 1e9:.2f} B parameters, "
+    title += f"{str(dtype).removeprefix('torch.')}, batch {request.batch} x {request.seq} tokens"
+    return title + (", activation checkpointing" if checkpoint else "")
+
+
 @dataclass(frozen=True)
 class Request:
     """What the user asks for. dtype: a key of `DTYPES`, None for that of the config. layers: how
@@ -32,11 +51,6 @@ class Request:
     dtype: str | None
     layers: int | None
     overrides: Mapping[str, Any]
-
-    @property
-    def step(self) -> str:
-        checkpoint = ", activation checkpointing" if self.checkpoint else ""
-        return f"batch {self.batch} x {self.seq} tokens{checkpoint}"
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,12 @@ class Repeated:
     def count(self) -> int:
         return sum(map(len, self.stand_ins))
 
+    @property
+    def names(self) -> list[str]:
+        return [f"{self.name}.{index}" for index in range(self.count)]
+
     def places(self, place: Place) -> list[Place]:
+        """Where in the model what stands at ``place`` in the traced layers is."""
         found = re.search(rf"(?<!\w){re.escape(self.name)}\.(\d+)(?!\w)", place.module)
         if found is None:
             return [place]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,10 +13,11 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torchtune import config as components
-from torchtune import modules, training
+from torchtune import training
 from torchtune._recipe_registry import get_all_recipes
+from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
-from torchtune.rlhf import loss as preference
+from torchtune.rlhf.loss import DPOLoss, RSOLoss
 
 from liger_fx.explaining.subject import (
     DTYPES,
@@ -25,13 +25,13 @@ from liger_fx.explaining.subject import (
     Part,
     Request,
     Subject,
+    described,
     kind_of,
+    unknown,
 )
 from liger_fx.report import Place
 from liger_fx.torchtune import fuse_distillation, fuse_head, fuse_log_probs
 from liger_fx.torchtune.recipes import flatten
-
-PREFERENCE = (preference.DPOLoss, preference.RSOLoss)
 
 
 def subject(config: str, request: Request) -> Subject:
@@ -44,36 +44,31 @@ def subject(config: str, request: Request) -> Subject:
     cfg = _load(config, request.overrides)
     dtype = DTYPES[request.dtype or cfg.get("dtype", "bf16")]
     model, loss = _build(cfg, "model", dtype), _build(cfg, "loss", dtype)
-    parameters = sum(p.numel() for p in model.parameters())
-    checkpointed = bool(request.checkpoint or cfg.get("enable_activation_checkpointing"))
-    if checkpointed:
+    checkpoint = bool(request.checkpoint or cfg.get("enable_activation_checkpointing"))
+    title = f"{config}: {described(model, dtype, request, checkpoint)}"
+    if checkpoint:
         training.set_activation_checkpointing(
-            model, auto_wrap_policy={modules.TransformerSelfAttentionLayer}
+            model, auto_wrap_policy={TransformerSelfAttentionLayer}
         )
-    options = flatten(OmegaConf.to_container(cfg.get("liger_fx", OmegaConf.create())))
-    options.pop("memory_gib", None)
-    decoder = getattr(model, "decoder", model)
-    size = request.batch, request.seq, decoder.tok_embeddings.embedding_dim
-    hidden = functools.partial(torch.empty, device="meta", dtype=dtype, requires_grad=True)
     layers = _layers(model)
     kinds: dict[Any, list[str]] = {}
     for name, layer in layers.items():
         kinds.setdefault(kind_of(layer), []).append(name)
+    width = getattr(model, "decoder", model).tok_embeddings.embedding_dim
+    hidden = functools.partial(_hidden, request, dtype)
     parts = [
-        Part(layers[names[0]], (hidden(size),), {}, functools.partial(_in_each, names))
+        Part(layers[names[0]], (hidden(width),), {}, functools.partial(_in_each, names))
         for names in kinds.values()
     ]
-    head = _head(cfg, model, loss, hidden(size), dtype)
-    return Subject(
-        title=f"{config}: {type(model).__name__}, {parameters / 1e9:.2f} B parameters in "
-        f"{str(dtype).removeprefix('torch.')}, "
-        f"batch {request.batch} x {request.seq} tokens"
-        f"{', activation checkpointing' if checkpointed else ''}",
-        facts=_facts(cfg, len(parts), len(layers)),
-        parts=[*parts, head],
-        layers=list(layers),
-        options=options,
-    )
+    options = flatten(cfg.get("liger_fx") or {})
+    options.pop("memory_gib", None)
+    head = _head(cfg, model, loss, hidden(width))
+    return Subject(title, _facts(cfg, len(kinds), len(layers)), [*parts, head], [*layers], options)
+
+
+def _hidden(request: Request, dtype: torch.dtype, width: int) -> torch.Tensor:
+    size = request.batch, request.seq, width
+    return torch.empty(size, dtype=dtype, device="meta", requires_grad=True)
 
 
 def _load(config: str, overrides: Mapping[str, Any]) -> Any:
@@ -81,11 +76,7 @@ def _load(config: str, overrides: Mapping[str, Any]) -> Any:
     path = Path(config)
     if not path.is_file():
         if config not in known:
-            near = difflib.get_close_matches(config, known, n=6, cutoff=0.4)
-            raise CannotExplain(
-                f"no file, and no config of torchtune, is called {config!r}; near it are "
-                f"{', '.join(near) or 'none'}. torchtune has {', '.join(sorted(known))}"
-            )
+            raise unknown("YAML file or config of torchtune", config, known)
         path = Path(torchtune.__file__).parent.parent / "recipes" / "configs" / known[config]
     cfg = OmegaConf.load(path)
     for key, value in overrides.items():
@@ -102,26 +93,25 @@ def _build(cfg: Any, key: str, dtype: torch.dtype) -> Any:
     try:
         with training.set_default_dtype(dtype), torch.device("meta"):
             built = components.instantiate(cfg[key])
-    except Exception as error:  # whatever a component says of its arguments
-        raise CannotExplain(f"`{key}:` cannot be built on meta: {error}") from error
-    if isinstance(built, nn.Module):
         for module in built.modules():
             if hasattr(module, "rope_init"):  # scaled angles depend on values: not on meta
                 module.rope_init()
                 module.to("meta")
-        if adapters := get_adapter_params(built):
-            set_trainable_params(built, adapters)
+    except Exception as error:  # whatever a component says of its arguments
+        raise CannotExplain(f"`{key}:` cannot be built on meta: {error}") from error
+    if adapters := get_adapter_params(built):
+        set_trainable_params(built, adapters)
     return built
 
 
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers, with their activation checkpoints, by name."""
-    wrapped = (CheckpointWrapper, modules.TransformerSelfAttentionLayer)
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, wrapped) and "_checkpoint_wrapped_module" not in name:
-            found[name] = module
-    return found
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, CheckpointWrapper | TransformerSelfAttentionLayer)
+        and "_checkpoint_wrapped_module" not in name
+    }
 
 
 def _in_each(names: Sequence[str], place: Place) -> list[Place]:
@@ -129,29 +119,23 @@ def _in_each(names: Sequence[str], place: Place) -> list[Place]:
     return [Place(".".join(filter(None, (name, place.module))), place.source) for name in names]
 
 
-def _head(cfg: Any, model: Any, loss: Any, hidden: torch.Tensor, dtype: torch.dtype) -> Part:
-    """The region of the fused recipes from hidden states to the loss."""
-    labels = torch.empty(hidden.shape[:2], dtype=torch.long, device="meta")
-    inputs: tuple[Any, ...] = hidden, labels
+def _head(cfg: Any, model: Any, loss: Any, hidden: torch.Tensor) -> Part:
+    """The region of the fused recipe from hidden states to the loss."""
+    inputs = [hidden, torch.empty(hidden.shape[:2], dtype=torch.long, device="meta")]
     if "teacher_model" in cfg:
-        teacher, divergence = _build(cfg, "teacher_model", dtype), _build(cfg, "kd_loss", dtype)
-        taught = hidden.new_empty(*labels.shape, teacher.tok_embeddings.embedding_dim)
+        teacher = _build(cfg, "teacher_model", hidden.dtype)
+        divergence = _build(cfg, "kd_loss", hidden.dtype)
+        width = teacher.tok_embeddings.embedding_dim
+        inputs.insert(1, torch.empty(*hidden.shape[:2], width, dtype=hidden.dtype, device="meta"))
         head: Any = fuse_distillation(model, teacher, loss, divergence, cfg.get("kd_ratio", 0.5))
-        rows = [t.flatten(0, 1).unsqueeze(0) for t in (hidden, taught, labels)]
-        return Part(head._outcome, rows, {}, _as_named)
-    if isinstance(loss, PREFERENCE):
+        inputs = [t.flatten(0, 1).unsqueeze(0) for t in inputs]
+    elif isinstance(loss, DPOLoss | RSOLoss):
         head = fuse_log_probs(model)
     else:
-        chunks = getattr(loss, "num_output_chunks", None)
-        if chunks is not None:
-            model.set_num_output_chunks(chunks)
+        if hasattr(loss, "num_output_chunks"):
+            model.set_num_output_chunks(loss.num_output_chunks)
         head = fuse_head(model, loss)
-    return Part(head._outcome, inputs, {}, _as_named)
-
-
-def _as_named(place: Place) -> list[Place]:
-    """The head's places; Dynamo names its modules from the head on."""
-    return [Place(place.module.removeprefix("decoder."), place.source)]
+    return Part(head._outcome, inputs, {}, lambda place: [place])
 
 
 def _facts(cfg: Any, kinds: int, layers: int) -> list[str]:
@@ -159,13 +143,8 @@ def _facts(cfg: Any, kinds: int, layers: int) -> list[str]:
         f"Layers traced: {kinds} of {layers}, one of each kind, each on its own, and the head with "
         "the loss, as the recipes of liger_fx compile them; counts and bytes are for all layers."
     ]
-    datasets = cfg.get("dataset") or []
-    datasets = [datasets] if isinstance(datasets, Mapping) or "packed" in datasets else datasets
-    if any(dataset.get("packed") for dataset in datasets):
-        facts.append(
-            "The data set is packed: on a GPU torchtune uses flex attention, which is not traced "
-            "here."
-        )
-    if "teacher_model" in cfg or isinstance(cfg.loss, Mapping) and "rlhf" in str(cfg.loss):
+    if "packed: true" in OmegaConf.to_yaml(cfg.get("dataset") or {}).lower():
+        facts.append("The data set is packed: on a GPU flex attention, not traced here, runs it.")
+    if "teacher_model" in cfg or "rlhf" in cfg.loss._component_:
         facts.append("The layers of a teacher or a reference model are not listed.")
     return facts
