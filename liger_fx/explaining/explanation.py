@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -73,10 +74,10 @@ def explain_subject(subject: Subject) -> Explanation:
     backend = Backend(subject.options)
     graphs = [graph for part in subject.parts for graph in _trace(part, backend)]
     report = Report.merged([_everywhere(graph.report, graph.part.places) for graph in graphs])
-    matched = {r.rewrite for r in (*report.replacements, *report.rejections)}
+    matched = {r.rewrite for r in report.replacements} | {r.rewrite for r in report.rejections}
     report.near_misses = [m for m in report.near_misses if m.rewrite not in matched]
     explanation = Explanation(subject, report, list(subject.facts))
-    examples = [example for graph in graphs for example in graph.examples]
+    examples = list(chain.from_iterable(graph.examples for graph in graphs))
     order = [rewrite.name for rewrite in backend.rewrites]  # heads first
     examples.sort(key=lambda example: order.index(example.rewrite))
     explanation.example = examples[0] if examples else None
@@ -84,12 +85,13 @@ def explain_subject(subject: Subject) -> Explanation:
         explanation.memory = _memory(graphs)
         explanation.facts += [HELD] if explanation.memory else []
     except Exception as error:  # such as an op that a CPU does not have
-        explanation.facts.append(f"Memory could not be measured: {_first_line(error)}")
+        explanation.facts.append(f"Memory could not be measured: {_said(error)}")
     return explanation
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+def _said(error: Exception) -> str:
+    """Two lines: the first of Dynamo's says no more than where it was."""
+    return " ".join([type(error).__name__ + ":", *" ".join(str(error).split("\n")[:2]).split()])
 
 
 # -- graphs ----------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ def _trace(part: Part, backend: Backend) -> list[_Graph]:
     try:
         trace_without_kernels(part.call, part.args, part.kwargs, look)
     except Exception as error:
-        why = _first_line(error)
+        why = _said(error)
         raise CannotExplain(f"the model cannot be traced on meta tensors: {why}") from error
     return graphs
 

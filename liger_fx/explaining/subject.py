@@ -34,7 +34,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> CannotExplain:
 def described(model: nn.Module, dtype: torch.dtype, request: Request, checkpoint: bool) -> str:
     """A title: class and size of ``model``, and what it is trained on."""
     parameters = sum(p.numel() for p in model.parameters())
-    title = f"{type(model).__name__}, {parameters / 1e9:.2f} B parameters, "
+    title = f"{type(model).__name__}, {parameters:,} parameters, "
     title += f"{str(dtype).removeprefix('torch.')}, batch {request.batch} x {request.seq} tokens"
     return title + (", activation checkpointing" if checkpoint else "")
 
