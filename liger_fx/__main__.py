@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     try:
         print(_explain(given))
-    except ValueError as error:  # CannotExplain, and OptionError of LIGER_FX_* variables
+    except (ValueError, OSError) as error:  # CannotExplain, OptionError, a file
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

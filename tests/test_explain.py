@@ -166,6 +166,17 @@ def test_options_of_the_recipe(explain, recipe):
     assert re.search(r"rope +refused +6 x disabled by option", text)
 
 
+def test_files_that_cannot_be_read_or_written(explain, recipe, tmp_path):
+    assert "No such file" in explain(*LLAMA, "--html", str(tmp_path / "none" / "x.html"), code=1)
+    (tmp_path / "broken.yaml").write_text("model: [")
+    assert "broken.yaml is not YAML" in explain(
+        "--torchtune", str(tmp_path / "broken.yaml"), code=1
+    )
+    assert "no dtype is called 'int4'" in explain("--torchtune", recipe(dtype="int4"), code=1)
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json is not JSON" in explain("--hf", str(tmp_path), code=1)
+
+
 def test_folders_and_files(explain, tmp_path):
     settings = dict(setting.split("=") for setting in TINY)
     config = {"model_type": "llama"} | {name: int(value) for name, value in settings.items()}
@@ -368,14 +379,9 @@ def test_kinds_that_are_not_traced_are_said():
 
 
 def test_sizes_are_readable():
-    sizes = (0, 1000, 1536, 5 << 20, 3 << 29)
-    assert [in_units(size) for size in sizes] == [
-        "none",
-        "1000 B",
-        "1.50 KiB",
-        "5.00 MiB",
-        "1.50 GiB",
-    ]
+    sizes = (0, 999, 1000, 1536, 5 << 20, 1010 << 20, 3 << 29)
+    readable = ["none", "999 B", "0.98 KiB", "1.50 KiB", "5.00 MiB", "0.99 GiB", "1.50 GiB"]
+    assert [in_units(size) for size in sizes] == readable
 
 
 def test_a_model_with_nothing_to_replace():

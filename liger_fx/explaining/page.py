@@ -33,7 +33,8 @@ p, li, summary { overflow-wrap: anywhere; } .soft { color: var(--soft); }
 .made { color: var(--made); } .left { color: var(--left); }
 .bar { display: grid; grid-template-columns: 4.5rem 1fr 6rem; gap: .5rem; align-items: center; }
 .bar i { display: block; height: .8rem; border-radius: 2px; background: var(--before); }
-.bar.after i { background: var(--made); } .bar b { font-weight: 400; text-align: right; }
+.bar.after i { background: var(--made); }
+.bar b { font-weight: 400; text-align: right; white-space: nowrap; }
 pre { overflow-x: auto; font-size: .8rem; background: var(--card); padding: .6rem;
   border: 1px solid var(--line); border-radius: 6px; }
 details > summary { cursor: pointer; }

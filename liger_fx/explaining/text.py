@@ -16,8 +16,8 @@ def as_text(explanation: Explanation) -> str:
 
 
 def in_units(size: int) -> str:
-    """Bytes in the largest unit of which there is at least one."""
+    """Bytes in the largest unit of which there is one, or nearly one."""
     for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if size >= 1 << power:
+        if size >= 1000 << (power - 10):
             return f"{size / (1 << power):.2f} {unit}"
     return f"{size} B" if size else "none"

@@ -18,6 +18,7 @@ from torchtune._recipe_registry import get_all_recipes
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune.rlhf.loss import DPOLoss, RSOLoss
+from yaml import YAMLError
 
 from liger_fx.explaining.subject import (
     DTYPES,
@@ -42,7 +43,10 @@ def subject(config: str, request: Request) -> Subject:
     unknown, for a recipe without one model and a loss (PPO), and for a model that cannot be built.
     """
     cfg = _load(config, request.overrides)
-    dtype = DTYPES[request.dtype or cfg.get("dtype", "bf16")]
+    wanted = request.dtype or cfg.get("dtype", "bf16")
+    if wanted not in DTYPES:
+        raise unknown("dtype", str(wanted), DTYPES)
+    dtype = DTYPES[wanted]
     model, loss = _build(cfg, "model", dtype), _build(cfg, "loss", dtype)
     checkpoint = bool(request.checkpoint or cfg.get("enable_activation_checkpointing"))
     title = f"{config}: {described(model, dtype, request, checkpoint)}"
@@ -78,7 +82,10 @@ def _load(config: str, overrides: Mapping[str, Any]) -> Any:
         if config not in known:
             raise unknown("YAML file or config of torchtune", config, known)
         path = Path(torchtune.__file__).parent.parent / "recipes" / "configs" / known[config]
-    cfg = OmegaConf.load(path)
+    try:
+        cfg = OmegaConf.load(path)
+    except YAMLError as error:
+        raise CannotExplain(f"{path} is not YAML: {error}") from error
     for key, value in overrides.items():
         OmegaConf.update(cfg, key, value)
     for key in ("model", "loss"):
