@@ -372,6 +372,13 @@ def test_each_kind_of_layer_is_traced_and_stands_for_its_like():
     assert cut_layers(nn.Linear(2, 2), None) is None
 
 
+def test_numbers_tell_kinds_apart_unless_each_layer_has_its_own():
+    model = Decoder([4] * 6)
+    for index, layer in enumerate(model.layers):
+        layer.index, layer.rotates = index, int(index != 3)
+    assert cut_layers(model, None).stand_ins == [[0], [1], [2, 4, 5], [3]]
+
+
 def test_kinds_that_are_not_traced_are_said():
     cut = cut_layers(Decoder([4] * 20 + [8]), None)
     assert cut.stand_ins[-1][-1] == 20

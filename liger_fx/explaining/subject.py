@@ -78,17 +78,27 @@ class Subject:
     options: Mapping[str, Any]
 
 
-def kind_of(layer: nn.Module) -> Any:
-    """Equal for layers that are built alike: modules, parameters, and what flags they carry."""
-    return tuple(
+def kinds_of(layers: Sequence[nn.Module]) -> list[Any]:
+    """A value for each layer, equal for those that are built alike: modules, parameters and plain
+    attributes. An attribute that differs in every layer is the layer's index, and left out."""
+    attributes = [
+        {
+            (name, attribute): value
+            for name, module in layer.named_modules()
+            for attribute, value in vars(module).items()
+            if isinstance(value, str | int | float | None)
+        }
+        for layer in layers
+    ]
+    indices = {key for key in attributes[0] if len({a.get(key) for a in attributes}) == len(layers)}
+    return [
         (
-            name,
-            type(module),
-            tuple((n, p.shape, p.dtype) for n, p in module.named_parameters(recurse=False)),
-            tuple((n, v) for n, v in vars(module).items() if isinstance(v, str | bool | None)),
+            [(name, type(module)) for name, module in layer.named_modules()],
+            [(name, p.shape, p.dtype) for name, p in layer.named_parameters()],
+            {key: value for key, value in found.items() if key not in indices},
         )
-        for name, module in layer.named_modules()
-    )
+        for layer, found in zip(layers, attributes, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -140,7 +150,7 @@ def cut_layers(model: nn.Module, traced: int | None) -> Repeated | None:
     if not lists:
         return None
     name, layers = max(lists.items(), key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    kinds = [kind_of(layer) for layer in layers]
+    kinds = kinds_of(list(layers))
     kept = min(len(kinds), traced or _enough(kinds))
     later = range(min(1, kept - 1), kept)  # those that may stand for others
     stand_ins = [[index] for index in range(kept)]

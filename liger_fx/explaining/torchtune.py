@@ -27,7 +27,7 @@ from liger_fx.explaining.subject import (
     Request,
     Subject,
     described,
-    kind_of,
+    kinds_of,
     unknown,
 )
 from liger_fx.report import Place
@@ -55,18 +55,27 @@ def subject(config: str, request: Request) -> Subject:
             model, auto_wrap_policy={TransformerSelfAttentionLayer}
         )
     layers = _layers(model)
-    kinds: dict[Any, list[str]] = {}
-    for name, layer in layers.items():
-        kinds.setdefault(kind_of(layer), []).append(name)
-    width = getattr(model, "decoder", model).tok_embeddings.embedding_dim
+    kinds: list[tuple[Any, list[str]]] = []
+    for name, kind in zip(layers, kinds_of([*layers.values()]), strict=True):
+        alike = next((names for known, names in kinds if known == kind), None)
+        if alike is None:
+            kinds.append((kind, alike := []))
+        alike.append(name)
+    decoder = getattr(model, "decoder", model)
+    if not hasattr(decoder, "tok_embeddings"):
+        raise CannotExplain(f"expected a decoder of torchtune as `model:`, not {type(model)}")
+    width = decoder.tok_embeddings.embedding_dim
     hidden = functools.partial(_hidden, request, dtype)
     parts = [
         Part(layers[names[0]], (hidden(width),), {}, functools.partial(_in_each, names))
-        for names in kinds.values()
+        for _, names in kinds
     ]
     options = flatten(cfg.get("liger_fx") or {})
     options.pop("memory_gib", None)
-    head = _head(cfg, model, loss, hidden(width))
+    try:
+        head = _head(cfg, model, loss, hidden(width))
+    except (TypeError, RuntimeError) as error:
+        raise CannotExplain(f"the head and the loss cannot be explained: {error}") from error
     return Subject(title, _facts(cfg, len(kinds), len(layers)), [*parts, head], [*layers], options)
 
 
