@@ -254,8 +254,6 @@ def explain(
     torch.compile: what the process has compiled before is compiled again when it is called next.
     Returns one report over all graphs. Raises OptionError, a ValueError.
     """
-    from torch._subclasses import FakeTensorMode
-
     rewriting = Backend(options)
     found: list[Report] = []
 
@@ -264,13 +262,25 @@ def explain(
         found.append(report)
         return returning(gm.forward, deferrals)
 
+    trace_without_kernels(fn, args, kwargs, record)
+    return Report.merged(found)
+
+
+def trace_without_kernels(
+    fn: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    backend: Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]],
+) -> None:
+    """Give ``backend`` each graph of ``fn(*args, **kwargs)``, traced as `explain` traces."""
+    from torch._subclasses import FakeTensorMode
+
     torch._dynamo.reset()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            torch.compile(fn, backend=record)(*args, **(kwargs or {}))
+            torch.compile(fn, backend=backend)(*args, **(kwargs or {}))
     finally:
         torch._dynamo.reset()
-    return Report.merged(found)
 
 
 # -- what is installed -----------------------------------------------------------------------------

@@ -1,0 +1,8 @@
+"""``python -m liger_fx explain``: what liger_fx would do with a model, before it is trained.
+
+`subject`        what is traced, and where in the model it stands
+`huggingface`, `torchtune`  build a `Subject` on the meta device; imported on demand
+`explanation`    traces a subject without kernels and rewrites its graphs
+`memory`         bytes that a graph holds when its forward is done
+`text`, `page`   the explanation to read
+"""
