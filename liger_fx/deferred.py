@@ -25,7 +25,7 @@ import math
 import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import EllipsisType
 from typing import Any
@@ -275,12 +275,10 @@ class DeferredLogits(Tensor):
     def __new__(
         cls, head: Head, hidden: Tensor, *, classes: int, dtype: torch.dtype, requires_grad: bool
     ) -> DeferredLogits:
-        kind = hidden.device.type
-        enabled, autocast_dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        autocast = _autocast(hidden.device.type)
 
         def function(rows: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
-            # Without its cache, in which a parameter's cast outlives the parameter's values.
-            with torch.autocast(kind, autocast_dtype, enabled, cache_enabled=False):
+            with autocast():
                 return head.function(*rows, *parameters)
 
         linear = dtype if head.function is F.linear and dtype in _KERNEL_DTYPES else None
@@ -483,8 +481,19 @@ def _flat(tensor: Tensor, lead: int | None = None) -> Tensor:
     return tensor.flatten(0, lead - 1) if lead else tensor.unsqueeze(0)
 
 
+def _autocast(kind: str) -> Callable[[], AbstractContextManager[Any]]:
+    """The autocast of now, for later."""
+    if not torch.amp.is_autocast_available(kind):  # the meta device has none
+        return nullcontext
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+    # Without its cache, in which a parameter's cast outlives the parameter's values.
+    return lambda: torch.autocast(kind, dtype, enabled, cache_enabled=False)
+
+
 def _no_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    return torch.autocast(like.device.type, enabled=False)
+    kind = like.device.type
+    available = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if available else nullcontext()
 
 
 def _announce(values: Tensor) -> None:

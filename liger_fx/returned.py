@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from liger_fx.canonical import fake, only_slices, op_name, positional, same_sizes
@@ -183,9 +184,9 @@ def _deferral(graph: fx.Graph, logits: ReturnedLogits) -> Deferral:
     )
 
 
-def _head(graph: fx.Graph, logits: ReturnedLogits) -> fx.GraphModule:
-    """The graph from hidden state and parameters to the logits, in the regions of autocast that it
-    lies in."""
+def _head(graph: fx.Graph, logits: ReturnedLogits) -> Callable[..., Tensor]:
+    """From hidden state and parameters to the logits, in the regions of autocast that they lie
+    in."""
     head, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in _operands(logits.projection):
         copies[node] = head.placeholder(node.name)
@@ -197,6 +198,8 @@ def _head(graph: fx.Graph, logits: ReturnedLogits) -> fx.GraphModule:
         and logits.projection < end
         for bound in (end.args[0], end)
     }
+    if len(logits.nodes) == 1 and not regions:
+        return F.linear  # known to DeferredLogits, which has an op for its cross-entropy
     for node in graph.nodes:
         if node in logits.nodes or node in regions:
             copies[node] = head.node_copy(node, copies.__getitem__)

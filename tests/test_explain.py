@@ -68,7 +68,7 @@ def test_a_hugging_face_model(explain):
         """\
 LlamaForCausalLM, 39,200 parameters, float32, batch 2 x 16 tokens, attention mask for padding
 liger_fx: graph
-  cross_entropy            replaced  spelling upcast  [loss_utils.py in fixed_cross_entropy]
+  linear_cross_entropy     replaced  spelling plain  [loss_utils.py in fixed_cross_entropy]
   rope                     replaced  4 x spelling halves_rounded  [model.layers.*.self_attn at modeling_llama.py in apply_rotary_pos_emb]
   rope                     replaced  4 x spelling halves_rounded  [model.layers.*.self_attn at modeling_llama.py in apply_rotary_pos_emb]
   add_rms_norm             replaced  4 x spelling add_huggingface  [model.layers.*.post_attention_layernorm at modeling_llama.py in forward]
@@ -76,10 +76,10 @@ liger_fx: graph
   add_rms_norm             replaced  spelling add_huggingface  [model.norm at modeling_llama.py in forward]
   rms_norm                 replaced  spelling huggingface  [model.layers.0.input_layernorm at modeling_llama.py in forward]
   tiled_mlp                replaced  4 x spelling swiglu  [model.layers.*.mlp.down_proj at modeling_llama.py in forward]
-  linear_cross_entropy     refused   the value of `linear` (logits) is also returned  [loss_utils.py in fixed_cross_entropy]
   grouped_query_attention  refused   4 x a mask is given; the kernels for masks want as many keys as queries  [model.layers.*.self_attn at sdpa_attention.py in sdpa_attention_forward]
+  logits                   deferred  they are returned: computed when read  [lm_head at modeling_llama.py in forward]
 memory                                             without  with liger_fx
-logits, and what else projection and loss keep   16.26 KiB      16.01 KiB
+logits, and what else projection and loss keep   16.26 KiB      20.01 KiB
 gate, up and their product                       72.00 KiB           none
 attention masks, as attention reads them          2.00 KiB       2.00 KiB
 Layers traced: 2 of 4; the others are built alike, and counts and bytes are for all of them.
@@ -93,7 +93,7 @@ def test_activation_checkpoints_hold_one_layer_at_a_time(explain):
         memory,
         """\
                                                  without  with liger_fx
-logits, and what else projection and loss keep       16.26 KiB      16.01 KiB
+logits, and what else projection and loss keep       16.26 KiB      20.01 KiB
 gate, up and their product, of one layer at a time   18.00 KiB           none
 attention masks, as attention reads them              2.00 KiB       2.00 KiB
 Layers traced: 2 of 4; the others are built alike, and counts and bytes are for all of them.

@@ -26,6 +26,7 @@ from liger_fx.explaining.memory import (
 from liger_fx.explaining.subject import CannotExplain, Part, Subject
 from liger_fx.matcher import name_of
 from liger_fx.report import Place, Report
+from liger_fx.returned import returning
 
 KINDS = {
     LOSS: "logits, and what else projection and loss keep",
@@ -119,7 +120,7 @@ def _trace(part: Part, backend: Backend) -> list[_Graph]:
         lines = {(n, Place.of(m.root)): list(map(_line, sorted(m.nodes))) for n, m in matches}
         before, masks = for_measuring(gm, backend.rewrites), attention_masks(gm)
         bytes_before = bytes_of_masks(masks)
-        report = backend.rewrite(gm)
+        report, deferrals = backend.rewrite(gm)
         new = groups.add_new(gm, report)
         examples = [
             Example(name, place, old, [_line(n) for n in new if Place.of(n) == place])
@@ -131,7 +132,7 @@ def _trace(part: Part, backend: Backend) -> list[_Graph]:
         after, bytes_after = for_measuring(gm, backend.rewrites), bytes_of_masks(masks)
         of_masks = bytes_before, bytes_after
         graphs.append(_Graph(part, report, before, after, groups, of_masks, examples))
-        return gm.forward
+        return returning(gm.forward, deferrals)
 
     try:
         trace_without_kernels(part.call, part.args, part.kwargs, look)
@@ -153,14 +154,11 @@ def _line(node: fx.Node) -> str:
 def _everywhere(report: Report, places: Callable[[Place], list[Place]]) -> Report:
     """``report`` with an entry for each place that a traced place stands for."""
 
-    def of(entry: Any) -> list[str]:
-        return [place.module for place in places(Place(entry.module, entry.source))]
-
     return replace(
         report,
         replacements=[replace(r, place=p) for r in report.replacements for p in places(r.place)],
-        rejections=[replace(r, module=module) for r in report.rejections for module in of(r)],
-        near_misses=[replace(m, module=of(m)[0]) for m in report.near_misses],
+        rejections=[replace(r, place=p) for r in report.rejections for p in places(r.place)],
+        near_misses=[replace(m, place=places(m.place)[0]) for m in report.near_misses],
         skipped=[(what, p) for what, place in report.skipped for p in places(place)],
     )
 
