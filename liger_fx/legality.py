@@ -27,13 +27,17 @@ class Legality:
         self.without_gradient = next(filter(self._loses_gradient, view.position), None)
 
     def check(
-        self, match: Match, constants: Sequence[str] = (), saved: Sequence[str] | None = None
+        self,
+        match: Match,
+        constants: Sequence[str] = (),
+        saved: Sequence[str] | None = None,
+        head: bool = False,
     ) -> None:
         """Raise `Reject` if somebody could notice that the interior values are gone.
 
         constants: names of bindings to which the replacement gives no gradient. saved: names of
         bindings that the replacement keeps for its backward, "output" among them for what it
-        returns; None for all.
+        returns; None for all. head: the match takes a loss of logits, whose return may be deferred.
         """
         if self.without_gradient is not None:
             raise Reject(
@@ -41,7 +45,7 @@ class Legality:
                 "says that it has none: what needs a gradient in this graph is not known"
             )
         self._plain_tensors(match)
-        self._no_escape(match)
+        self._no_escape(match, self.returned if head else ())
         self._inputs_in_time(match)
         self._unwritten(match, saved)
         self._one_grad_mode(match, constants)
@@ -82,31 +86,22 @@ class Legality:
                     f"{name} is a {type(value).__name__}; the kernels take plain tensors only"
                 )
 
-    def _no_escape(self, match: Match) -> None:
+    def _no_escape(self, match: Match, returned: Sequence[ReturnedLogits]) -> None:
         for node in sorted(match.nodes - set(match.outputs)):
             for user in node.users:
                 if user in match.nodes or _stays(node, match.nodes):
                     continue
-                if self._deferrable(node, user, match.nodes):
+                if _is_deferrable(node, user, match.nodes, returned):
                     continue
                 what, user = name_of(op_name(node)), _reader(user)
                 if user.op == "output":
-                    why = next((r.obstacle for r in self.returned if node in r.nodes), "")
+                    why = next((r.obstacle for r in returned if node in r.nodes), "")
                     why = why and f", and cannot be computed later: {why}"
                     raise Reject(f"the value of `{what}` ({node.name}) is also returned{why}")
                 raise Reject(
                     f"the value of `{what}` ({node.name}) is also used by "
                     f"`{name_of(op_name(user))}` ({user.name})"
                 )
-
-    def _deferrable(self, node: fx.Node, user: fx.Node, nodes: set[fx.Node]) -> bool:
-        """Does ``user`` lead to nothing but a return of logits that can be computed when read?"""
-        chains = [r for r in self.returned if node in r.nodes and not r.obstacle]
-        if user.op == "output":
-            return any(node is r.value for r in chains)
-        return any(user in r.nodes for r in chains) and all(
-            u in nodes or self._deferrable(user, u, nodes) for u in user.users
-        )
 
     def _inputs_in_time(self, match: Match) -> None:
         position, first = self.view.position, match.first
@@ -185,6 +180,18 @@ class Legality:
         """Is grad mode on where the node runs?"""
         before = [s for s in self.grad_mode if self.view.position[s] < self.view.position[node]]
         return before[-1].args[0] if before else torch.is_grad_enabled()
+
+
+def _is_deferrable(
+    node: fx.Node, user: fx.Node, nodes: set[fx.Node], returned: Sequence[ReturnedLogits]
+) -> bool:
+    """Does ``user`` lead to nothing but a return of logits that can be computed when read?"""
+    chains = [r for r in returned if node in r.nodes and not r.obstacle]
+    if user.op == "output":
+        return any(node is r.value for r in chains)
+    return any(user in r.nodes for r in chains) and all(
+        u in nodes or _is_deferrable(user, u, nodes, returned) for u in user.users
+    )
 
 
 def _reader(user: fx.Node) -> fx.Node:

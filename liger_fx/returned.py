@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from liger_fx.canonical import fake, only_slices, op_name, positional, same_sizes
 from liger_fx.deferred import DeferredLogits, Head
-from liger_fx.effects import Effects
+from liger_fx.effects import Effects, storage_key
 from liger_fx.matcher import BrokenGraph
 from liger_fx.report import Place
 
@@ -99,8 +99,15 @@ def _obstacle(nodes: Sequence[fx.Node], effects: Effects) -> str:
     for node in (hidden, *parameters, *nodes):
         if effects.written(node):
             return f"{node.name} is written in this graph"
-    classes = fake(nodes[-1]).shape[-1]
-    return "" if isinstance(classes, int) else "the number of classes may vary"
+    value = nodes[-1]
+    if not isinstance(fake(value).shape[-1], int):
+        return "the number of classes may vary"
+    if not fake(value).is_contiguous():
+        return f"{value.name} is a view with the strides of other logits"
+    for other in value.graph.output_node().all_input_nodes:
+        if other is not value and storage_key(other) == storage_key(value):
+            return f"{value.name} and {other.name} are returned in the same memory"
+    return ""
 
 
 def _operands(projection: fx.Node) -> list[fx.Node]:
@@ -145,7 +152,9 @@ def defer(gm: fx.GraphModule, returned: Sequence[ReturnedLogits]) -> list[Deferr
     free = [
         logits
         for logits in returned
-        if not logits.obstacle and all(own.issuperset(node.users) for node in logits.nodes)
+        if not logits.obstacle
+        and not logits.projection._erased
+        and all(own.issuperset(node.users) for node in logits.nodes)
     ]
     deferrals = [_deferral(graph, logits) for logits in free]
     try:

@@ -268,7 +268,8 @@ class _Application:
             saved = (
                 self.rewrite.saved(match) if callable(self.rewrite.saved) else self.rewrite.saved
             )
-            legality.check(match, self.rewrite.constants, saved)
+            head = self.rewrite.gain is not None
+            legality.check(match, self.rewrite.constants, saved, head)
             if self.rewrite.save_ops:
                 legality.check_kept(match)
             if self.rewrite.check is not None and not checked:

@@ -256,6 +256,8 @@ class Generator:
         for _ in range(0 if quietly else self.random.choice([0, 1, 1, 2])):
             self.write_anywhere()
         self.maybe_return_others()
+        if self.seed % 7 == 5:  # by the seed alone: all other programs stay as they were
+            self.return_logits(random.Random(self.seed))
         if self.dynamic is None:
             # A symbol for each size makes a long program take ten times as long to compile.
             self.dynamic = self.random.random() < (0.15 if len(self.body) < 15 else 0.02)
@@ -439,6 +441,17 @@ class Generator:
         values = [name for name in seen if name[0] != "t"]
         if values and self.random.random() < 0.3:
             self.outputs += self.random.sample(values, min(len(values), self.random.choice([1, 2])))
+
+    def return_logits(self, random: random.Random) -> None:
+        """Let the logits leave the program, as Hugging Face's models do."""
+        *_, (_, _, seen) = _scopes([*self.body, "end"])
+        logits = [name for name in seen if name[0] in "zc"]
+        if logits:
+            spellings = ["$o = {z}", "$o = {z}.float()", "$o = {z}[..., :9]", "$o = {z} * 0.5"]
+            last = self.emit(random.choice(spellings[:1] * 3 + spellings), z=random.choice(logits))
+            self.outputs.append(last)
+            if random.random() < 0.3:
+                self.outputs.append(random.choice(logits))
 
     def names(self) -> list[str]:
         return [line.split(" = ")[0] for line in self.inputs]

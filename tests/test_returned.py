@@ -81,7 +81,7 @@ def token_logprobs(h, out, y):
 
 def twice(h, out, y):
     loss, logits = huggingface(h, out, y)
-    return loss, logits, logits.float()
+    return loss, logits, logits.float() / 0.5
 
 
 def in_autocast(h, out, y):
@@ -290,6 +290,16 @@ def permuted(h, out, y):
     return loss, logits[[1, 0]]
 
 
+def two_views(h, out, y):
+    loss, logits = huggingface(h, out, y)
+    return loss, logits, logits.detach()
+
+
+def classes_only(h, out, y):
+    loss, logits = huggingface(h, out, y)
+    return loss, logits[..., : V - 50]
+
+
 def goes_on(h, out, y):
     loss, logits = huggingface(h, out, y)
     torch._dynamo.graph_break()
@@ -342,6 +352,14 @@ def test_refuses_rows_of_the_logits(tokens):
         """the value of `linear` (logits) is also used by `getitem` (getitem_2)""",
     )
     assert_expected_inline(
+        refusal(two_views, tokens),
+        """the value of `linear` (logits) is also returned, and cannot be computed later: logits and detach are returned in the same memory""",
+    )
+    assert_expected_inline(
+        refusal(classes_only, tokens),
+        """the value of `linear` (logits) is also used by `getitem` (getitem_2)""",
+    )
+    assert_expected_inline(
         refusal(permuted, tokens),
         """the value of `linear` (logits) is also used by `getitem` (getitem_2)""",
     )
@@ -379,15 +397,22 @@ def no_loss(h, out, y):
     return h.sum(), out(h)
 
 
+def gate_of_an_mlp(h, out, y):
+    gate = out(h)
+    return (F.silu(gate) * F.linear(h, out.weight + 1)).sum(), gate
+
+
 def class_weights(h, out, y):
     logits = out(h)
     weights = torch.ones(V, device=h.device)
     return F.cross_entropy(logits.flatten(0, 1), y.flatten(), weights), logits
 
 
-@pytest.mark.parametrize("head", [no_loss, class_weights], ids=lambda head: head.__name__)
+@pytest.mark.parametrize(
+    "head", [no_loss, gate_of_an_mlp, class_weights], ids=lambda head: head.__name__
+)
 def test_logits_without_a_fused_loss_are_a_tensor(head, tokens):
-    model = compiled(Model(head))
+    model = compiled(Model(head), policy="all")
     outputs = model(tokens)
     torch.testing.assert_close(outputs, Model(head)(tokens))
     assert type(outputs[1]) is Tensor and not liger_fx.reports()[0].deferred
