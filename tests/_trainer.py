@@ -20,8 +20,15 @@ VOCABULARY, LENGTH = 512, 16
 
 def language_model(**config: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, pad_token_id=0, **sizes, **config))
+    tiny = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(LlamaConfig(**(tiny | config)))
 
 
 def samples(count: int, *lengths: int) -> list[dict[str, list[int]]]:
@@ -49,21 +56,24 @@ def collator() -> DataCollatorForLanguageModeling:
 
 
 def settings(folder: Path, **further: Any) -> dict[str, Any]:
-    return dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=2,
-        max_steps=4,
-        # Adam would make a large step of a gradient that is noise.
-        optim="sgd",
-        learning_rate=0.5,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        use_cpu=not torch.cuda.is_available(),
-    ) | further
+    return (
+        dict(
+            output_dir=str(folder),
+            per_device_train_batch_size=2,
+            per_device_eval_batch_size=2,
+            max_steps=4,
+            # Adam would make a large step of a gradient that is noise.
+            optim="sgd",
+            learning_rate=0.5,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            use_cpu=not torch.cuda.is_available(),
+        )
+        | further
+    )
 
 
 def arguments(folder: Path, **further: Any) -> TrainingArguments:
