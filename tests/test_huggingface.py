@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -34,7 +33,7 @@ from _trainer import (  # noqa: E402
 )
 from transformers import Trainer  # noqa: E402
 
-from liger_fx.huggingface import LigerFxCallback, LigerFxPlugin, defer_logits  # noqa: E402
+from liger_fx.huggingface import LigerFxCallback, LigerFxPlugin  # noqa: E402
 
 integrations = pytest.mark.integrations
 STEPS, EVALUATIONS = 4, 2
@@ -274,3 +273,34 @@ def test_plugin(regional):
     plugin = LigerFxPlugin(options=OPTIONS, use_regional_compilation=regional)
     assert own_loop(plugin) == pytest.approx(own_loop(), rel=1e-5)
     assert materialized() == before
+
+
+# -- TRL -------------------------------------------------------------------------------------------
+
+
+@integrations
+@pytest.mark.parametrize("args", [{}, {"bf16": True}, {"packing": True}], ids=str)
+def test_sft_trainer(args, tmp_path):
+    """TRL computes the loss of its own head, which no backend sees; the layers are ours."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    texts = [" ".join(map(str, sample["input_ids"])) for sample in samples(16, 16, 12)]
+
+    def train(*callbacks: Any) -> list[float]:
+        torch._dynamo.reset()
+        trained = trl.SFTTrainer(
+            language_model(),
+            trl.SFTConfig(**settings(tmp_path, max_length=32, **({"bf16": False} | args))),
+            train_dataset=datasets.Dataset.from_dict({"text": texts}),
+            processing_class=tokenizer(),
+            callbacks=list(callbacks),
+        )
+        trained.train()
+        return losses(trained)
+
+    eager, before = train(), materialized()
+    fused = train(LigerFxCallback(**OPTIONS | {"policy": "all"}))
+    assert fused == pytest.approx(eager, rel=2e-3 if args.get("bf16") else 1e-5)
+    assert materialized() == before
+    found = liger_fx.Report.merged(liger_fx.reports())
+    assert "linear_cross_entropy" not in found.counts and not found.deferred
+    assert {"rope", "tiled_mlp", "add_rms_norm"} <= found.counts.keys()
