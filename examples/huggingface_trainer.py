@@ -1,16 +1,14 @@
-"""Hugging Face's Trainer, on docstrings: compile the model to the loss, without its logits.
+"""Hugging Face's Trainer, on docstrings. The line for liger_fx is ``model.compile(...)``.
 
-`TrainingArguments(torch_compile_backend="liger_fx")` does not get that far: Trainer hands the name
-to accelerate (1.15.0), which takes only the backends that it lists itself and raises a ValueError.
-Nor could the loss be fused there, since the model returns the logits beside it. So the model is
-compiled before Trainer gets it, and returns the loss alone while it is trained.
+The model returns its logits beside the loss, and they are computed only if somebody reads them.
+`TrainingArguments(torch_compile_backend="liger_fx")` raises a ValueError: accelerate (1.15.0) takes
+only the backends that it lists. Where Trainer makes the model, add
+``callbacks=[liger_fx.huggingface.LigerFxCallback()]``.
 """
 
-import functools
 import json
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -39,16 +37,6 @@ def encode(line: str) -> dict[str, list[int]]:
 torch.manual_seed(0)
 sizes = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
 model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=VOCABULARY, **sizes))
-forward = model.forward
-
-
-@functools.wraps(forward)  # Trainer reads from its parameters which columns the model takes
-def loss_alone(**batch: Any) -> dict[str, Any]:
-    output = forward(**batch)
-    return {"loss": output.loss} if model.training else output
-
-
-model.forward = loss_alone
 model.compile(backend="liger_fx")
 
 with text.open() as lines:

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from liger_fx.canonical import fake, only_slices, op_name, positional, same_sizes
 from liger_fx.deferred import DeferredLogits, Head
 from liger_fx.effects import Effects, storage_key
+from liger_fx.frame import goes_on, outputs
 from liger_fx.matcher import BrokenGraph
 from liger_fx.report import Place
 
@@ -56,16 +57,11 @@ def returned_logits(gm: fx.GraphModule) -> list[ReturnedLogits]:
     found = [chain for chain in chains if not all(own.issuperset(node.users) for node in chain)]
     if not found:
         return []
-    returns = getattr(gm, "compile_subgraph_reason", None)
-    if returns is None:
-        frame = (
-            "the graph is a part of a larger one (split by DDPOptimizer? "
-            "torch._dynamo.config.optimize_ddp = False leaves it whole)"
-        )
-    else:
-        frame = "the function goes on after this graph" if returns.graph_break else ""
     effects = Effects(graph)
-    return [ReturnedLogits(nodes, frame or _obstacle(nodes, effects)) for nodes in found]
+    return [
+        ReturnedLogits(nodes, goes_on(gm, nodes[-1]) or _obstacle(nodes, effects))
+        for nodes in found
+    ]
 
 
 def _chain(value: fx.Node) -> tuple[fx.Node, ...]:
@@ -177,13 +173,11 @@ def _return_hidden(gm: fx.GraphModule, free: Sequence[ReturnedLogits]) -> None:
 
 
 def _deferral(graph: fx.Graph, logits: ReturnedLogits) -> Deferral:
-    outputs: list[Any] = []
-    fx.node.map_arg(graph.output_node().args, outputs.append)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     _, *parameters = _operands(logits.projection)
     value = fake(logits.value)
     return Deferral(
-        tuple(i for i, node in enumerate(outputs) if node is logits.value),
+        tuple(i for i, node in enumerate(outputs(graph)) if node is logits.value),
         tuple(map(inputs.index, parameters)),
         _head(graph, logits),
         value.shape[-1],

@@ -49,6 +49,22 @@ def test_huggingface_trainer(tmp_path: Path) -> None:
     assert trainer_losses() == pytest.approx(losses, rel=0, abs=1e-4)
 
 
+@pytest.mark.integrations
+def test_lightning_module(tmp_path: Path) -> None:
+    pytest.importorskip("lightning")
+    pytest.importorskip("transformers")
+    printed = run_example("lightning_module.py", tmp_path, LIGER_FX_INNER="aot_eager")
+    eager = run_example("lightning_module.py", tmp_path, TORCH_COMPILE_DISABLE="1")
+    assert "replaced" not in eager
+    assert lightning_loss(printed) == pytest.approx(lightning_loss(eager), rel=1e-4)
+    assert printed.count("liger_fx: graph of") == 1
+    assert "linear_cross_entropy replaced" in words(printed)
+
+
+def lightning_loss(printed: str) -> float:
+    return float(printed.split("loss ")[1].split()[0])
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """What makes the demo's configuration small: data, weights and sizes of the recipe tests."""

@@ -12,6 +12,7 @@ from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import liger_fx
@@ -372,8 +373,7 @@ def test_refuses_by_option(tokens):
     )
 
 
-def test_a_graph_that_was_split_keeps_its_logits(tokens):
-    """As DDPOptimizer splits it: the parts have no word on what becomes of their outputs."""
+def test_refuses_a_part_of_an_unknown_graph(tokens):
     rewriting = liger_fx.backend(inner="eager")
 
     def as_a_part(gm, inputs):
@@ -388,6 +388,64 @@ def test_a_graph_that_was_split_keeps_its_logits(tokens):
         reasons(liger_fx.reports()[0]).splitlines()[0],
         """the value of `linear` (logits) is also returned, and cannot be computed later: the graph is a part of a larger one (split by DDPOptimizer? torch._dynamo.config.optimize_ddp = False leaves it whole)""",
     )
+
+
+# -- split by DDPOptimizer -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def split_by_ddp(monkeypatch):
+    """Wraps a model in DDP, whose buckets are so small that each parameter has one."""
+    monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1)
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield lambda model: DistributedDataParallel(model, bucket_cap_mb=1e-6)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_the_last_part_of_a_split_graph_defers(inner, tied, split_by_ddp, tokens):
+    eager, model = Model(tied=tied), Model(tied=tied)
+    wrapped = split_by_ddp(compiled(model, inner=inner))
+    before = materialized()
+    for _ in range(2):
+        loss, logits = wrapped(tokens)
+        loss.backward()
+    expected, wanted = eager(tokens)
+    (2 * expected).backward()
+    assert type(logits) is DeferredLogits and materialized() == before
+    assert len(liger_fx.reports()) > 1
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(logits.materialize(), wanted)
+    for actual, parameter in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, parameter.grad)
+
+
+class Reread(Model):
+    """Its logits are the input of a further projection, with parameters of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.probe = nn.Linear(V, 2).to(DEVICE)
+
+    def forward(self, tokens):
+        loss, logits = super().forward(tokens)
+        return loss, logits, self.probe(logits)
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (Reread, "the graph is a part of a larger one"),
+        (lambda: Model(goes_on), "the function goes on after this graph"),
+    ],
+)
+def test_a_split_graph_keeps_logits_that_are_read(model, why, split_by_ddp, tokens):
+    outputs, expected = split_by_ddp(compiled(model()))(tokens), model()(tokens)
+    assert not any(type(value) is DeferredLogits for value in outputs)
+    torch.testing.assert_close(outputs, expected)
+    assert any(why in reasons(report) for report in liger_fx.reports())
 
 
 # -- left alone ------------------------------------------------------------------------------------

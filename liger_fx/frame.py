@@ -1,0 +1,62 @@
+"""Where the outputs of a graph go: to the caller of the compiled function, or to more of its code.
+
+Dynamo says so of a graph (``compile_subgraph_reason``). DDPOptimizer hands a backend parts of a
+graph, and says nothing of the whole. Its frames on the stack hold the whole and the call of the
+part (torch/_dynamo/backends/distributed.py).
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from torch import fx
+from torch._dynamo.backends.distributed import DDPOptimizer, SubmodCompiler
+
+_PART = (
+    "the graph is a part of a larger one (split by DDPOptimizer? "
+    "torch._dynamo.config.optimize_ddp = False leaves it whole)"
+)
+
+
+def goes_on(gm: fx.GraphModule, value: fx.Node) -> str:
+    """Why code after the graph may read ``value``, an output of ``gm``; "" if the compiled function
+    returns ``value`` and does nothing else with it."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None:
+        return _PART
+    if reason.reason.startswith("DDPOptimizer"):
+        call = _local(SubmodCompiler.run_node, "n")
+        whole = _local(DDPOptimizer.compile_fn, "gm")
+        indices = {i for i, output in enumerate(outputs(gm.graph)) if output is value}
+        if call is None or whole is None or not _only_returned(call, indices):
+            return _PART
+        reason = whole.compile_subgraph_reason
+    return "the function goes on after this graph" if reason.graph_break else ""
+
+
+def outputs(graph: fx.Graph) -> list[Any]:
+    found: list[Any] = []
+    fx.node.map_arg(graph.output_node().args, found.append)
+    return found
+
+
+def _only_returned(call: fx.Node, indices: set[int]) -> bool:
+    """The graph of ``call`` returns these items of the tuple that ``call`` gives, and nothing else
+    in that graph takes them."""
+    return all(
+        item.target is operator.getitem
+        and (item.args[1] not in indices or all(user.op == "output" for user in item.users))
+        for item in call.users
+    )
+
+
+def _local(function: Callable[..., Any], name: str) -> Any:
+    """The local variable of the innermost call of ``function`` that runs now, None if none does."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not function.__code__:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get(name)

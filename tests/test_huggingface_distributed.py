@@ -1,0 +1,184 @@
+"""Trainer under DDP and accelerate's FSDP2 in two processes, compiled with liger_fx: what one process
+computes on the joint batch, and no logits made."""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from _util import relative_error
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+import liger_fx
+from liger_fx.deferred import materialized
+
+accelerate = pytest.importorskip("accelerate")
+pytest.importorskip("transformers")
+
+from _trainer import collator, language_model, samples  # noqa: E402
+from test_huggingface import OPTIONS, fused_heads, run  # noqa: E402
+
+from liger_fx.huggingface import LigerFxPlugin, defer_logits  # noqa: E402
+
+pytestmark = [
+    pytest.mark.integrations,
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
+]
+
+JOINT_BATCH = 4
+# DDPOptimizer splits a graph above a MiB of parameters.
+large_head = functools.partial(language_model, hidden_size=64, vocab_size=8192)
+tied = functools.partial(language_model, tie_word_embeddings=True)
+
+
+def outcomes(
+    folder: Path, job: Callable[..., dict[str, Any]], world: int
+) -> list[dict[str, dict[str, Any]]]:
+    """What each of ``world`` processes makes of ``job``, by its cases."""
+    torch.multiprocessing.spawn(_process, (world, str(folder), job), nprocs=world)
+    return [torch.load(folder / f"{world}-{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def _process(rank: int, world: int, folder: str, job: Callable[..., dict[str, Any]]) -> None:
+    warnings.simplefilter("ignore")
+    os.environ |= dict(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
+    )
+    os.environ |= dict(MASTER_ADDR="localhost", ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
+    store = f"file://{folder}/store-{world}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+    torch.save(job(Path(folder) / str(rank), world), f"{folder}/{world}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+# -- DDP -------------------------------------------------------------------------------------------
+
+DDP_CASES: dict[str, dict[str, Any]] = {
+    "default": {},  # find_unused_parameters=True
+    "all used": dict(ddp_find_unused_parameters=False),
+    "tied": dict(model=tied),
+    "bf16": dict(bf16=True),
+    "accumulation": dict(gradient_accumulation_steps=2),
+    "checkpointing": dict(gradient_checkpointing=True),
+    "padding": dict(lengths=(16, 14)),
+    "split": dict(model=large_head),
+    "split, all used": dict(model=large_head, ddp_find_unused_parameters=False),
+    "split, tied": dict(model=functools.partial(large_head, tie_word_embeddings=True)),
+    "split, small buckets": dict(model=large_head, ddp_bucket_cap_mb=1),
+}
+
+
+def _under_ddp(folder: Path, world: int) -> dict[str, Any]:
+    found = {}
+    for name, case in DDP_CASES.items():
+        done = run(
+            folder,
+            liger_fx.backend(**OPTIONS) if world > 1 else None,
+            use_cpu=True,
+            per_device_train_batch_size=JOINT_BATCH // world,
+            **case,
+        )
+        found[name] = dict(
+            losses=done.losses,
+            updates=done.updates,
+            read=done.read,
+            heads=fused_heads(),
+            deferred=[len(report.deferred) for report in liger_fx.reports()],
+        )
+    return found
+
+
+def test_ddp(tmp_path):
+    (joint,) = outcomes(tmp_path, _under_ddp, 1)
+    for two in outcomes(tmp_path, _under_ddp, 2):
+        for name, case in two.items():
+            tolerance = 2e-3 if name == "bf16" else 1e-5
+            assert case["losses"] == pytest.approx(joint[name]["losses"], rel=tolerance), name
+            for parameter, update in case["updates"].items():
+                error = relative_error(update, joint[name]["updates"][parameter])
+                assert error <= 30 * tolerance, (name, parameter)
+            assert case["read"] == (0, 0), name
+            assert case["deferred"] == case["heads"], name
+            assert set(case["heads"]) == ({0, 1} if name.startswith("split") else {1}), name
+
+
+# -- FSDP2 -----------------------------------------------------------------------------------------
+
+
+def _train(accelerator: Any, model: nn.Module, world: int) -> dict[str, Any]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    loader = torch.utils.data.DataLoader(samples(16), JOINT_BATCH // world, collate_fn=collator())
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    before, losses, gradients = materialized(), [], {}
+    for step, batch in enumerate(loader):
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        losses.append(accelerator.reduce(loss.detach(), "mean").item())
+        for name, parameter in model.named_parameters():
+            gradient: Any = parameter.grad
+            name = name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
+            gradients[f"{name} {step}"] = getattr(gradient, "full_tensor", gradient.clone)()
+        optimizer.step()
+        optimizer.zero_grad()
+    units = sum(isinstance(module, FSDPModule) for module in model.modules())
+    return dict(losses=losses, gradients=gradients, read=materialized() - before, units=units)
+
+
+def _under_fsdp(folder: Path, world: int) -> dict[str, Any]:
+    found = {}
+    for name, model in {"untied": language_model, "tied": tied}.items():
+        for mixed_precision in ("no", "bf16"):
+            for checkpointing in (False, True):
+                torch._dynamo.reset()
+                accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+                fused = world > 1
+                plugin = LigerFxPlugin(options=OPTIONS, use_regional_compilation=True)
+                accelerator = accelerate.Accelerator(
+                    cpu=True,
+                    mixed_precision=mixed_precision,
+                    dynamo_plugin=plugin if fused else None,
+                )
+                made = model()
+                if fused:
+                    _shard_on_a_cpu(accelerator, checkpointing)
+                    defer_logits(made)
+                elif checkpointing:
+                    made.gradient_checkpointing_enable()
+                case = f"{name}, {mixed_precision}, checkpointing={checkpointing}"
+                found[case] = _train(accelerator, made, world)
+    return found
+
+
+def _shard_on_a_cpu(accelerator: Any, checkpointing: bool) -> None:
+    """accelerate has FSDP2 for GPUs alone, and would take DDP."""
+    accelerator.state._shared_state |= dict(
+        distributed_type=accelerate.DistributedType.FSDP,
+        fsdp_plugin=accelerate.FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            cpu_ram_efficient_loading=False,
+            activation_checkpointing=checkpointing,
+        ),
+    )
+    if accelerator.mixed_precision != "no":
+        accelerator.state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
+
+
+def test_fsdp2(tmp_path):
+    (joint,) = outcomes(tmp_path, _under_fsdp, 1)
+    for two in outcomes(tmp_path, _under_fsdp, 2):
+        for name, case in two.items():
+            tolerance = 5e-3 if "bf16" in name else 1e-5
+            assert case["losses"] == pytest.approx(joint[name]["losses"], rel=tolerance), name
+            for parameter, gradient in joint[name]["gradients"].items():
+                error = relative_error(case["gradients"][parameter], gradient)
+                assert error <= 30 * tolerance, (name, parameter)
+            assert case["read"] == 0 and case["units"] == 6, name
