@@ -95,6 +95,9 @@ def _obstacle(nodes: Sequence[fx.Node], effects: Effects) -> str:
     for node in (hidden, *parameters, *nodes):
         if effects.written(node):
             return f"{node.name} is written in this graph"
+    key = storage_key(hidden)
+    if any(storage_key(node) == key for node in _without_grad(hidden.graph)):
+        return f"{hidden.name} is a view that was made without grad mode"
     value = nodes[-1]
     if not isinstance(fake(value).shape[-1], int):
         return "the number of classes may vary"
@@ -104,6 +107,18 @@ def _obstacle(nodes: Sequence[fx.Node], effects: Effects) -> str:
         if other is not value and storage_key(other) == storage_key(value):
             return f"{value.name} and {other.name} are returned in the same memory"
     return ""
+
+
+def _without_grad(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that run without grad mode: AOTAutograd gives their views a gradient where they are
+    returned."""
+    found, grad = [], torch.is_grad_enabled()
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            grad = bool(node.args[0])
+        elif not grad and node.op.startswith("call_"):
+            found.append(node)
+    return found if torch.is_grad_enabled() else []
 
 
 def _operands(projection: fx.Node) -> list[fx.Node]:

@@ -116,7 +116,11 @@ def split(outputs) -> tuple[Tensor, list[Tensor]]:
 
 
 def parameter_gradients(model: Model, loss: Tensor) -> list[Tensor]:
-    return list(torch.autograd.grad(loss, list(model.parameters()), retain_graph=True))
+    wanted = list(model.parameters())
+    found = torch.autograd.grad(
+        loss, wanted, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return list(found)
 
 
 @pytest.mark.parametrize("head", HEADS, ids=lambda head: head.__name__)
@@ -270,6 +274,12 @@ def written(h, out, y):
     return loss, logits
 
 
+def view_without_grad(h, out, y):
+    with torch.no_grad():
+        h = h.view(h.shape)
+    return huggingface(h, out, y)
+
+
 def metric(h, out, y):
     loss, logits = huggingface(h, out, y)
     return loss, logits, logits.argmax(-1)
@@ -325,6 +335,10 @@ def test_refuses_what_it_cannot_compute_later(tokens):
     assert_expected_inline(
         refusal(computed_weight, tokens),
         """the value of `linear` (logits) is also returned, and cannot be computed later: mul_1 is computed in this graph""",
+    )
+    assert_expected_inline(
+        refusal(view_without_grad, tokens),
+        """the value of `linear` (logits) is also returned, and cannot be computed later: getitem is a view that was made without grad mode""",
     )
     assert_expected_inline(
         refusal(written, tokens),
