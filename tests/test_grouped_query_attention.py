@@ -450,3 +450,25 @@ def test_on_a_cpu_in_half_precision_only_the_gradients_of_keys_and_values_differ
     assert all(torch.equal(a, e) for a, e in zip(actual[:2], expected[:2], strict=True))
     for a, e in zip(actual[2:], expected[2:], strict=True):
         assert relative_error(a, e) < TOLERANCES[dtype]
+
+
+def test_keys_that_code_after_a_graph_break_writes_to():
+    """Eager keeps the repeated copy of the keys; the kernel would keep the keys themselves."""
+
+    def fn(q, k, v):
+        k = k * 1
+        out = huggingface(q, k, v)
+        torch._dynamo.graph_break()
+        k[..., 0] = 0
+        return out.float().pow(2).sum() + 0 * k.float().sum()
+
+    given = [t.requires_grad_() for t in operands(dtype=DTYPES[0])]
+    liger_fx.clear_reports()
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        fn, backend=liger_fx.backend(policy=["grouped_query_attention"], inner="aot_eager")
+    )
+    for actual, expected in zip(gradients(compiled, *given), gradients(fn, *given), strict=True):
+        assert relative_error(actual, expected) <= TOLERANCES[DTYPES[0]]
+    said = liger_fx.Report.merged(liger_fx.reports()).why_not("grouped_query_attention")
+    assert "the backward needs key, which is also returned" in said
