@@ -123,8 +123,8 @@ class Legality:
             )
         names = {storage_key(v): v.name for v in match.bindings.values() if isinstance(v, fx.Node)}
         kept = self._kept(match, saved)
-        inputs = {n for node in match.nodes for n in node.all_input_nodes} - match.nodes
-        inputs |= set(match.outputs)
+        outside = {n for node in match.nodes for n in node.all_input_nodes} - match.nodes
+        seen = set(map(storage_key, outside.union(match.outputs)))
         for key, (value, uses) in self._uses(match).items():
             name = names.get(key, value.name)
             if key in effects.hidden:
@@ -139,7 +139,7 @@ class Legality:
                     )
                 if key in kept and not write < first:
                     raise Reject(f"the backward needs {kept[key]}, which {by} writes to later")
-                if value not in inputs and not write < first:
+                if key not in seen and not write < first:
                     raise Reject(f"{name} is written by {by}, and eager's backward may read it")
 
     def _uses(self, match: Match) -> dict[int, tuple[fx.Node, list[fx.Node]]]:

@@ -17,7 +17,7 @@ import torch
 from liger_fx.passes import _norms
 from liger_fx.passes.tiled_mlp import tiled_mlp
 
-from liger_fx import canonical, effects, inner, matcher, ops, rewrite
+from liger_fx import canonical, effects, inner, legality, ops, rewrite
 
 Patch = contextlib.AbstractContextManager[Any]
 
@@ -76,7 +76,7 @@ REPAIRS: dict[str, Repair] = {
         "C3",
         27,
         "an op has rules for torch.func",
-        lambda: _returning(matcher, "is_functorch_wrapped_tensor", False),
+        lambda: _returning(legality, "is_functorch_wrapped_tensor", False),
     ),
     "expressions": Repair(
         "C4", 7, "two equal expressions are one value, whatever is written", _expressions_unwritten
@@ -85,7 +85,7 @@ REPAIRS: dict[str, Repair] = {
         "C5",
         25,
         "a value of a match keeps what it holds",
-        lambda: _returning(matcher.Legality, "_no_mutation", None),
+        lambda: _returning(legality.Legality, "_unwritten", None),
     ),
     "bodies": Repair(
         "C5",
@@ -134,13 +134,13 @@ REPAIRS: dict[str, Repair] = {
         "C7",
         15,
         "a checkpoint that writes to its inputs may keep a loss",
-        lambda: _returning(matcher.Legality, "check_kept", None),
+        lambda: _returning(legality.Legality, "check_kept", None),
     ),
     "saved": Repair(
         "C9",
         77,
         "what a backward reads is not written to",
-        lambda: _returning(matcher.Legality, "_saved_unwritten", None),
+        lambda: _returning(legality.Legality, "_kept", {}),
     ),
     "layouts": Repair(
         "C10", 2, "strides do not matter", lambda: _returning(rewrite, "_same_layout", True)
@@ -167,25 +167,25 @@ REPAIRS: dict[str, Repair] = {
         "rule",
         115,
         "grad mode is the same all over a match",
-        lambda: _returning(matcher.Legality, "_one_grad_mode", None),
+        lambda: _returning(legality.Legality, "_one_grad_mode", None),
     ),
     "forgotten_gradients": Repair(
         "rule",
         66,
         "what Dynamo says of gradients is right",
-        lambda: _returning(matcher.Legality, "_loses_gradient", False),
+        lambda: _returning(legality.Legality, "_loses_gradient", False),
     ),
     "escapes": Repair(
         "rule",
         540,
         "nobody else reads what is inside",
-        lambda: _returning(matcher.Legality, "_no_escape", None),
+        lambda: _returning(legality.Legality, "_no_escape", None),
     ),
     "in_time": Repair(
         "rule",
         120,
         "the inputs of a match are there at its first output",
-        lambda: _returning(matcher.Legality, "_inputs_in_time", None),
+        lambda: _returning(legality.Legality, "_inputs_in_time", None),
     ),
 }
 
