@@ -237,18 +237,21 @@ def test_resume(tmp_path):
 @pytest.mark.parametrize("way", ["model", "model_init"])
 def test_callback(way, bf16, tmp_path):
     """With ``model_init``, Trainer makes a model when it is made, and another in ``train()``."""
-    eager = run(tmp_path, bf16=bf16).losses
-    torch._dynamo.reset()
-    trained = Trainer(
-        args=arguments(tmp_path, bf16=bf16),
-        data_collator=collator(),
-        train_dataset=samples(16),
-        callbacks=[LigerFxCallback(**OPTIONS)],
-        **{way: language_model() if way == "model" else lambda: language_model()},
-    )
-    before = materialized()
-    trained.train()
-    assert losses(trained) == pytest.approx(eager, rel=2e-3 if bf16 else 1e-5)
+
+    def train(*callbacks: LigerFxCallback) -> list[float]:
+        torch._dynamo.reset()
+        trained = Trainer(
+            args=arguments(tmp_path, bf16=bf16),
+            data_collator=collator(),
+            train_dataset=samples(16),
+            callbacks=list(callbacks),
+            **{way: language_model() if way == "model" else lambda: language_model()},
+        )
+        trained.train()
+        return losses(trained)
+
+    eager, before = train(), materialized()
+    assert train(LigerFxCallback(**OPTIONS)) == pytest.approx(eager, rel=2e-3 if bf16 else 1e-5)
     assert materialized() == before and fused_heads() == [1]
 
 
