@@ -34,6 +34,11 @@ class LigerFxCallback(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
         trained["model"].compile(backend=self._backend)
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
+        # With ``model_init``, ``train()`` has made a new model.
+        if trained["model"]._compiled_call_impl is None:
+            trained["model"].compile(backend=self._backend)
+
 
 @dataclass
 class LigerFxPlugin(TorchDynamoPlugin):

@@ -233,19 +233,26 @@ def test_resume(tmp_path):
 
 
 @integrations
-def test_callback(tmp_path):
-    model = language_model()
-    trained = Trainer(
-        args=arguments(tmp_path),
-        model_init=lambda: model,
-        data_collator=collator(),
-        train_dataset=samples(16),
-        callbacks=[LigerFxCallback(**OPTIONS)],
-    )
-    before = materialized()
-    trained.train()
-    assert losses(trained) == pytest.approx(run(tmp_path).losses, rel=1e-5)
-    assert materialized() == before
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("way", ["model", "model_init"])
+def test_callback(way, bf16, tmp_path):
+    """With ``model_init``, Trainer makes a model when it is made, and another in ``train()``."""
+
+    def train(*callbacks: LigerFxCallback) -> list[float]:
+        torch._dynamo.reset()
+        trained = Trainer(
+            args=arguments(tmp_path, bf16=bf16),
+            data_collator=collator(),
+            train_dataset=samples(16),
+            callbacks=list(callbacks),
+            **{way: language_model() if way == "model" else lambda: language_model()},
+        )
+        trained.train()
+        return losses(trained)
+
+    eager, before = train(), materialized()
+    assert train(LigerFxCallback(**OPTIONS)) == pytest.approx(eager, rel=2e-3 if bf16 else 1e-5)
+    assert materialized() == before and fused_heads() == [1]
 
 
 def own_loop(plugin: Any = None) -> list[float]:
@@ -273,6 +280,8 @@ def test_plugin(regional):
     plugin = LigerFxPlugin(options=OPTIONS, use_regional_compilation=regional)
     assert own_loop(plugin) == pytest.approx(own_loop(), rel=1e-5)
     assert materialized() == before
+    # Compiled by regions, projection and loss are in no graph together: `defer_logits` is for that.
+    assert sum(fused_heads()) == (0 if regional else 1)
 
 
 # -- TRL -------------------------------------------------------------------------------------------

@@ -181,4 +181,6 @@ def test_fsdp2(tmp_path):
             for parameter, gradient in joint[name]["gradients"].items():
                 error = relative_error(case["gradients"][parameter], gradient)
                 assert error <= 30 * tolerance, (name, parameter)
-            assert case["read"] == 0 and case["units"] == 6, name
+            # Two layers, embedding, norm, projection and root, and the layers' checkpoint wrappers.
+            units = 8 if "checkpointing=True" in name else 6
+            assert case["read"] == 0 and case["units"] == units, name
