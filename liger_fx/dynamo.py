@@ -157,6 +157,8 @@ class Backend:
         if relevant.inner == "inductor":  # a CUDA graph would keep the copies of the inputs
             relevant = replace(relevant, inductor=relevant.inductor | {"triton.cudagraphs": False})
         return measured(
+            table,
+            self.options.strict,
             gm,
             [rewrite for rewrite in self.rewrites if rewrite.name not in relevant.disable],
             example_inputs,
@@ -165,8 +167,6 @@ class Backend:
             ),
             relevant.settings,
             f"{environment()} {fingerprint(self.rewrites)} {relevant} mode={self.mode}",
-            table,
-            self.options.strict,
         )
 
     def _publish(self, report: Report) -> None:

@@ -22,7 +22,7 @@ _PART = (
 )
 
 
-def goes_on(gm: fx.GraphModule, value: fx.Node) -> str:
+def goes_on(gm: Any, value: fx.Node) -> str:
     """Why code after the graph may read ``value``, an output of ``gm``; "" if the compiled function
     returns ``value`` and does nothing else with it."""
     reason = getattr(gm, "compile_subgraph_reason", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import fx
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from liger_fx.canonical import View, fake, first_argument, op_name, storage_key
+from liger_fx.frame import goes_on
 from liger_fx.matcher import Match, Reject, data_inputs, interior, name_of
 from liger_fx.returned import ReturnedLogits
 
@@ -25,6 +27,15 @@ class Legality:
         self.view, self.returned = view, returned
         self.grad_mode = [node for node in view.position if node.target in _GRAD_MODE]
         self.without_gradient = next(filter(self._loses_gradient, view.position), None)
+
+    @functools.cached_property
+    def handed_on(self) -> set[int | None]:
+        """The memory of what is returned to code of the compiled function after a graph break."""
+        graph = self.view.graph
+        if not hasattr(graph.owning_module, "compile_subgraph_reason"):
+            return set()  # a body, whose values the graph around it knows
+        returned = graph.output_node().all_input_nodes
+        return {storage_key(node) for node in returned if goes_on(graph.owning_module, node)}
 
     def check(
         self,
@@ -129,6 +140,8 @@ class Legality:
             name = names.get(key, value.name)
             if key in effects.hidden:
                 raise Reject(f"{name} is written by a call that does not say so")
+            if key in kept and key in self.handed_on:
+                raise Reject(f"the backward needs {kept[key]}, which later code may write to")
             for write in effects.writes.get(key, ()):
                 by = f"`{name_of(op_name(write))}` ({write.name})"
                 if write in match.nodes:

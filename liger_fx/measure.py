@@ -50,21 +50,12 @@ class NotMeasured(Exception):
     """Nothing can be measured here; the message says why."""
 
 
-def measured(
-    gm: fx.GraphModule,
-    rewrites: Sequence[Rewrite],
-    example_inputs: Sequence[Any] | None,
-    compile_graph: Compile,
-    settings: Mapping[str, dict[str, Any]],
-    conditions: str,
-    table: Judge,
-    strict: bool,
-) -> Judge:
-    """``policy="measure"``, with the arguments of `measure`. table: decides where nothing can be
-    measured, or where that fails, unless ``strict``. A rewrite that is not among what was measured
-    cannot be made here; it is tried, for the report to say why."""
+def measured(table: Judge, strict: bool, gm: fx.GraphModule, *arguments: Any) -> Judge:
+    """``policy="measure"``: decides by `measure` of ``gm`` and ``arguments``. table: decides where
+    nothing can be measured, or where that fails, unless ``strict``. A rewrite that is not among
+    what was measured cannot be made here; it is tried, for the report to say why."""
     try:
-        found = measure(gm, rewrites, example_inputs, compile_graph, settings, conditions)
+        found = measure(gm, *arguments)
     except NotMeasured as reason:
         why = str(reason)
     except Exception as failure:

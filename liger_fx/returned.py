@@ -95,9 +95,10 @@ def _obstacle(nodes: Sequence[fx.Node], effects: Effects) -> str:
     for node in (hidden, *parameters, *nodes):
         if effects.written(node):
             return f"{node.name} is written in this graph"
-    key = storage_key(hidden)
-    if any(storage_key(node) == key for node in _without_grad(hidden.graph)):
-        return f"{hidden.name} is a view that was made without grad mode"
+    memory = set(map(storage_key, (hidden, *nodes)))
+    for node in _without_grad(hidden.graph):
+        if storage_key(node) in memory:
+            return f"{node.name} is a view that was made without grad mode"
     value = nodes[-1]
     if not isinstance(fake(value).shape[-1], int):
         return "the number of classes may vary"

@@ -16,8 +16,6 @@ from liger_fx.passes._rows import cast_as_autocast
 from torch import fx
 
 from liger_fx.canonical import fake, op_name, positional, same_sizes
-from liger_fx.effects import storage_key
-from liger_fx.frame import goes_on
 from liger_fx.matcher import Match, Reject, data_inputs
 from liger_fx.rewrite import Rewrite
 
@@ -48,7 +46,6 @@ def check(match: Match, query, key, value, mask, dropout_p, is_causal, scale):
     operands = dict(zip(("key", "value"), positional(match.root)[1:3], strict=True))
     for name, node in operands.items():
         _check_repeat(name, match.values[name], node, heads)
-        _check_stays(name, match)
     wanted = fake(operands["key"]).shape
     if query.dim() != 4 or not same_sizes(query.shape[1:2], wanted[1:2]):
         raise Reject(f"queries are {list(query.shape)}, repeated keys {list(wanted)}: other heads")
@@ -56,17 +53,6 @@ def check(match: Match, query, key, value, mask, dropout_p, is_causal, scale):
         raise Reject(f"keys have {key.shape[heads]} heads, values {value.shape[heads]}")
     if query.device.type != "cpu":
         _check_kernel(match.output.dtype, query, value, mask)
-
-
-def _check_stays(name: str, match: Match) -> None:
-    """Raise `Reject` if code after the graph may write to what the kernel keeps for its backward:
-    eager keeps the repeated copy."""
-    graph, node = match.view.graph, match.bindings[name]
-    returned = {storage_key(output) for output in graph.output_node().all_input_nodes}
-    if match.output.requires_grad and storage_key(node) in returned:
-        reason = goes_on(graph.owning_module, node)  # type: ignore[arg-type]
-        if reason:
-            raise Reject(f"the backward needs {name}, which is also returned: {reason}")
 
 
 def _check_repeat(name: str, source: torch.Tensor, repeated: Any, heads: int) -> None:

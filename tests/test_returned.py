@@ -280,6 +280,12 @@ def view_without_grad(h, out, y):
     return huggingface(h, out, y)
 
 
+def viewed_without_grad(h, out, y):
+    loss, logits = huggingface(h, out, y)
+    with torch.no_grad():
+        return loss, logits.view(logits.shape)
+
+
 def metric(h, out, y):
     loss, logits = huggingface(h, out, y)
     return loss, logits, logits.argmax(-1)
@@ -338,7 +344,11 @@ def test_refuses_what_it_cannot_compute_later(tokens):
     )
     assert_expected_inline(
         refusal(view_without_grad, tokens),
-        """the value of `linear` (logits) is also returned, and cannot be computed later: getitem is a view that was made without grad mode""",
+        """the value of `linear` (logits) is also returned, and cannot be computed later: h is a view that was made without grad mode""",
+    )
+    assert_expected_inline(
+        refusal(viewed_without_grad, tokens),
+        """the value of `linear` (logits) is also returned, and cannot be computed later: view_2 is a view that was made without grad mode""",
     )
     assert_expected_inline(
         refusal(written, tokens),

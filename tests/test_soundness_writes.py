@@ -397,3 +397,21 @@ def test_a_checkpoint_that_writes_to_its_inputs_keeps_no_loss():
     torch.compile(fn, backend="liger_fx", options=options)(*given)
     why = liger_fx.reports()[-1].why_not("linear_cross_entropy")
     assert why == "l_labels_ is written by the checkpoint, which runs twice on it"
+
+
+def test_what_code_after_a_graph_break_writes_to_is_not_kept():
+    """Eager keeps a cast of the residual stream; the norm's kernel would keep the stream. Under
+    aot_eager the program raises without liger_fx: the partitioner keeps the stream as well."""
+
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        h = x * 2
+        normed = (F.rms_norm(h.float(), (h.shape[-1],), w.float(), 1e-6)).to(h.dtype)
+        torch._dynamo.graph_break()
+        h += 1
+        return normed.float().pow(2).sum() + h.float().sum()
+
+    given = [torch.randn(4, 8).bfloat16().requires_grad_(), torch.ones(8).requires_grad_()]
+    torch._dynamo.reset()
+    fused = torch.compile(fn, backend=liger_fx.backend(policy="all", inner="eager"))
+    actual, expected = (torch.autograd.grad(f(*given), given) for f in (fused, fn))
+    torch.testing.assert_close(actual, expected, atol=1e-2, rtol=2e-2)
