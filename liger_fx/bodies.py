@@ -23,7 +23,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from liger_fx.effects import bodies
+from liger_fx.canonical import View
+from liger_fx.effects import bodies, fake
 
 # Where tag_activation_checkpoint looks for the policy of a body (torch/_higher_order_ops/wrap.py).
 _CONTEXT_FN = "_checkpoint_context_fn"
@@ -60,6 +61,25 @@ def skipped(gm: fx.GraphModule) -> list[tuple[str, fx.Node]]:
         for node in graph.graph.nodes
         if bodies(node) and node.target not in _ENTERED
     ]
+
+
+def carry_in(view: View, source: View, node: fx.Node) -> fx.Node:
+    """The value of ``node``, of the graph of ``source``, in the graph of ``view``: that graph
+    itself, or a body in it, at any depth. A body gets the value as a further operand."""
+    if view.graph is source.graph:
+        return node
+    placeholders = view.graph.find_nodes(op="placeholder")
+    given = [carry_in(outer(), source, node) for outer, _ in view.callers]
+    for placeholder in placeholders:
+        at = placeholders.index(placeholder) - len(placeholders)
+        if all(call.args[at] is g for (_, call), g in zip(view.callers, given, strict=True)):
+            return placeholder
+    for (_, call), operand in zip(view.callers, given, strict=True):
+        call.args = (*call.args, operand)
+    with view.graph.inserting_after(placeholders[-1]):
+        placeholder = view.graph.placeholder(node.name)
+    placeholder.meta["example_value"] = fake(node)
+    return placeholder
 
 
 def keep_in_checkpoints(gm: fx.GraphModule, op_names: Sequence[str]) -> None:

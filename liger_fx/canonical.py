@@ -98,11 +98,18 @@ def _changes_device(node: fx.Node) -> bool:
 class View:
     """The canonical expressions of one graph. Nodes are looked at when they are asked for, once.
 
-    effects: the writes in the graph. counted: as for `Effects`.
+    effects: the writes in the graph. counted: as for `Effects`. callers: of a body, the calls of it
+    and the views of the graphs they are in.
     """
 
-    def __init__(self, graph: fx.Graph, counted: Mapping[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        counted: Mapping[int, int] | None = None,
+        callers: Sequence[tuple[Callable[[], View], fx.Node]] = (),
+    ) -> None:
         self.graph = graph
+        self.callers = callers
         self.effects = Effects(graph, counted)
         self.position = {node: i for i, node in enumerate(graph.nodes)}
         self._exprs: dict[fx.Node, Expr] = {}
@@ -140,6 +147,19 @@ class View:
             number = _specialised_number(fake(node))
             return node if number is None else number
         return node
+
+    def operand(self, node: fx.Node) -> tuple[View, fx.Node] | None:
+        """What a placeholder of a body is called with: the node, and the view of its graph. None if
+        it is no placeholder of a body, or the calls differ."""
+        if node.op != "placeholder" or not self.callers:
+            return None
+        given = self.graph.find_nodes(op="placeholder")
+        at = given.index(node) - len(given)
+        (outer, call), *others = self.callers
+        if any(other.args[at] is not call.args[at] for _, other in others):
+            return None
+        operand = call.args[at]
+        return (outer(), operand) if isinstance(operand, fx.Node) else None
 
     def expr(self, node: fx.Node) -> Expr:
         """The canonical expression of a node that `resolve` returned."""

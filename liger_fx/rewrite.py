@@ -19,7 +19,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from liger_fx.bodies import skipped, with_bodies
 from liger_fx.canonical import View, fake, same_sizes
-from liger_fx.effects import known_writes
+from liger_fx.effects import bodies, known_writes
 from liger_fx.legality import Legality
 from liger_fx.matcher import BrokenGraph, Match, Matcher, Miss, Reject, candidates
 from liger_fx.pattern import Pattern
@@ -122,8 +122,12 @@ def rewrite_graph(
     report = Report(nodes=len(gm.graph.nodes))
     counted = known_writes(gm)
     graphs = [_Graph(graph, recomputed, counted, returned) for graph, recomputed in with_bodies(gm)]
+    by_module = {graph.gm: graph for graph in graphs}
     for graph in graphs:
         _require_example_values(graph.gm)
+        for node in graph.gm.graph.nodes:
+            for body in filter(by_module.__contains__, bodies(node)):
+                by_module[body].callers.append((graph, node))
     for rewrite in rewrites:
         chosen = rewrite.settings | dict((settings or {}).get(rewrite.name, {}))
         _Application(rewrite, chosen, allow or (lambda *_: ""), strict, report).run(graphs)
@@ -144,13 +148,23 @@ class _Graph:
         returned: Sequence[ReturnedLogits],
     ) -> None:
         self.gm, self.recomputed, self.counted, self.returned = gm, recomputed, counted, returned
+        self.callers: list[tuple[_Graph, fx.Node]] = []
 
     @functools.cached_property
     def legality(self) -> Legality:
-        return Legality(View(self.gm.graph, self.counted), self.returned)
+        callers = [(lambda outer=outer: outer.legality.view, call) for outer, call in self.callers]
+        return Legality(View(self.gm.graph, self.counted, callers), self.returned)
 
-    def changed(self, by: Rewrite) -> None:
-        del self.legality
+    @property
+    def operands(self) -> int:
+        return sum(len(call.args) for _, call in self.callers)
+
+    def changed(self, by: Rewrite, operands: int) -> None:
+        """``by`` changed the graph, whose calls had so many ``operands`` before."""
+        if self.operands != operands:
+            for outer, _ in self.callers:
+                outer.changed(by, -1)
+        vars(self).pop("legality", None)
         try:
             self.gm.graph.lint()
             self.gm.recompile()
@@ -183,11 +197,12 @@ class _Application:
             with self._costs_only(None):
                 matches = self._legal(graph)
             renamed: dict[fx.Node, fx.Node] = {}
+            operands = graph.operands
             for match in matches:
                 if not match.nodes & renamed.keys():  # else part of what has been replaced already
                     self._apply(graph.gm.graph, match, renamed)
             if renamed:
-                graph.changed(self.rewrite)
+                graph.changed(self.rewrite, operands)
         if not self.seen and self.best is not None:
             self.report.near_misses.append(self.best)
 

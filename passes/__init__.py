@@ -1,9 +1,9 @@
 """The rewrites that liger_fx applies, in this order."""
 
 from liger_fx.passes.add_rms_norm import add_rms_norm
+from liger_fx.passes.attention import attention
 from liger_fx.passes.cross_entropy import cross_entropy
 from liger_fx.passes.geglu import geglu
-from liger_fx.passes.grouped_query_attention import grouped_query_attention
 from liger_fx.passes.layer_norm import layer_norm
 from liger_fx.passes.linear_cross_entropy import linear_cross_entropy
 from liger_fx.passes.linear_kl import linear_kl
@@ -18,7 +18,7 @@ DEFAULT = [
     linear_cross_entropy,  # takes the loss together with the projection that feeds it
     linear_logprobs,  # what preference and RL losses take of the logits
     cross_entropy,  # losses whose logits exist
-    grouped_query_attention,
+    attention,
     rope,  # before add_rms_norm: a rotation ends in a sum, and a norm of keys may follow
     add_rms_norm,  # before rms_norm: it takes the norm together with the sum that feeds it
     rms_norm,  # norms without a sum in their graph

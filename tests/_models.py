@@ -110,7 +110,7 @@ LLAMA: Cells = dict(
     linear_cross_entropy=once,
     linear_logprobs=NONE,
     cross_entropy=WITH_HEAD,
-    grouped_query_attention=n,
+    attention=n,
     rope=2 * n,
     add_rms_norm=2 * n,
     rms_norm=once,  # the first: nothing is added to the embedding
@@ -124,11 +124,11 @@ ADAPTERS: Cells = LLAMA | SUMS | dict(swiglu=n)
 IN_ONE: Cells = LLAMA | dict(tiled_mlp=Refused("wanted linear, found `getitem`"), swiglu=n)
 GEMMA: Cells = LLAMA | dict(swiglu=NONE, geglu=WITH_PROJECTIONS)
 POST_NORMS: Cells = GEMMA | dict(rms_norm=2 * n + 1)  # of what attention and MLP give
-GEMMA2: Cells = POST_NORMS | dict(grouped_query_attention=SOFTCAP)
+GEMMA2: Cells = POST_NORMS | dict(attention=SOFTCAP)
 VISION: Cells = LLAMA | dict(  # a layer of self-attention and one of cross-attention, n times
     linear_cross_entropy=ELSEWHERE,  # torchtune's fusion embedding breaks the graph
     cross_entropy=once,
-    grouped_query_attention=2 * n,
+    attention=2 * n,
     add_rms_norm=4 * n,
     rms_norm=2 * n + 1,
     tiled_mlp=2 * n,
@@ -136,7 +136,7 @@ VISION: Cells = LLAMA | dict(  # a layer of self-attention and one of cross-atte
 T5: Cells = LLAMA | dict(
     linear_cross_entropy=ENCODER,
     cross_entropy=ENCODER,
-    grouped_query_attention=AS_MANY,
+    attention=AS_MANY,
     tiled_mlp=Refused("wanted 'tanh', found 'none'"),
     swiglu=NONE,
     geglu=Refused("GELU is exact here; Liger's kernel computes the tanh approximation"),
@@ -485,7 +485,7 @@ NO_LOSS = "a prompt has no loss"
 PER_LAYER: Cells = LLAMA | dict(  # of any depth: one graph
     linear_cross_entropy=EAGER_HEAD,
     cross_entropy=EAGER_HEAD,
-    grouped_query_attention=once,
+    attention=once,
     add_rms_norm=once,
     rms_norm=once,
     tiled_mlp=once,
@@ -495,7 +495,7 @@ CHUNKED: Cells = PER_LAYER | dict(linear_cross_entropy=ELSEWHERE, cross_entropy=
 PREFILL: Cells = dict(linear_cross_entropy=NO_LOSS, cross_entropy=NO_LOSS)
 CHECKPOINTED: Cells = dict(add_rms_norm=n, rms_norm=n + 1)  # sums of two layers stay outside
 FLEX: Cells = PER_LAYER | dict(
-    grouped_query_attention="torchtune keeps the compiler out of flex attention"
+    attention="torchtune keeps the compiler out of flex attention"
 )
 EVALUATION: Cells = dict(
     linear_cross_entropy=Refused("no gradient is needed and the logits fit one chunk"),
@@ -524,7 +524,7 @@ MODES = [
     gemma_2(
         PER_LAYER
         | dict(
-            grouped_query_attention=SOFTCAP,
+            attention=SOFTCAP,
             add_rms_norm=2 * once,
             rms_norm=6 * once,
             tiled_mlp=2 * once,
@@ -583,7 +583,7 @@ MODES = [
     tune(
         "QLoRA",
         lora(quantize_base=True, embed_dim=128, intermediate_dim=256, num_kv_heads=4),
-        ADAPTERS | dict(grouped_query_attention=AS_MANY),
+        ADAPTERS | dict(attention=AS_MANY),
     ),
     tune("QAT", fake_quantised, LLAMA | dict(tiled_mlp="what is projected is quantised", swiglu=n)),
 ]

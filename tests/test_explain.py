@@ -76,7 +76,7 @@ liger_fx: graph
   add_rms_norm             replaced  spelling add_huggingface  [model.norm at modeling_llama.py in forward]
   rms_norm                 replaced  spelling huggingface  [model.layers.0.input_layernorm at modeling_llama.py in forward]
   tiled_mlp                replaced  4 x spelling swiglu  [model.layers.*.mlp.down_proj at modeling_llama.py in forward]
-  grouped_query_attention  refused   4 x a mask is given; the kernels for masks want as many keys as queries  [model.layers.*.self_attn at sdpa_attention.py in sdpa_attention_forward]
+  attention  refused   4 x a mask is given; the kernels for masks want as many keys as queries  [model.layers.*.self_attn at sdpa_attention.py in sdpa_attention_forward]
   logits                   deferred  they are returned: computed when read  [lm_head at modeling_llama.py in forward]
 memory                                             without  with liger_fx
 logits, and what else projection and loss keep   16.26 KiB      20.01 KiB
@@ -130,7 +130,7 @@ liger_fx: graph
   tiled_mlp                replaced  3 x spelling swiglu  [layers.*.mlp.w2 at feed_forward.py in forward]
   linear_cross_entropy     replaced  spelling plain  [loss_fn at ce_chunked_output_loss.py in forward]
   rms_norm                 replaced  spelling torchtune  [decoder.norm at functional.py in rms_norm]
-  grouped_query_attention  refused   3 x attention runs in torch.float32; kernels that group queries take bf16 and fp16  [layers.*.attn at attention_utils.py in _attention_call]
+  attention  refused   3 x attention runs in torch.float32; kernels that group queries take bf16 and fp16  [layers.*.attn at attention_utils.py in _attention_call]
   linear_kl                no match  1 of 6 operations of `kl_div_summed`: wanted kl_div, found `ne` (ne)  [loss_fn at ce_chunked_output_loss.py in forward]
 memory                                             without  with liger_fx
 logits, and what else projection and loss keep   20.62 KiB      20.38 KiB

@@ -45,7 +45,7 @@ def every_rewrite(monkeypatch):
     for name, value in dict(POLICY="all", INNER="eager", STRICT="1").items():
         monkeypatch.setenv(f"LIGER_FX_{name}", value)
     # The laws are those of a CPU. Which attention a GPU has kernels for is no question of depth.
-    attention = sys.modules["liger_fx.passes.grouped_query_attention"]
+    attention = sys.modules["liger_fx.passes.attention"]
     monkeypatch.setattr(attention, "_check_kernel", lambda *_: None)
 
 
@@ -123,10 +123,10 @@ def counts(outcome: Outcome) -> dict[str, int]:
 def _counted(counts: dict[str, int]) -> dict[str, int]:
     """On a GPU not attention: with grouped queries PyTorch may take another kernel, in fp32 one
     whose result has other strides."""
-    return {n: k for n, k in counts.items() if DEVICE == "cpu" or n != "grouped_query_attention"}
+    return {n: k for n, k in counts.items() if DEVICE == "cpu" or n != "attention"}
 
 
-_ON_A_GPU = ["grouped_query_attention"] if DEVICE != "cpu" else []
+_ON_A_GPU = ["attention"] if DEVICE != "cpu" else []
 
 
 def assert_refused(row: Row, report: Report) -> None:
@@ -188,12 +188,12 @@ def test_what_auto_decides_on_a_gpu(monkeypatch):
     assert_expected_inline(
         "\n".join(f"{made}: {', '.join(families)}" for made, families in decided.items()),
         """\
-grouped_query_attention 2, linear_cross_entropy 1, rope 4: llama2, llama3, llama3_1, llama3_2, mistral, phi3, phi4, qwen2, qwen2_5, qwen2_5 (tied), Llama, Mistral, Qwen2, Phi3, Qwen3
-add_rms_norm 4, grouped_query_attention 2, linear_cross_entropy 1, rms_norm 1, rope 4: gemma
+attention 2, linear_cross_entropy 1, rope 4: llama2, llama3, llama3_1, llama3_2, mistral, phi3, phi4, qwen2, qwen2_5, qwen2_5 (tied), Llama, Mistral, Qwen2, Phi3, Qwen3
+add_rms_norm 4, attention 2, linear_cross_entropy 1, rms_norm 1, rope 4: gemma
 add_rms_norm 4, linear_cross_entropy 1, rms_norm 5, rope 4: gemma2, Gemma2
-grouped_query_attention 4, rope 4: llama3_2_vision (decoder)
+attention 4, rope 4: llama3_2_vision (decoder)
 nothing: t5 (encoder), clip (text)
-add_rms_norm 4, grouped_query_attention 2, linear_cross_entropy 1, rms_norm 9, rope 4: Gemma3 (text)""",
+add_rms_norm 4, attention 2, linear_cross_entropy 1, rms_norm 9, rope 4: Gemma3 (text)""",
     )
 
 

@@ -4,6 +4,7 @@ Each is registered with `torch.library` under ``liger_fx::``.
 """
 
 from liger_fx.ops.add_rms_norm import add_rms_norm
+from liger_fx.ops.attention import attention, document_plan, padding_plan
 from liger_fx.ops.chunked_head import fits_one_chunk
 from liger_fx.ops.cross_entropy import cross_entropy
 from liger_fx.ops.geglu import geglu
@@ -21,7 +22,9 @@ from liger_fx.ops.tiled_mlp import geglu_mlp, swiglu_mlp
 
 __all__ = [
     "add_rms_norm",
+    "attention",
     "cross_entropy",
+    "document_plan",
     "fits_one_chunk",
     "geglu",
     "geglu_mlp",
@@ -30,6 +33,7 @@ __all__ = [
     "linear_cross_entropy_per_token",
     "linear_cross_entropy_per_token_backward",
     "linear_kl",
+    "padding_plan",
     "rms_norm",
     "rope",
     "rope_interleaved",

@@ -34,18 +34,19 @@ def kernel(
     fake: Callable[..., Any],
     plain: Callable[..., Any],
     cuda: Callable[..., Any],
-    liger: str,
+    liger: str | None = None,
 ) -> torch._ops.OpOverload:
     """Register an opaque operator whose first argument is a tensor.
 
     schema: ``"rms_norm_forward(Tensor x, ...) -> Tensor"``. fake: for fake and meta tensors. plain:
     in plain PyTorch, for every device but CUDA. cuda: gets Liger's module of the name ``liger`` as
-    its first argument; where that cannot be imported ``plain`` runs on the GPU.
+    its first argument; where that cannot be imported ``plain`` runs on the GPU. Without a name it
+    gets None.
     """
 
     def launch(first: Tensor, *rest: Any) -> Any:
-        module = liger_module(liger)
-        if module is None:
+        module = None if liger is None else liger_module(liger)
+        if module is None and liger is not None:
             return plain(first, *rest)
         if first.device.index != torch.cuda.current_device():  # Triton launches on the current one
             with torch.cuda.device(first.device):

@@ -1,4 +1,4 @@
-"""The rewrite ``grouped_query_attention``: fires, refuses, leaves alone, numerics."""
+"""The rewrite ``attention``: fires, refuses, leaves alone, numerics."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from _util import (
     show,
 )
 from expecttest import assert_expected_inline
-from liger_fx.passes import grouped_query_attention
+from liger_fx.passes import attention
 from torch._subclasses import FakeTensorMode
 
 import liger_fx
 
-capture = only(grouped_query_attention)
+capture = only(attention)
 B, S, KEYS, REPEATS, D = 2, 5, 2, 3, 8  # batch, sequence, key heads, queries of each, elements
 HEADS = KEYS * REPEATS
 DTYPES = [torch.bfloat16, torch.float16] if CUDA else [torch.float32, torch.bfloat16, torch.float16]
@@ -115,7 +115,7 @@ def test_fires_once_on_every_spelling(spelling, dtype, dynamic):
 
     projected = [torch.randn(B, S, n * D, device=DEVICE, dtype=dtype) for n in (HEADS, KEYS, KEYS)]
     (report,) = capture(attention, *projected, dynamic=dynamic).reports
-    assert report.counts == {"grouped_query_attention": 1}, report
+    assert report.counts == {"attention": 1}, report
     assert report.rejections == [] and report.near_misses == []
 
 
@@ -159,19 +159,19 @@ def test_a_norm_of_the_keys_before_they_are_repeated_stays():
         return huggingface(q, torch.rms_norm(k, (D,), weight, 1e-6), v)
 
     found = capture(attention, *operands(), torch.rand(D, device=DEVICE, dtype=torch.bfloat16))
-    assert found.reports[0].counts == {"grouped_query_attention": 1}
+    assert found.reports[0].counts == {"attention": 1}
 
 
 def test_one_head_of_keys_for_all_queries():
     shapes = [(B, REPEATS, S, D), (B, 1, S, D), (B, 1, S, D)]
     found = capture(torchtune, *operands(shapes=shapes))
-    assert found.reports[0].counts == {"grouped_query_attention": 1}
+    assert found.reports[0].counts == {"attention": 1}
 
 
 def test_keys_of_another_length_than_queries():
     q, k, v = operands()
     found = capture(not_causal, q[:, :, :2], k, v)
-    assert found.reports[0].counts == {"grouped_query_attention": 1}
+    assert found.reports[0].counts == {"attention": 1}
     expected = not_causal(q[:, :, :2], k, v)
     assert relative_error(found.value, expected) < TOLERANCES[torch.bfloat16]
 
@@ -187,7 +187,7 @@ def test_on_a_cpu_a_mask_stays(kind):
     mask = torch.ones(S, S).tril().bool().expand(B, 1, S, S)
     mask = mask if kind == "bool" else torch.where(mask, 0.5, float("-inf"))
     found = capture(masked, *tensors, mask)
-    assert found.reports[0].counts == {"grouped_query_attention": 1}
+    assert found.reports[0].counts == {"attention": 1}
     expected = masked(*tensors, mask)
     assert relative_error(found.value, expected) < TOLERANCES[torch.float32]
 
@@ -200,7 +200,7 @@ def test_autocast_casts_what_it_would_have_cast(spelling):
 
     tensors = operands(dtype=torch.float32)  # as Hugging Face's rotation leaves queries and keys
     found = capture(attention, *tensors)
-    assert found.reports[0].counts == {"grouped_query_attention": 1}
+    assert found.reports[0].counts == {"attention": 1}
     assert relative_error(found.value, attention(*tensors)) < TOLERANCES[torch.bfloat16]
 
 
@@ -334,7 +334,7 @@ def test_refuses_single_precision_on_a_gpu():
 def test_refuses_heads_that_are_too_large_on_a_gpu(size, count):
     shapes = [(*shape[:3], size) for shape in SHAPES]
     (report,) = capture(torchtune, *operands("meta", shapes=shapes)).reports
-    assert report.counts.get("grouped_query_attention", 0) == count
+    assert report.counts.get("attention", 0) == count
     if not count:
         assert_expected_inline(reasons(report), """heads have 264 elements; the kernels take 256""")
 
@@ -361,7 +361,7 @@ def test_refuses_gpus_without_the_kernels(capability, count, monkeypatch):
         tensors = operands("cuda")
     with mock.patch("torch.cuda.get_device_capability", return_value=capability):
         report = liger_fx.explain(torchtune, tensors)
-    assert report.counts.get("grouped_query_attention", 0) == count
+    assert report.counts.get("attention", 0) == count
     if not count:
         assert_expected_inline(
             reasons(report),
@@ -418,7 +418,7 @@ def test_says_how_near_it_was_where_only_the_keys_are_repeated():
     (report,) = capture(attention, q, k, q.clone()).reports
     assert report.counts == {} and report.rejections == []
     assert_expected_inline(
-        report.why_not("grouped_query_attention"), """wanted expand, found `reshape` (flatten_1)"""
+        report.why_not("attention"), """wanted expand, found `reshape` (flatten_1)"""
     )
 
 
@@ -437,7 +437,7 @@ def test_numerics(spelling, dtype, inner):
         return exact(q, k, v, **SCALED.get(spelling, {}))
 
     shapes = [(3, heads, 40, 16) for heads in (HEADS, KEYS, KEYS)]
-    no_worse_than_eager(spelling, reference, shapes, "grouped_query_attention", dtype, inner)
+    no_worse_than_eager(spelling, reference, shapes, "attention", dtype, inner)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -466,9 +466,9 @@ def test_keys_that_code_after_a_graph_break_writes_to():
     liger_fx.clear_reports()
     torch._dynamo.reset()
     compiled = torch.compile(
-        fn, backend=liger_fx.backend(policy=["grouped_query_attention"], inner="aot_eager")
+        fn, backend=liger_fx.backend(policy=["attention"], inner="aot_eager")
     )
     for actual, expected in zip(gradients(compiled, *given), gradients(fn, *given), strict=True):
         assert relative_error(actual, expected) <= TOLERANCES[DTYPES[0]]
-    said = liger_fx.Report.merged(liger_fx.reports()).why_not("grouped_query_attention")
+    said = liger_fx.Report.merged(liger_fx.reports()).why_not("attention")
     assert said == "the backward needs key, which later code may write to"

@@ -1,0 +1,278 @@
+"""Attention -> the kernel made for its mask, with keys and values that are not repeated.
+
+Matches      ``scaled_dot_product_attention`` under a mask of which every part is known (see
+             `liger_fx.masks`): causal, in a window, over documents (packed sequences), beside
+             padding. And over heads repeated by unsqueeze, expand and reshape: torchtune and
+             Hugging Face on [b, h, s, d], torchtitan on [b, s, h, d].
+Becomes      ``scaled_dot_product_attention(is_causal=True, enable_gqa=True)``, or
+             ``liger_fx::attention`` where that has no word for the mask.
+Leaves alone masks with an unknown part; masks that are not causal; dropout under a mask that
+             PyTorch has no word for; on a GPU float32 that is not plainly causal, and sizes that no
+             fused kernel takes; heads repeated in another order.
+Numerics     PyTorch's own kernels under another name. The gradient of a key is summed over its
+             queries by the kernel: on a CPU in the dtype of the key.
+"""
+
+from collections.abc import Callable
+from operator import getitem
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from liger_fx.passes._rows import cast_as_autocast
+from torch import fx
+
+from liger_fx import masks, ops
+from liger_fx.bodies import carry_in
+from liger_fx.canonical import fake, op_name, positional, same_sizes
+from liger_fx.masks import Mask, Source, Unreadable
+from liger_fx.matcher import Match, Reject, data_inputs
+from liger_fx.pattern import guard
+from liger_fx.rewrite import Rewrite
+
+MAX_HEAD_SIZE = 256  # of PyTorch's flash attention
+
+
+def heads_first(query, key, value, mask, dropout_p, is_causal, scale):
+    """[b, h, s, d]"""
+    return F.scaled_dot_product_attention(
+        query, _repeated(key), _repeated(value), mask, dropout_p, is_causal, scale=scale
+    )
+
+
+def heads_second(query, key, value, mask, dropout_p, is_causal, scale):
+    """[b, s, h, d], transposed afterwards."""
+    key, value = _repeated(key).transpose(1, 2), _repeated(value).transpose(1, 2)
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, dropout_p, is_causal, scale=scale
+    )
+
+
+def masked(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa):
+    """As it is, under a mask."""
+    return F.scaled_dot_product_attention(
+        query, key, value, _given(mask), dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _repeated(x):
+    return x.reshape(-1).expand(-1).reshape(-1)  # `check` looks at the shapes
+
+
+_given = guard("a mask", lambda value: True)
+
+
+def check(match: Match, query, key, value, mask, dropout_p, is_causal, scale):
+    _check_heads(match, query, key, value)
+    says = _predicates(match)
+    if says is None:
+        return
+    if _needs_op(says):
+        _check_op(match, says, query, key, value)
+    elif mask is None:
+        _require(_ungrouped(match))
+
+
+def _check_heads(match: Match, query: Any, key: Any, value: Any) -> None:
+    keys = positional(match.root)[1:3]
+    wanted = fake(keys[0]).shape
+    if query.dim() != 4 or not same_sizes(query.shape[:2], wanted[:2]):
+        grouped = match.pattern.name == "masked" and match.values["enable_gqa"]
+        if query.dim() != 4 or not grouped:
+            raise Reject(f"queries are {list(query.shape)}, keys {list(wanted)}: other heads")
+    if match.pattern.name == "masked":
+        return
+    heads = 1 if match.pattern.name == "heads_first" else 2
+    for name, node in zip(("key", "value"), keys, strict=True):
+        _check_repeat(name, match.values[name], node, heads)
+    if not same_sizes(key.shape[heads : heads + 1], value.shape[heads : heads + 1]):
+        raise Reject(f"keys have {key.shape[heads]} heads, values {value.shape[heads]}")
+
+
+def _check_repeat(name: str, source: torch.Tensor, repeated: Any, heads: int) -> None:
+    """Raise `Reject` unless each head of [b, h, s, d] stands r times in a row."""
+    expand = repeated
+    while op_name(expand) != "expand":
+        expand = data_inputs(expand)[0]
+    before, after = fake(data_inputs(expand)[0]), fake(expand)
+    at = heads + 1  # of the new dimension
+    one_by_one = (
+        source.dim() == 4
+        and after.dim() == 5
+        and before.shape[at] == 1
+        and same_sizes(_without(before, at), source.shape)
+        and same_sizes(_without(after, at), source.shape)
+        and same_sizes(_as_consumed(repeated, heads), _merged(after, heads))
+    )
+    if not one_by_one:
+        raise Reject(f"the {name} heads are not repeated one by one, in order")
+
+
+def _without(value: torch.Tensor, dim: int) -> list[Any]:
+    return [*value.shape[:dim], *value.shape[dim + 1 :]]
+
+
+def _merged(value: torch.Tensor, heads: int) -> list[Any]:
+    sizes = _without(value, heads + 1)
+    sizes[heads] = value.shape[heads] * value.shape[heads + 1]
+    return sizes
+
+
+def _as_consumed(repeated: fx.Node, heads: int) -> list[Any]:
+    """The shape of the repeated heads before they are transposed."""
+    sizes = list(fake(repeated).shape)
+    if heads == 2:
+        sizes[1], sizes[2] = sizes[2], sizes[1]
+    return sizes
+
+
+# -- what the mask says ----------------------------------------------------------------------------
+
+
+def _predicates(match: Match) -> Mask | None:
+    """What the mask says, without what is true of every key. None for a mask that stays as it is,
+    since keys can be grouped all the same. Raises `Reject`."""
+    if match.values["mask"] is None:
+        return Mask(causal=bool(match.values["is_causal"]))
+    try:
+        says = masks.read(match.view, match.bindings["mask"])
+    except Unreadable as reason:
+        if match.pattern.name != "masked" and not _ungrouped(match):
+            return None
+        raise Reject(str(reason)) from None
+    query, key = (fake(node) for node in positional(match.root)[:2])
+    if says == Mask():
+        return says
+    if not says.causal:
+        raise Reject("the mask is not causal; the kernels for windows, documents and padding are")
+    if not same_sizes(query.shape[2:3], key.shape[2:3]):
+        raise Reject(f"there are {query.shape[2]} queries for {key.shape[2]} keys")
+    size = query.shape[2]
+    if says.window is not None and isinstance(size, int) and says.window >= size:
+        says = Mask(says.causal, None, says.documents, says.valid)
+    return says
+
+
+def _needs_op(says: Mask) -> bool:
+    return says != Mask() and says != Mask(causal=True)
+
+
+def _check_op(match: Match, says: Mask, query: Any, key: Any, value: Any) -> None:
+    if says.documents is not None and says.valid is not None:
+        raise Reject("the mask tells of documents and of padding; no kernel takes both")
+    if match.values["dropout_p"] not in (0, 0.0):
+        raise Reject("dropout; the kernels for windows, documents and padding drop nothing")
+    for source in filter(None, (says.documents, says.valid)):
+        rows, given = query.shape[:1], fake(source.node).shape
+        batch = list(given[:-1]) or [1]
+        if not same_sizes(batch, rows):
+            raise Reject(f"{source.node.name} has {list(given)} for {rows[0]} rows of queries")
+    if query.device.type == "cuda":
+        _require(_no_flash(match.output.dtype, query, value))
+        if query.shape[-1] % 8:
+            raise Reject(f"heads have {query.shape[-1]} elements; the kernels take multiples of 8")
+    elif not same_sizes(query.shape[-1:], value.shape[-1:]):
+        raise Reject(f"keys have {query.shape[-1]} elements, values {value.shape[-1]}")
+
+
+def _require(reason: str) -> None:
+    if reason:
+        raise Reject(reason)
+
+
+def _ungrouped(match: Match) -> str:
+    """Why PyTorch would fall back to attention that stores all scores, if keys were grouped."""
+    query, value = match.values["query"], match.values["value"]
+    if query.device.type == "cpu":
+        return ""
+    reason = _no_flash(match.output.dtype, query, value)
+    return reason and f"{reason}: no kernel groups queries"
+
+
+def _no_flash(dtype: torch.dtype, query: torch.Tensor, value: torch.Tensor) -> str:
+    """Why neither flash nor cuDNN attention runs; empty if one does."""
+    cuda = torch.backends.cuda
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"attention runs in {dtype}; flash and cuDNN take bf16 and fp16"
+    if not same_sizes(query.shape[-1:], value.shape[-1:]):
+        return f"keys have {query.shape[-1]} elements, values {value.shape[-1]}"
+    if query.shape[-1] > MAX_HEAD_SIZE:
+        return f"heads have {query.shape[-1]} elements; flash takes {MAX_HEAD_SIZE}"
+    if not cuda.flash_sdp_enabled() and not cuda.cudnn_sdp_enabled():
+        return "flash and cuDNN attention are switched off"
+    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "flash and cuDNN attention take compute capability 8.0"
+    return ""
+
+
+# -- the replacement -------------------------------------------------------------------------------
+
+
+def replace(match: Match, query, key, value, mask, dropout_p, is_causal, scale):
+    says = _predicates(match)
+    given = {"query": query, "key": key, "value": value}
+    query, key, value = cast_as_autocast(match, match.output.dtype, given)
+    if match.pattern.name == "heads_second":
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+    if says is not None and _needs_op(says):
+        plan = _plan(match, says, query.tracer)
+        scale = match.values["query"].shape[-1] ** -0.5 if scale is None else scale
+        return ops.attention(query, key, value, *plan, says.window, scale)
+    if says is None:
+        causal = is_causal
+    else:
+        mask, causal = None, says.causal
+    grouped = match.pattern.name != "masked" or match.values["enable_gqa"]
+    if grouped and match.pattern.name != "masked" and _ungrouped(match):
+        grouped = False
+        repeated = (fx.Proxy(node, query.tracer) for node in positional(match.root)[1:3])
+        key, value = repeated
+    options = {"enable_gqa": True} if grouped else {}
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, dropout_p, causal, scale=scale, **options
+    )
+
+
+def _plan(match: Match, says: Mask, tracer: Any) -> tuple[Any, ...]:
+    """segments, rows and plan, computed once where the documents or the padding are known."""
+    if says.documents is not None:
+        found = _computed(ops.document_plan, says.documents)
+    elif says.valid is not None:
+        found = _computed(ops.padding_plan, says.valid)
+    else:
+        return None, None, None
+    source = says.documents or says.valid
+    assert source is not None
+    inside = (carry_in(match.view, source.view, node) for node in found)
+    return tuple(fx.Proxy(node, tracer) for node in inside)
+
+
+def _computed(op: Callable[..., Any], source: Source) -> list[fx.Node]:
+    """The outputs of ``op`` on the source, as nodes of its graph: those that are there already, or
+    new ones right after the source."""
+    graph, node = source.view.graph, source.node
+    call = next((user for user in node.users if user.target is op), None)
+    if call is None:
+        after = node
+        while after.next.op == "placeholder":
+            after = after.next
+        with graph.inserting_after(after):
+            call = graph.call_function(op, (node,))
+        with fake(node).fake_mode, torch.no_grad():
+            call.meta["example_value"] = op(fake(node))
+    found = {user.args[1]: user for user in call.users}
+    for i, value in enumerate(fake(call)):
+        if i not in found:
+            with graph.inserting_after(call):
+                found[i] = graph.call_function(getitem, (call, i))
+            found[i].meta["example_value"] = value
+    return [found[i] for i in range(3)]
+
+
+attention = Rewrite(
+    name="attention",
+    patterns=[heads_first, heads_second, masked],
+    check=check,
+    replace=replace,
+    saved=["query", "key", "value", "mask", "output"],
+)
