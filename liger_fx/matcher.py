@@ -268,7 +268,7 @@ def candidates(view: View, pattern: Pattern) -> list[fx.Node]:
 
 def interior(view: View, root: fx.Node, bindings: dict[str, Any]) -> set[fx.Node]:
     """The nodes between the bindings and the root: what the match computes, and what nobody reads
-    of it. Dynamo leaves a view or cast in the graph whose result is dropped."""
+    of it. Dynamo leaves a view, cast or size in the graph whose result is dropped."""
     bound = {value for value in bindings.values() if isinstance(value, fx.Node)}
     found: set[fx.Node] = set()
     todo = [root]
@@ -285,10 +285,10 @@ def interior(view: View, root: fx.Node, bindings: dict[str, Any]) -> set[fx.Node
 
 
 def _unread(node: fx.Node) -> set[fx.Node]:
-    """The users of ``node`` that are views and casts, if nobody uses those in the end."""
+    """The users of ``node`` that are views, casts and sizes, if nobody uses those in the end."""
     dead: set[fx.Node] = set()
     for user in node.users:
-        if op_name(user) in ("cast", "reshape", "getitem"):
+        if op_name(user) in ("cast", "reshape", "getitem", "size"):
             below = _unread(user)
             if below >= set(user.users):
                 dead |= {user} | below

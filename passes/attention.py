@@ -234,13 +234,13 @@ def replace(match: Match, query, key, value, mask, dropout_p, is_causal, scale):
 
 
 def _plan(match: Match, says: Mask, tracer: Any) -> tuple[Any, ...]:
-    """segments, rows and plan, computed once where the documents or the padding are known."""
+    """segments, rows, after and facts, computed once where the documents or the padding are known."""
     if says.documents is not None:
         found = _computed(ops.document_plan, says.documents)
     elif says.valid is not None:
         found = _computed(ops.padding_plan, says.valid)
     else:
-        return None, None, None
+        return (None,) * 4
     source = says.documents or says.valid
     assert source is not None
     inside = (carry_in(match.view, source.view, node) for node in found)
@@ -266,7 +266,7 @@ def _computed(op: Callable[..., Any], source: Source) -> list[fx.Node]:
             with graph.inserting_after(call):
                 found[i] = graph.call_function(getitem, (call, i))
             found[i].meta["example_value"] = value
-    return [found[i] for i in range(3)]
+    return [found[i] for i in range(4)]
 
 
 attention = Rewrite(

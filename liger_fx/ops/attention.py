@@ -4,22 +4,28 @@ The mask is not a tensor of [s, s] but what it says. A *plan*, made once for all
 `document_plan` or `padding_plan`, tells which of PyTorch's kernels computes it:
 
 ==============  ===================================================================================
-every token     no token is hidden: cuDNN or flash attention, as PyTorch chooses; in a window flash
-documents       flash attention over sequences of several lengths ("varlen"), one for each document
-padding         the same, a run of valid tokens and the padding before and after it being sequences
-                of their own; the rows of padding after a run see all of the run, in a second call
-dense           the mask itself, as PyTorch would run it: padding between valid tokens, or in a
-                window
+every token     cuDNN or flash attention, as PyTorch chooses; in a window flash. Padding at the end
+                of a row hides no key from a valid query, which sees none that is later
+segments        flash attention over sequences of several lengths ("varlen"): documents, or the runs
+                of valid tokens and the padding before them
+dense           the mask itself, as PyTorch would run it: padding between valid tokens, or after
+                valid tokens in a window
 ==============  ===================================================================================
 
-All rows of the output are those of ``scaled_dot_product_attention`` under the mask, the rows of
-padding included; a query that sees no key gets zeros, as PyTorch's kernels give. Making a plan waits
-for the device once, since the host has to know which kernel to launch.
+The queries of the padding at the end of a row see all valid keys of that row. A second call over
+these queries alone computes them; its backward does nothing where their gradient is zero, as it is
+where padding has no labels. So all rows of the output are those of ``scaled_dot_product_attention``
+under the mask. A query that sees no key gets zeros, as PyTorch's kernels give.
+
+Making a plan waits for the device once, since the host has to know which kernels to launch.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,17 +44,15 @@ aten = torch.ops.aten
 
 
 class Kind(enum.IntEnum):
-    """What the host knows of a plan."""
+    """Which kernel computes the queries that are no padding at the end of a row."""
 
     EVERY_TOKEN = 0
-    DOCUMENTS = 1
-    PADDING = 2
-    DENSE = 3
+    SEGMENTS = 1
+    DENSE = 2
 
 
 class Row(enum.IntEnum):
-    """Which keys a query sees: those of its own segment up to itself, all of the segment before, or
-    none. Only keys of the first kind are seen by queries of other kinds."""
+    """A token is valid, or it is padding: with a valid token before it, or without."""
 
     VALID = 0
     AFTER = 1
@@ -58,12 +62,18 @@ class Row(enum.IntEnum):
 # -- plans -----------------------------------------------------------------------------------------
 
 
-def _plan(kind: Kind, segments: int, longest: int, after: bool = False) -> Tensor:
-    """What the host knows, on the host. longest: tokens. after: are there rows `Row.AFTER`?"""
+# A plan is four tensors. segments: int32 [1 or 3, n], where segments start and where the last
+# ends; with padding also those of the queries and of the keys of the second call. rows: int8
+# [b, s], of `Row`. after: int64, the tokens of the second call. facts: int64 [4] on the host.
+Plan = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _facts(kind: Kind, segments: Any, longest: Any, after: Any) -> Tensor:
+    """segments: their number. longest: tokens of a segment. after: tokens of the second call."""
     return torch.tensor([kind, segments, longest, after])
 
 
-def _plan_documents(documents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _plan_documents(documents: Tensor) -> Plan:
     documents = documents.reshape(-1, documents.shape[-1])
     starts = torch.ones_like(documents, dtype=torch.bool)
     starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
@@ -76,34 +86,44 @@ def _plan_documents(documents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     segments.scatter_(0, at, torch.arange(tokens, device=at.device, dtype=torch.int32))
     segments = segments[:-1].clone()
     count, longest = torch.stack((number[-1], segments.diff().amax())).tolist()
-    kind = Kind.EVERY_TOKEN if count == documents.shape[0] else Kind.DOCUMENTS
+    kind = Kind.EVERY_TOKEN if count == documents.shape[0] else Kind.SEGMENTS
     rows = torch.zeros_like(documents, dtype=torch.int8, memory_format=torch.contiguous_format)
-    return segments, rows, _plan(kind, count, longest)
+    return segments[None], rows, number.new_empty(0), _facts(kind, count, longest, 0)
 
 
-def _plan_padding(valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _plan_padding(valid: Tensor) -> Plan:
     size = valid.shape[-1]
     valid = valid.reshape(-1, size) != 0
-    token = torch.arange(size, device=valid.device)
-    first = torch.where(valid, token, size).amin(1, keepdim=True)
+    batch, device = len(valid), valid.device
+    token = torch.arange(size, device=device)
     end = torch.where(valid, token + 1, 0).amax(1, keepdim=True)
-    end = torch.where(first == size, size, end)  # where nothing is valid, all is before
+    first = torch.where(valid, token, end).amin(1, keepdim=True)
     inside = (token >= first) & (token < end)
     rows = torch.where(token < first, Row.BEFORE, torch.where(valid, Row.VALID, Row.AFTER))
-    offsets = size * torch.arange(len(valid), device=valid.device).unsqueeze(1)
-    bounds = offsets + torch.cat((torch.zeros_like(first), first, end), 1)
-    segments = torch.cat((bounds.flatten(), offsets[-1] + size)).to(torch.int32)
-    facts = (inside != valid).any(), (~valid).any(), (token >= end).any(), segments.diff().amax()
-    holes, hidden, after, longest = torch.stack([fact.long() for fact in facts]).tolist()
-    kind = Kind.DENSE if holes else Kind.PADDING if hidden else Kind.EVERY_TOKEN
-    return segments, rows.to(torch.int8), _plan(kind, 3 * len(valid), longest, bool(after))
+    offsets = size * torch.arange(batch, device=device).unsqueeze(1)
+    last = offsets[-1] + size
+    bounds = torch.cat(((offsets + torch.cat((0 * first, first, end), 1)).flatten(), last))
+    # In the second call segments of keys alone come before, between and after those of the runs.
+    runs = (offsets + torch.cat((first, end), 1)).flatten()
+    of_keys = torch.cat((0 * last, runs, last.expand(batch)))
+    ends = (size - end).flatten().cumsum(0)
+    of_queries = torch.cat((F.pad(ends, (1, 0)).repeat_interleave(2), ends[-1:].expand(batch - 1)))
+    segments = torch.stack((bounds, of_queries, of_keys)).to(torch.int32)
+    # In order, those after a run first: as many as the host is told.
+    after = torch.argsort((token < end).flatten(), stable=True)
+    facts = (inside != valid).any(), (first > 0).any(), segments[0].diff().amax(), ends[-1]
+    holes, before, longest, tokens = torch.stack([fact.long() for fact in facts]).tolist()
+    kind = Kind.DENSE if holes else Kind.SEGMENTS if before else Kind.EVERY_TOKEN
+    return segments, rows.to(torch.int8), after, _facts(kind, 3 * batch, longest, tokens)
 
 
-def _fake_plan(tokens: Tensor, segments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    size = tokens.shape[-1]
+def _fake_plan(tokens: Tensor, of_padding: bool) -> Plan:
+    size, number = tokens.shape[-1], tokens.numel()
+    batch = number // size
     return (
-        tokens.new_empty((segments,), dtype=torch.int32),
-        tokens.new_empty((tokens.numel() // size, size), dtype=torch.int8),
+        tokens.new_empty((3, 3 * batch + 1) if of_padding else (1, number + 1), dtype=torch.int32),
+        tokens.new_empty((batch, size), dtype=torch.int8),
+        tokens.new_empty(number if of_padding else 0, dtype=torch.int64),
         torch.empty(4, dtype=torch.int64, device="cpu"),
     )
 
@@ -111,20 +131,18 @@ def _fake_plan(tokens: Tensor, segments: Any) -> tuple[Tensor, Tensor, Tensor]:
 # -- plain PyTorch ---------------------------------------------------------------------------------
 
 
-def _seen(
-    query: Tensor, segments: Tensor | None, rows: Tensor | None, plan: Tensor | None, window: Any
-) -> Tensor:
+def _seen(query: Tensor, plan: Sequence[Tensor | None], window: int | None) -> Tensor:
     """The mask itself: bool, [1 or b, 1, s, s]."""
     size = query.shape[2]
     token = torch.arange(size, device=query.device)
     ahead = token - token.unsqueeze(1)
     seen = ((ahead <= 0) & (ahead > -_window(window, size)))[None, None]
-    if segments is None or rows is None or plan is None:
+    segments, rows, _, facts = plan
+    if segments is None or rows is None or facts is None:
         return seen
-    kind, count, *_ = plan.tolist()
-    if kind == Kind.DOCUMENTS:
+    if len(segments) == 1:  # of documents
         every = torch.arange(rows.numel(), device=rows.device, dtype=torch.int32)
-        document = torch.bucketize(every, segments[: count + 1], right=True).view_as(rows)
+        document = torch.bucketize(every, segments[0, : facts[1] + 1], right=True).view_as(rows)
         return seen & (document[:, None, :, None] == document[:, None, None, :])
     return seen & (rows == Row.VALID)[:, None, None, :]
 
@@ -139,14 +157,15 @@ def _forward_torch(
     value: Tensor,
     segments: Tensor | None,
     rows: Tensor | None,
-    plan: Tensor | None,
+    after: Tensor | None,
+    facts: Tensor | None,
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    seen = _seen(query, segments, rows, plan, window)
+    seen = _seen(query, (segments, rows, after, facts), window)
     key, value = (_repeated(x, query) for x in (key, value))
     out = F.scaled_dot_product_attention(query, key, value, seen, scale=scale)
-    return _sequence_first(out), _no_logsumexp(query, plan)
+    return _sequence_first(out), _empty_logsumexp(query, facts)
 
 
 def _backward_torch(
@@ -158,12 +177,14 @@ def _backward_torch(
     logsumexp: Tensor,
     segments: Tensor | None,
     rows: Tensor | None,
-    plan: Tensor | None,
+    after: Tensor | None,
+    facts: Tensor | None,
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Row by row of the batch, since it keeps the scores of one."""
-    hidden = ~_seen(query, segments, rows, plan, window).expand(len(query), -1, -1, -1)
+    plan = segments, rows, after, facts
+    hidden = ~_seen(query, plan, window).expand(len(query), -1, -1, -1)
     wide = torch.promote_types(query.dtype, torch.float32)
     grads = [torch.empty_like(x) for x in (query, key, value)]
     for i in range(len(query)):
@@ -189,10 +210,9 @@ def _sequence_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _no_logsumexp(query: Tensor, plan: Tensor | None) -> Tensor:
-    """One number for a row of scores, two with a plan: of the row's own segment, and of that
-    before."""
-    return query.new_zeros((1 if plan is None else 2, *query.shape[:3]), dtype=torch.float32)
+def _empty_logsumexp(query: Tensor, facts: Tensor | None) -> Tensor:
+    """One number for each row of scores; with a plan another for the second call."""
+    return query.new_zeros((1 if facts is None else 2, *query.shape[:3]), dtype=torch.float32)
 
 
 # -- CUDA ------------------------------------------------------------------------------------------
@@ -205,24 +225,24 @@ def _forward_cuda(
     value: Tensor,
     segments: Tensor | None,
     rows: Tensor | None,
-    plan: Tensor | None,
+    after: Tensor | None,
+    facts: Tensor | None,
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    logsumexp = _no_logsumexp(query, plan)
-    call = _Call(query, segments, rows, plan, window, scale)
-    if call.kind == Kind.DENSE:
-        out = _dense_forward(call, query, key, value)[0]
-    elif call.kind == Kind.EVERY_TOKEN:
-        out, logsumexp[0] = _every_token_forward(call, query, key, value)
-    else:
-        out, logsumexp[0] = _segments_forward(call, query, key, value)
-        if call.kind == Kind.PADDING:
-            out = out * (call.rows == Row.VALID)
-        if call.after:
-            of_before, logsumexp[1] = _segments_forward(call, query, key, value, before=True)
-            out = torch.where(call.rows == Row.AFTER, of_before, out)
-    return _sequence_first(out), logsumexp
+    if not query.numel():
+        return _forward_torch(query, key, value, segments, rows, after, facts, window, scale)
+    call = _Call(query, (segments, rows, after, facts), window, scale)
+    logsumexp = _empty_logsumexp(query, facts)
+    out, logsumexp[0] = call.forward(query, key, value)
+    if call.hides_rows:
+        out = out * (call.rows != Row.BEFORE)
+    out = _sequence_first(out)
+    if call.after is not None:
+        of_after, second = _after_forward(call, query, key, value)
+        logsumexp[1].view(-1)[: second.numel()] = second.flatten()
+        _as_tokens(out).index_copy_(0, call.after, of_after)
+    return out, logsumexp
 
 
 def _backward_cuda(
@@ -235,62 +255,60 @@ def _backward_cuda(
     logsumexp: Tensor,
     segments: Tensor | None,
     rows: Tensor | None,
-    plan: Tensor | None,
+    after: Tensor | None,
+    facts: Tensor | None,
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    call = _Call(query, segments, rows, plan, window, scale)
-    given = query, key, value, out
-    if call.kind == Kind.DENSE:
-        found = _dense_backward(call, grad, query, key, value)
-    elif call.kind == Kind.EVERY_TOKEN:
-        found = _every_token_backward(call, grad, *given, logsumexp[0])
-    elif call.kind == Kind.DOCUMENTS:
-        found = _segments_backward(call, grad, *given, logsumexp[0])
-    else:
-        own = grad * (call.rows == Row.VALID)
-        found = _segments_backward(call, own, *given, logsumexp[0])
-        if call.after:
-            rest = grad * (call.rows == Row.AFTER)
-            of_before = _segments_backward(call, rest, *given, logsumexp[1], before=True)
-            found = tuple(a + b for a, b in zip(found, of_before, strict=True))
-    return tuple(map(_sequence_first, found))  # type: ignore[return-value]
+    plan = segments, rows, after, facts
+    if not query.numel():
+        return _backward_torch(grad, query, key, value, out, logsumexp, *plan, window, scale)
+    call = _Call(query, plan, window, scale)
+    first_call = call.after is not None or call.hides_rows
+    own = grad * (call.rows == Row.VALID) if first_call else grad
+    of_query, of_key, of_value = map(
+        _sequence_first, call.backward(own, query, key, value, out, logsumexp[0])
+    )
+    if call.after is not None:
+        second = logsumexp[1].view(-1)[: query.shape[1] * len(call.after)]
+        found = _after_backward(call, grad, query, key, value, out, second)
+        _as_tokens(of_query).index_copy_(0, call.after, found[0])
+        of_key += _as_heads(found[1], key)
+        of_value += _as_heads(found[2], value)
+    return of_query, of_key, of_value
 
 
 class _Call:
-    """The plan of one call, read on the host. rows: [b, 1, s, 1], to broadcast."""
+    """A plan, as the host sees it.
+
+    after: the tokens of the second call, None without one. rows: [b, 1, s, 1], to broadcast.
+    hides_rows: there are queries that see no key, and the kernel does not know.
+    """
 
     def __init__(
-        self,
-        query: Tensor,
-        segments: Tensor | None,
-        rows: Tensor | None,
-        plan: Tensor | None,
-        window: int | None,
-        scale: float,
+        self, query: Tensor, plan: Sequence[Tensor | None], window: int | None, scale: float
     ) -> None:
         size = query.shape[2]
-        self.given = segments, rows, plan, window
-        self.scale = scale
+        self.plan, self.scale = plan, scale
         self.window = None if _window(window, size) == size else window
-        self.kind, self.after, self.longest = Kind.EVERY_TOKEN, False, size
-        if segments is None or rows is None or plan is None:
-            return
-        kind, count, self.longest, after = plan.tolist()
-        self.kind, self.after, self.rows = Kind(kind), bool(after), rows[:, None, :, None]
-        self.segments = segments[: count + 1]
-        if self.kind == Kind.PADDING and self.after and self.window is not None:
-            self.kind = Kind.DENSE  # how much of a run a row of padding sees depends on the row
+        self.kind, self.after, self.hides_rows = Kind.EVERY_TOKEN, None, False
+        segments, rows, after, facts = plan
+        if segments is not None and rows is not None and after is not None and facts is not None:
+            kind, count, longest, tokens = facts.tolist()
+            in_window = tokens and self.window is not None  # what they see depends on the query
+            self.kind = Kind.DENSE if in_window else Kind(kind)
+            self.segments, self.rows = segments[:, : count + 1], rows[:, None, :, None]
+            # One token is another kernel, which does not take segments.
+            self.longest = max(longest, 2)
+            self.hides_rows = self.kind == Kind.SEGMENTS and len(segments) > 1
+            self.after = after[:tokens] if tokens and self.kind != Kind.DENSE else None
+        self.forward, self.backward = (functools.partial(f, self) for f in _KERNELS[self.kind])
 
     @property
-    def window_sizes(self) -> dict[str, int | None]:
+    def window_sizes(self) -> dict[str, int]:
         if self.window is None:
             return {}
         return {"window_size_left": self.window - 1, "window_size_right": 0}
-
-    def keys_of(self, before: bool) -> Tensor:
-        """Where the keys of each segment start: its own, or those of the segment before."""
-        return F.pad(self.segments[:-1], (1, 0)) if before else self.segments
 
 
 def _every_token_forward(
@@ -348,13 +366,14 @@ def _is_cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
 
 
 def _segments_forward(
-    call: _Call, query: Tensor, key: Tensor, value: Tensor, before: bool = False
+    call: _Call, query: Tensor, key: Tensor, value: Tensor
 ) -> tuple[Tensor, Tensor]:
     q, k, v = map(_as_tokens, (query, key, value))
-    lengths = call.segments, call.keys_of(before), call.longest, call.longest
-    windows = {} if before else call.window_sizes
+    bounds, longest = call.segments[0], call.longest
     out, logsumexp, *_ = aten._flash_attention_forward(
-        q, k, v, *lengths, 0.0, not before, False, scale=call.scale, **windows
+        *(q, k, v, bounds, bounds, longest, longest, 0.0, True, False),
+        scale=call.scale,
+        **call.window_sizes,
     )
     batch, heads, size, _ = query.shape
     return _as_heads(out, query), logsumexp.view(heads, batch, size).transpose(0, 1)
@@ -368,19 +387,50 @@ def _segments_backward(
     value: Tensor,
     out: Tensor,
     logsumexp: Tensor,
-    before: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     g, q, k, v, o = map(_as_tokens, (grad, query, key, value, out))
-    lengths = call.segments, call.keys_of(before), call.longest, call.longest
-    windows = {} if before else call.window_sizes
-    seed = _no_seed(query)
+    bounds, longest, seed = call.segments[0], call.longest, _no_seed(query)
     of_rows = logsumexp.transpose(0, 1).reshape(query.shape[1], -1)
     found = aten._flash_attention_backward(
-        *(g, q, k, v, o, of_rows, *lengths, 0.0, not before, seed, seed),
+        *(g, q, k, v, o, of_rows, bounds, bounds, longest, longest, 0.0, True, seed, seed),
         scale=call.scale,
-        **windows,
+        **call.window_sizes,
     )
     return tuple(_as_heads(x, query) for x in found)  # type: ignore[return-value]
+
+
+def _after_forward(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """The queries of the padding after a run, over all of the run: [tokens, h, d], [h, tokens]."""
+    q, k, v = map(_as_tokens, (query, key, value))
+    _, of_queries, of_keys = call.segments
+    lengths = of_queries, of_keys, call.longest, 2 * call.longest
+    out, logsumexp, *_ = aten._flash_attention_forward(
+        q[call.after], k, v, *lengths, 0.0, False, False, scale=call.scale
+    )
+    return out, logsumexp
+
+
+def _after_backward(
+    call: _Call,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Without a gradient no segment has queries: the kernel is done at once."""
+    g, q, o = (_as_tokens(x)[call.after] for x in (grad, query, out))
+    k, v = _as_tokens(key), _as_tokens(value)
+    _, of_queries, of_keys = call.segments
+    used, seed = (g != 0).any(), _no_seed(query)
+    # The keys between two runs are padding after the one and before the other.
+    lengths = of_queries * used, of_keys, call.longest, 2 * call.longest
+    of_query, of_key, of_value = aten._flash_attention_backward(
+        *(g, q, k, v, o, logsumexp.view(query.shape[1], -1), *lengths, 0.0, False, seed, seed),
+        scale=call.scale,
+    )
+    return torch.where(used, of_query, 0.0), of_key, of_value
 
 
 def _no_seed(query: Tensor) -> Tensor:
@@ -397,21 +447,28 @@ def _as_heads(x: Tensor, query: Tensor) -> Tensor:
     return x.unflatten(0, (query.shape[0], query.shape[2])).transpose(1, 2)
 
 
-def _dense_forward(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Any:
+def _dense_forward(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     key, value = (_repeated(x, query) for x in (key, value))
-    return aten._scaled_dot_product_efficient_attention(
+    out, logsumexp, *_ = aten._scaled_dot_product_efficient_attention(
         query, key, value, _bias(call, query), True, 0.0, False, scale=call.scale
     )
+    return out, logsumexp[..., : query.shape[2]]
 
 
 def _dense_backward(
-    call: _Call, grad: Tensor, query: Tensor, key: Tensor, value: Tensor
+    call: _Call,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Its forward is run again: the other kernels keep a logsumexp of another layout."""
-    out, logsumexp, *seeds = _dense_forward(call, query, key, value)
     k, v = (_repeated(x, query) for x in (key, value))
+    logsumexp = F.pad(logsumexp, (0, -query.shape[2] % 32), value=math.inf)  # as the kernel gave it
+    seed = torch.zeros((), dtype=torch.int64, device=query.device)
     of_query, *others, _ = aten._scaled_dot_product_efficient_attention_backward(
-        *(grad, query, k, v, _bias(call, query), out, logsumexp, *seeds),
+        *(grad, query, k, v, _bias(call, query), out, logsumexp, seed, seed),
         *(0.0, [True, True, True, False], False),
         scale=call.scale,
     )
@@ -421,29 +478,35 @@ def _dense_backward(
 
 def _bias(call: _Call, query: Tensor) -> Tensor:
     """[b, h, s, s], zero or minus infinity; the rows as far apart as the kernel wants them."""
-    seen = _seen(query, *call.given)
+    seen = _seen(query, call.plan, call.window)
     size = query.shape[2]
-    padded = query.new_full((*seen.shape[:3], -(-size // 16) * 16), float("-inf"))
+    padded = query.new_full((*seen.shape[:3], -(-size // 16) * 16), -math.inf)
     padded[..., :size].masked_fill_(seen, 0.0)
     return padded[..., :size].expand(*query.shape[:3], -1)
 
 
+_KERNELS: dict[Kind, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    Kind.EVERY_TOKEN: (_every_token_forward, _every_token_backward),
+    Kind.SEGMENTS: (_segments_forward, _segments_backward),
+    Kind.DENSE: (_dense_forward, _dense_backward),
+}
+
 # -- the ops ---------------------------------------------------------------------------------------
 
 document_plan = kernel(
-    "document_plan(Tensor documents) -> (Tensor segments, Tensor rows, Tensor plan)",
-    fake=lambda documents: _fake_plan(documents, documents.numel() + 1),
+    "document_plan(Tensor documents) -> (Tensor segments, Tensor rows, Tensor after, Tensor facts)",
+    fake=lambda documents: _fake_plan(documents, of_padding=False),
     plain=_plan_documents,
     cuda=lambda _, documents: _plan_documents(documents),
 )
 padding_plan = kernel(
-    "padding_plan(Tensor valid) -> (Tensor segments, Tensor rows, Tensor plan)",
-    fake=lambda valid: _fake_plan(valid, 3 * (valid.numel() // valid.shape[-1]) + 1),
+    "padding_plan(Tensor valid) -> (Tensor segments, Tensor rows, Tensor after, Tensor facts)",
+    fake=lambda valid: _fake_plan(valid, of_padding=True),
     plain=_plan_padding,
     cuda=lambda _, valid: _plan_padding(valid),
 )
 
-_PLAN = "Tensor? segments, Tensor? rows, Tensor? plan, SymInt? window, float scale"
+_PLAN = "Tensor? segments, Tensor? rows, Tensor? after, Tensor? facts, SymInt? window, float scale"
 
 
 def _fake_heads(x: Tensor) -> Tensor:
@@ -453,9 +516,9 @@ def _fake_heads(x: Tensor) -> Tensor:
 
 _forward = kernel(
     f"attention_forward(Tensor query, Tensor key, Tensor value, {_PLAN}) -> (Tensor, Tensor)",
-    fake=lambda query, key, value, segments, rows, plan, window, scale: (
+    fake=lambda query, key, value, segments, rows, after, facts, window, scale: (
         _fake_heads(query),
-        _no_logsumexp(query, plan),
+        _empty_logsumexp(query, facts),
     ),
     plain=_forward_torch,
     cuda=_forward_cuda,
@@ -470,7 +533,9 @@ _backward = kernel(
 
 
 @register_flop_formula(torch.ops.liger_fx.attention_forward)
-def _forward_flops(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+def _forward_flops(
+    query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
+) -> int:
     repeated = [(*query[:2], *x[2:]) for x in (key, value)]
     return sdpa_flop_count(query, *repeated)
 
@@ -485,9 +550,9 @@ def _backward_flops(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query, key, value, segments, rows, plan, window, scale):
-        out, logsumexp = _forward(query, key, value, segments, rows, plan, window, scale)
-        ctx.save_for_backward(query, key, value, out, logsumexp, segments, rows, plan)
+    def forward(ctx: Any, query, key, value, segments, rows, after, facts, window, scale):
+        out, logsumexp = _forward(query, key, value, segments, rows, after, facts, window, scale)
+        ctx.save_for_backward(query, key, value, out, logsumexp, segments, rows, after, facts)
         ctx.window, ctx.scale = window, scale
         return out
 
@@ -495,7 +560,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         found = _backward(grad, *ctx.saved_tensors, ctx.window, ctx.scale)
-        return *found, None, None, None, None, None
+        return *found, *[None] * 6
 
 
 def _attention(
@@ -504,7 +569,8 @@ def _attention(
     value: Tensor,
     segments: Tensor | None,
     rows: Tensor | None,
-    plan: Tensor | None,
+    after: Tensor | None,
+    facts: Tensor | None,
     window: int | None,
     scale: float,
 ) -> Tensor:
@@ -512,11 +578,11 @@ def _attention(
 
     query: [b, h, s, d], bfloat16 or float16, d a multiple of 8 and at most 256; elsewhere than on
     CUDA any floating dtype. key, value: [b, h / r, s, d], each head for r queries in a row.
-    segments, rows, plan: of `document_plan` or `padding_plan`; None where every token is valid and
-    of one document. window: a query sees so many keys, its own included; None for all. scale: of
+    segments, rows, after, facts: of `document_plan` or `padding_plan`; None where every token is
+    valid and of one document. window: a query sees so many keys, its own included; None for all. scale: of
     the scores. Returns [b, h, s, d], in memory as [b, s, h, d]; zeros for a query that sees no key.
     """
-    return _Attention.apply(query, key, value, segments, rows, plan, window, scale)
+    return _Attention.apply(query, key, value, segments, rows, after, facts, window, scale)
 
 
 attention = differentiable(

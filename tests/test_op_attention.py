@@ -1,0 +1,318 @@
+"""``liger_fx::attention`` under its plans, against a dense mask in fp64 and in eager."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _op_checks import KernelCalls, no_compile_caches
+from _util import CUDA, DEVICE
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from liger_fx import ops
+
+DTYPES = [torch.bfloat16, torch.float16] if CUDA else [torch.float32, torch.bfloat16]
+B, HEADS, KEYS, S, D = 3, 6, 2, 24, 16  # rows, heads of queries and of keys, tokens, elements
+
+# -- masks ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """tokens: int [b, s], for `ops.document_plan` or, of zeros and ones, `ops.padding_plan`."""
+
+    name: str
+    make: Callable[..., tuple[Tensor, ...]] | None = None
+    tokens: Callable[[int, int], Tensor] = torch.zeros
+    window: int | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+    def of(self, batch: int, size: int) -> tuple[Tensor | None, ...]:
+        return (None,) * 4 if self.make is None else self.make(self.tokens(batch, size).to(DEVICE))
+
+    def mask(self, batch: int, size: int) -> Tensor:
+        """bool [b, 1, s, s]"""
+        q, k = torch.arange(size)[:, None], torch.arange(size)[None]
+        seen = (k <= q) & (q - k < (self.window or size))
+        seen = seen.expand(batch, 1, size, size)
+        if self.make is not None:
+            tokens = self.tokens(batch, size)
+            if self.make is ops.document_plan:
+                seen = seen & (tokens[:, None, :, None] == tokens[:, None, None, :])
+            else:
+                seen = seen & tokens[:, None, None, :].bool()
+        return seen.to(DEVICE)
+
+
+def starts(share: float) -> Callable[[int, int], Tensor]:
+    def documents(batch: int, size: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return (torch.rand(batch, size, generator=generator) < share).cumsum(1)
+
+    return documents
+
+
+def runs(*bounds: tuple[float, float]) -> Callable[[int, int], Tensor]:
+    """Valid from one share of a row to another, row by row."""
+
+    def valid(batch: int, size: int) -> Tensor:
+        made = torch.zeros(batch, size, dtype=torch.int64)
+        for i in range(batch):
+            first, end = bounds[i % len(bounds)]
+            made[i, round(first * size) : round(end * size)] = 1
+        return made
+
+    return valid
+
+
+def holes(batch: int, size: int) -> Tensor:
+    return (torch.arange(size) % 4 != 1).long().expand(batch, size)
+
+
+RIGHT, LEFT = runs((0, 1), (0, 0.3), (0, 0.8)), runs((0.4, 1), (0, 1), (0.9, 1))
+PLANS = [
+    Plan("causal"),
+    Plan("window", window=5),
+    Plan("window of one", window=1),
+    Plan("wide window", window=1000),
+    Plan("documents", ops.document_plan, starts(0.2)),
+    Plan("documents of one token", ops.document_plan, lambda b, s: torch.arange(s).expand(b, s)),
+    Plan("one document a row", ops.document_plan),
+    Plan("documents in a window", ops.document_plan, starts(0.1), window=3),
+    Plan("no padding", ops.padding_plan, runs((0, 1))),
+    Plan("no padding in a window", ops.padding_plan, runs((0, 1)), window=4),
+    Plan("padding after", ops.padding_plan, RIGHT),
+    Plan("padding after, in a window", ops.padding_plan, RIGHT, window=4),
+    Plan("padding before", ops.padding_plan, LEFT),
+    Plan("padding before, in a window", ops.padding_plan, LEFT, window=4),
+    Plan("padding on both sides", ops.padding_plan, runs((0.2, 0.7), (0.1, 1), (0, 0.5))),
+    Plan("a row of padding", ops.padding_plan, runs((0, 0.5), (0, 0), (0.5, 1))),
+    Plan("nothing but padding", ops.padding_plan),
+    Plan("padding in between", ops.padding_plan, holes),
+]
+WITH_PLAN = [plan for plan in PLANS if plan.make]
+each_plan = pytest.mark.parametrize("plan", PLANS, ids=str)
+
+
+def operands(dtype=DTYPES[0], batch=B, heads=HEADS, keys=KEYS, size=S, elements=D, grad=True):
+    """[b, h, s, d], in memory as [b, s, h, d]."""
+    torch.manual_seed(0)
+    made = [torch.randn(batch, size, n, elements, device=DEVICE) for n in (heads, keys, keys)]
+    return [t.to(dtype).transpose(1, 2).requires_grad_(grad) for t in made]
+
+
+def fused(plan, query, key, value, scale=None):
+    batch, _, size, elements = query.shape
+    scale = elements**-0.5 if scale is None else scale
+    return ops.attention(query, key, value, *plan.of(batch, size), plan.window, scale)
+
+
+def eager(plan, query, key, value, scale=None):
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    mask = plan.mask(query.shape[0], query.shape[2])
+    return F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
+
+
+def exact(plan, query, key, value, scale=None):
+    key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+    seen = plan.mask(query.shape[0], query.shape[2])
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return weights.masked_fill(~seen, 0.0) @ value
+
+
+def run(function, plan, tensors, **options):
+    out = function(plan, *tensors, **options)
+    upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    upstream = upstream.to(out.device, tensors[0].dtype).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, tensors, upstream)]
+
+
+def check(plan, tensors, slack=3e-7, **options):
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    wanted = run(exact, plan, wide, **options)
+    ours, theirs = (run(f, plan, tensors, **options) for f in (fused, eager))
+    for a, b, e in zip(ours, theirs, wanted, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        error, bound = ((x.double() - e).norm() for x in (a, b))
+        assert error <= 1.1 * bound + slack * (e.norm() + 1), (error, bound, e.norm())
+
+
+# -- numerics -------------------------------------------------------------------------------------
+
+
+@each_plan
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_less_exact_than_eager(plan, dtype):
+    check(plan, operands(dtype, size=96), slack=3e-4 if dtype != torch.float32 else 3e-7)
+
+
+SHAPES = {
+    "one token": {"size": 1},
+    "two tokens": {"size": 2},
+    "a prime number of tokens": {"size": 131},
+    "a row": {"batch": 1},
+    "a key for each query": {"keys": HEADS},
+    "one key head": {"keys": 1},
+    "64": {"elements": 64},
+    "128": {"elements": 128},
+    "256": {"elements": 256},
+    "40": {"elements": 40},
+}
+
+
+@each_plan
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(plan, shape):
+    check(plan, operands(**SHAPES[shape]), slack=2e-3 if CUDA else 1e-6)
+
+
+@each_plan
+def test_scale(plan):
+    check(plan, operands(), slack=2e-3 if CUDA else 1e-6, scale=0.5)
+
+
+@each_plan
+@pytest.mark.parametrize("layout", ["heads first", "wider", "expanded"])
+def test_layouts(plan, layout):
+    lay = {
+        "heads first": lambda t: t.contiguous(),
+        "wider": lambda t: torch.cat([t, t], -1)[..., : t.shape[-1]],
+        "expanded": lambda t: t[:1].expand(t.shape),
+    }[layout]
+    laid = [lay(t.detach()).requires_grad_() for t in operands()]
+    copied = [t.detach().contiguous().transpose(1, 2).contiguous() for t in laid]
+    copied = [t.transpose(1, 2).requires_grad_() for t in copied]
+    for a, e in zip(run(fused, plan, laid), run(fused, plan, copied), strict=True):
+        torch.testing.assert_close(a, e)
+        assert a.transpose(1, 2).is_contiguous()
+
+
+def test_no_rows():
+    tensors = operands(batch=0)
+    assert run(fused, PLANS[0], tensors)[0].shape == (0, HEADS, S, D)
+
+
+# -- as an operator -------------------------------------------------------------------------------
+
+
+@each_plan
+def test_opcheck(plan):
+    tensors = operands(size=8, elements=8)
+    arguments = (*tensors, *plan.of(B, 8), plan.window, 0.3)
+    torch.library.opcheck(ops.attention, arguments)
+    with KernelCalls() as kernels:
+        run(fused, plan, tensors)
+    assert len(kernels.calls) == (2 if plan.make is None else 3)
+    for kernel, given in kernels.calls:
+        torch.library.opcheck(kernel, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def planned(made):
+    """`fused`, with a plan that is there already."""
+
+    def attend(plan, query, key, value):
+        return 2 * ops.attention(query, key, value, *made, plan.window, D**-0.5)
+
+    return attend
+
+
+@each_plan
+def test_compiled(plan):
+    tensors, attend = operands(), planned(plan.of(B, S))
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for a, e in zip(run(compiled, plan, tensors), run(attend, plan, tensors), strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("plan", [PLANS[1], PLANS[4], PLANS[10]], ids=str)
+def test_compiled_by_inductor(plan):
+    tensors, attend = operands(), planned(plan.of(B, S))
+    with no_compile_caches():
+        compiled = torch.compile(attend, fullgraph=True)
+        for a, e in zip(run(compiled, plan, tensors), run(attend, plan, tensors), strict=True):
+            torch.testing.assert_close(a, e)
+
+
+@each_plan
+def test_two_backwards(plan):
+    tensors = operands()
+    out = fused(plan, *tensors)
+    first, again = (
+        torch.autograd.grad(out, tensors, torch.ones_like(out), retain_graph=True) for _ in "12"
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)) or CUDA
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(out.sum(), tensors, create_graph=True)[0].sum().backward()
+
+
+@pytest.mark.parametrize("plan", WITH_PLAN, ids=str)
+def test_a_plan_keeps_no_tokens(plan):
+    """Whoever writes to the documents or to the padding later changes nothing."""
+    tokens = plan.tokens(B, S).contiguous()
+    before = [t.clone() for t in plan.make(tokens)]
+    made = plan.make(tokens)
+    tokens.fill_(7)
+    assert all(torch.equal(a, b) for a, b in zip(made, before, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64])
+def test_padding_of_any_dtype(dtype):
+    wanted, made = (ops.padding_plan(RIGHT(B, S).to(d)) for d in (torch.int64, dtype))
+    assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True))
+
+
+def test_flops_are_counted():
+    tensors = operands()
+    plan = PLANS[4]
+    counted = []
+    for function in (fused, eager):
+        with FlopCounterMode(display=False) as counter:
+            run(function, plan, tensors)
+        counted.append(counter.get_total_flops())
+    assert counted[0] > 0 and (not CUDA or counted[0] == counted[1])
+
+
+@each_plan
+def test_rows_of_padding_without_a_gradient(plan):
+    """As where they have no labels: the second call has nothing to do in its backward."""
+    tensors = operands()
+    seen = plan.tokens(B, S)[:, None, :, None].bool().to(DEVICE) if plan.make else 1
+
+    def masked(function):
+        return lambda plan, *given: function(plan, *given) * seen
+
+    for a, b in zip(
+        run(masked(fused), plan, tensors), run(masked(eager), plan, tensors), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=2e-2 if CUDA else 1e-5, rtol=2e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_no_memory_is_read_before_it_is_written(plan):
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        assert all(t.isfinite().all() for t in run(fused, plan, operands()))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_only_the_plan_waits_for_the_gpu(plan):
+    tensors, given = operands(), plan.of(B, S)
+    arguments = (*given, plan.window, D**-0.5)
+    ops.attention(*tensors, *arguments).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.attention(*tensors, *arguments).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
