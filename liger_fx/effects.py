@@ -229,6 +229,8 @@ _IN_PLACE_OPERATORS = frozenset(
 def _works_in_place(name: str) -> bool:
     if name.startswith("__") and name.endswith("__"):
         return name[2:-2] in _IN_PLACE_OPERATORS
+    if name in ("and_", "or_"):  # of `operator`, where the plain names are keywords
+        return False
     return name.endswith("_") or name in _IN_PLACE_OPERATORS
 
 

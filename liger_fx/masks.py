@@ -52,13 +52,22 @@ class Mask:
     """The predicates that hold of the keys a query sees, all of them.
 
     window: how many keys. documents: int [b, s], never decreasing along s. valid: bool or int
-    [b, s], zero for padding. every_row_sees: each query is known to see a key, whatever the data.
+    [b, s], zero for padding.
     """
 
     causal: bool = False
     window: int | None = None
     documents: Source | None = None
     valid: Source | None = None
+
+    def __str__(self) -> str:
+        parts = [
+            "causal" if self.causal else "",
+            f"window {self.window}" if self.window is not None else "",
+            "documents" if self.documents else "",
+            "padding" if self.valid else "",
+        ]
+        return ", ".join(filter(None, parts)) or "no mask"
 
 
 _known: WeakKeyDictionary[View, dict[fx.Node, Mask | str]] = WeakKeyDictionary()
@@ -162,10 +171,15 @@ class _Reader:
         same = (f for f, s in self.sources.items() if s.view is view and view.same(s.node, node))
         function = next(same, None)
         if function is None:
-            function = sympy.Function(f"{node.name}{len(self.sources)}", integer=True)
+            function = sympy.Function(self._name(node), integer=True)
             self.sources[function] = Source(view, node)
         element = function(*index)
         return sympy.Ne(element, 0) if fake(node).dtype == torch.bool else element
+
+    def _name(self, node: fx.Node) -> str:
+        """Two graphs may have nodes of one name."""
+        taken = {str(function) for function in self.sources}
+        return node.name if node.name not in taken else f"{node.name}_{len(taken)}"
 
 
 def _broadcast(value: torch.Tensor, index: Index) -> Index:
@@ -173,7 +187,9 @@ def _broadcast(value: torch.Tensor, index: Index) -> Index:
     if value.dim() > len(index):
         raise Unreadable(f"the mask has {value.dim()} dimensions, expected at most {len(index)}")
     kept = index[len(index) - value.dim() :]
-    return tuple(sympy.Integer(0) if _is_one(n) else i for n, i in zip(value.shape, kept, strict=True))
+    return tuple(
+        sympy.Integer(0) if _is_one(n) else i for n, i in zip(value.shape, kept, strict=True)
+    )
 
 
 def _is_one(size: Any) -> bool:
@@ -551,7 +567,7 @@ class _Conjunction:
         elif not ahead and limit >= 0:
             self.window = min(limit + 1, self.window or limit + 1)
         else:
-            raise Unreadable(f"a query sees the keys with {part}, which no kernel is made for")
+            raise Unreadable(self._reason(part))
 
     def _read_at(self, part: Any, axis: sympy.Symbol) -> Source | None:
         """What ``part``, ``source(b, axis) != 0``, reads."""
@@ -590,12 +606,13 @@ class _Conjunction:
         return _bound(part.subs({here: Q, here.subs(Q, K): K}))
 
     def _reason(self, part: Any) -> str:
-        calls = part.atoms(sympy.Function)
-        names = sorted(
-            {self.reader.sources[c.func].node.name for c in calls if c.func in self.reader.sources}
+        calls = {c for c in part.atoms(sympy.Function) if c.func in self.reader.sources}
+        names = ", ".join(sorted({self.reader.sources[c.func].node.name for c in calls}))
+        if calls and part in {sympy.Ne(c, 0) for c in calls}:
+            return f"nothing is known of what {names} lets a query see"
+        return f"no kernel is made for a mask with {part}" + (
+            f", where nothing is known of {names}" if names else ""
         )
-        of = f" of {', '.join(names)}" if names else ""
-        return f"the mask has a part{of} that is not known: {part}"
 
 
 # Where a value of one element for each token is read.

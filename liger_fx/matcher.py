@@ -31,7 +31,7 @@ class Match:
     makes superfluous, the outputs among it. ``companion``: the pattern of its last output, if that
     was found beside it (`Rewrite`).
     ``recomputed``: it lies in the body of an activation checkpoint. ``view``: of its graph.
-    ``worth``: why the policy lets it be replaced.
+    ``worth``: why the policy lets it be replaced. ``variant``: as `Rewrite.variant` says.
     """
 
     view: View
@@ -45,6 +45,7 @@ class Match:
     companion: Pattern | None = None
     recomputed: bool = False
     worth: str = ""
+    variant: str = ""
 
     @property
     def root(self) -> fx.Node:
@@ -67,8 +68,9 @@ class Match:
 
     @property
     def spelling(self) -> str:
-        """The names of its patterns."""
-        return ", ".join(p.name for p in (self.pattern, self.companion) if p is not None)
+        """The names of its patterns, and its variant."""
+        names = [p.name for p in (self.pattern, self.companion) if p is not None]
+        return ", ".join([*names, *filter(None, [self.variant])])
 
     def join(self, other: Match) -> None:
         """Add what ``other``, matched with the same bindings and more, computes besides."""

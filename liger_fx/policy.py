@@ -158,7 +158,7 @@ def by_table(device: torch.device, inner: str, form: str) -> Judge:
         rows = [row for row in entry.rows if row.inner == inner] if entry else []
         rows = [row for row in rows if row.rewrite == rewrite.name]
         rows = [row for row in rows if row.form == form] or rows
-        rows = [row for row in rows if row.spelling == match.pattern.name] or rows
+        rows = [row for row in rows if row.spelling == match.spelling] or rows
         rows = [row for row in rows if row.checkpoint == match.recomputed]
         return pays(rows), _evidence(architecture, entry, rows) + assumed
 

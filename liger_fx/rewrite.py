@@ -61,6 +61,7 @@ class Rewrite:
     saved: names of bindings that the op keeps for its backward, "output" among them if it keeps
         what it returns, or a function of the match that gives them. A match is refused if such a
         value is written to later. None: all of them.
+    variant: ``variant(match)`` tells apart matches of one pattern that become different kernels.
     settings: the options ``<name>.<setting>`` and their defaults.
     gain: why it is worth making on every device, under every inner compiler. Without one,
         ``policy="auto"`` and ``"measure"`` decide from measurements.
@@ -77,6 +78,7 @@ class Rewrite:
     combine: Callable[[View, list[Match]], list[Match]] | None = None
     constants: Sequence[str] = ()
     saved: Sequence[str] | Callable[[Match], Sequence[str]] | None = None
+    variant: Callable[[Match], str] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     gain: str | None = None
     save_ops: Sequence[str] = ()
@@ -270,6 +272,8 @@ class _Application:
         if self.rewrite.also is not None:
             match.outputs += tuple(self.rewrite.also(match))
             match.nodes.update(match.outputs)
+        if self.rewrite.variant is not None:
+            match.variant = self.rewrite.variant(match)
 
     def _note_miss(self, miss: Miss | None, node: fx.Node) -> None:
         if miss is not None and (self.best is None or miss.matched > self.best.matched):

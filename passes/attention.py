@@ -77,9 +77,10 @@ def _check_heads(match: Match, query: Any, key: Any, value: Any) -> None:
     keys = positional(match.root)[1:3]
     wanted = fake(keys[0]).shape
     if query.dim() != 4 or not same_sizes(query.shape[:2], wanted[:2]):
-        grouped = match.pattern.name == "masked" and match.values["enable_gqa"]
-        if query.dim() != 4 or not grouped:
-            raise Reject(f"queries are {list(query.shape)}, keys {list(wanted)}: other heads")
+        repeated = "" if match.pattern.name == "masked" else "repeated "
+        if repeated or query.dim() != 4 or not match.values["enable_gqa"]:
+            shapes = f"queries are {list(query.shape)}, {repeated}keys {list(wanted)}"
+            raise Reject(f"{shapes}: other heads")
     if match.pattern.name == "masked":
         return
     heads = 1 if match.pattern.name == "heads_first" else 2
@@ -130,14 +131,14 @@ def _as_consumed(repeated: fx.Node, heads: int) -> list[Any]:
 
 
 def _predicates(match: Match) -> Mask | None:
-    """What the mask says, without what is true of every key. None for a mask that stays as it is,
-    since keys can be grouped all the same. Raises `Reject`."""
+    """What the mask says, without what is true of every key. None for a mask that stays as it is
+    where keys are grouped, which only the kernel of a CPU can do. Raises `Reject`."""
     if match.values["mask"] is None:
         return Mask(causal=bool(match.values["is_causal"]))
     try:
         says = masks.read(match.view, match.bindings["mask"])
     except Unreadable as reason:
-        if match.pattern.name != "masked" and not _ungrouped(match):
+        if match.pattern.name != "masked" and match.output.device.type == "cpu":
             return None
         raise Reject(str(reason)) from None
     query, key = (fake(node) for node in positional(match.root)[:2])
@@ -162,6 +163,10 @@ def _check_op(match: Match, says: Mask, query: Any, key: Any, value: Any) -> Non
         raise Reject("the mask tells of documents and of padding; no kernel takes both")
     if match.values["dropout_p"] not in (0, 0.0):
         raise Reject("dropout; the kernels for windows, documents and padding drop nothing")
+    size = query.shape[-1]
+    if match.values["scale"] is None and isinstance(size, torch.SymInt):
+        if size.node.expr.free_symbols:
+            raise Reject(f"the size of a head, {size}, may vary, and with it the scale")
     for source in filter(None, (says.documents, says.valid)):
         rows, given = query.shape[:1], fake(source.node).shape
         batch = list(given[:-1]) or [1]
@@ -185,23 +190,22 @@ def _ungrouped(match: Match) -> str:
     query, value = match.values["query"], match.values["value"]
     if query.device.type == "cpu":
         return ""
-    reason = _no_flash(match.output.dtype, query, value)
-    return reason and f"{reason}: no kernel groups queries"
+    return _no_flash(match.output.dtype, query, value)
 
 
 def _no_flash(dtype: torch.dtype, query: torch.Tensor, value: torch.Tensor) -> str:
     """Why neither flash nor cuDNN attention runs; empty if one does."""
     cuda = torch.backends.cuda
     if dtype not in (torch.bfloat16, torch.float16):
-        return f"attention runs in {dtype}; flash and cuDNN take bf16 and fp16"
+        return f"attention runs in {dtype}; flash and cuDNN attention take bf16 and fp16"
     if not same_sizes(query.shape[-1:], value.shape[-1:]):
         return f"keys have {query.shape[-1]} elements, values {value.shape[-1]}"
     if query.shape[-1] > MAX_HEAD_SIZE:
-        return f"heads have {query.shape[-1]} elements; flash takes {MAX_HEAD_SIZE}"
+        return f"heads have {query.shape[-1]} elements; flash attention takes {MAX_HEAD_SIZE}"
     if not cuda.flash_sdp_enabled() and not cuda.cudnn_sdp_enabled():
         return "flash and cuDNN attention are switched off"
     if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
-        return "flash and cuDNN attention take compute capability 8.0"
+        return "this GPU has no flash attention, which takes compute capability 8.0"
     return ""
 
 
@@ -216,7 +220,7 @@ def replace(match: Match, query, key, value, mask, dropout_p, is_causal, scale):
         key, value = key.transpose(1, 2), value.transpose(1, 2)
     if says is not None and _needs_op(says):
         plan = _plan(match, says, query.tracer)
-        scale = match.values["query"].shape[-1] ** -0.5 if scale is None else scale
+        scale = int(match.values["query"].shape[-1]) ** -0.5 if scale is None else scale
         return ops.attention(query, key, value, *plan, says.window, scale)
     if says is None:
         causal = is_causal
@@ -269,10 +273,22 @@ def _computed(op: Callable[..., Any], source: Source) -> list[fx.Node]:
     return [found[i] for i in range(4)]
 
 
+def variant(match: Match) -> str:
+    """What the mask says, if one is given and can be read."""
+    if match.values["mask"] is None:
+        return ""
+    try:
+        says = _predicates(match)
+    except Reject:
+        return ""  # `check` says so
+    return "" if says is None else str(says)
+
+
 attention = Rewrite(
     name="attention",
     patterns=[heads_first, heads_second, masked],
     check=check,
     replace=replace,
+    variant=variant,
     saved=["query", "key", "value", "mask", "output"],
 )

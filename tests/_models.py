@@ -494,9 +494,7 @@ PER_LAYER: Cells = LLAMA | dict(  # of any depth: one graph
 CHUNKED: Cells = PER_LAYER | dict(linear_cross_entropy=ELSEWHERE, cross_entropy=once)
 PREFILL: Cells = dict(linear_cross_entropy=NO_LOSS, cross_entropy=NO_LOSS)
 CHECKPOINTED: Cells = dict(add_rms_norm=n, rms_norm=n + 1)  # sums of two layers stay outside
-FLEX: Cells = PER_LAYER | dict(
-    attention="torchtune keeps the compiler out of flex attention"
-)
+FLEX: Cells = PER_LAYER | dict(attention="torchtune keeps the compiler out of flex attention")
 EVALUATION: Cells = dict(
     linear_cross_entropy=Refused("no gradient is needed and the logits fit one chunk"),
     cross_entropy=once,

@@ -1,4 +1,4 @@
-"""The rewrite ``attention``: fires, refuses, leaves alone, numerics."""
+"""The rewrite ``attention`` over repeated keys. Masks are read in test_masks.py."""
 
 from __future__ import annotations
 
@@ -326,7 +326,7 @@ def test_refuses_a_mask_on_a_gpu():
 def test_refuses_single_precision_on_a_gpu():
     assert_expected_inline(
         refusal(torchtune, *operands("meta", torch.float32)),
-        """attention runs in torch.float32; kernels that group queries take bf16 and fp16""",
+        """attention runs in torch.float32; flash and cuDNN attention take bf16 and fp16""",
     )
 
 
@@ -336,7 +336,9 @@ def test_refuses_heads_that_are_too_large_on_a_gpu(size, count):
     (report,) = capture(torchtune, *operands("meta", shapes=shapes)).reports
     assert report.counts.get("attention", 0) == count
     if not count:
-        assert_expected_inline(reasons(report), """heads have 264 elements; the kernels take 256""")
+        assert_expected_inline(
+            reasons(report), """heads have 264 elements; flash attention takes 256"""
+        )
 
 
 def test_refuses_values_of_another_size_on_a_gpu():
@@ -350,7 +352,7 @@ def test_refuses_where_the_kernels_are_switched_off():
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION):
         assert_expected_inline(
             refusal(torchtune, *operands("meta")),
-            """flash and cuDNN attention, which group queries, are switched off""",
+            """flash and cuDNN attention are switched off""",
         )
 
 
@@ -365,7 +367,7 @@ def test_refuses_gpus_without_the_kernels(capability, count, monkeypatch):
     if not count:
         assert_expected_inline(
             reasons(report),
-            """this GPU has no kernel that groups queries; it takes compute capability 8.0""",
+            """this GPU has no flash attention, which takes compute capability 8.0""",
         )
 
 
@@ -465,9 +467,7 @@ def test_keys_that_code_after_a_graph_break_writes_to():
     given = [t.requires_grad_() for t in operands(dtype=DTYPES[0])]
     liger_fx.clear_reports()
     torch._dynamo.reset()
-    compiled = torch.compile(
-        fn, backend=liger_fx.backend(policy=["attention"], inner="aot_eager")
-    )
+    compiled = torch.compile(fn, backend=liger_fx.backend(policy=["attention"], inner="aot_eager"))
     for actual, expected in zip(gradients(compiled, *given), gradients(fn, *given), strict=True):
         assert relative_error(actual, expected) <= TOLERANCES[DTYPES[0]]
     said = liger_fx.Report.merged(liger_fx.reports()).why_not("attention")

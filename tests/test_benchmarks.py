@@ -399,9 +399,7 @@ def test_a_measured_case_becomes_a_row_of_the_table():
         first, *rows = rewrites.measure(args)
     assert first == {"compiled": True}
     made = {row["rewrite"] for row in rows}
-    assert made == {"attention", "rope", "add_rms_norm", "rms_norm", "swiglu"} | {
-        "tiled_mlp"
-    }
+    assert made == {"attention", "rope", "add_rms_norm", "rms_norm", "swiglu"} | {"tiled_mlp"}
     for row in rows:
         assert row["speed"] == row["ms_without"] / row["ms_with"]
         assert policy.Row(**{field.name: row[field.name] for field in fields(policy.Row)})

@@ -230,8 +230,8 @@ def _forward_cuda(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    if not query.numel():
-        return _forward_torch(query, key, value, segments, rows, after, facts, window, scale)
+    if not query.numel():  # for which PyTorch's attention has no kernel on CUDA
+        return _sequence_first(query), _empty_logsumexp(query, facts)
     call = _Call(query, (segments, rows, after, facts), window, scale)
     logsumexp = _empty_logsumexp(query, facts)
     out, logsumexp[0] = call.forward(query, key, value)
@@ -260,10 +260,9 @@ def _backward_cuda(
     window: int | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    plan = segments, rows, after, facts
     if not query.numel():
-        return _backward_torch(grad, query, key, value, out, logsumexp, *plan, window, scale)
-    call = _Call(query, plan, window, scale)
+        return tuple(_sequence_first(torch.zeros_like(x)) for x in (query, key, value))  # type: ignore[return-value]
+    call = _Call(query, (segments, rows, after, facts), window, scale)
     first_call = call.after is not None or call.hides_rows
     own = grad * (call.rows == Row.VALID) if first_call else grad
     of_query, of_key, of_value = map(
@@ -359,9 +358,9 @@ def _every_token_backward(
 
 def _is_cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
     """What PyTorch takes for training with these tensors."""
-    trained = (x.detach().requires_grad_() for x in (query, key, value))
     grouped = query.shape[1] != key.shape[1]
-    choice = torch._fused_sdp_choice(*trained, None, 0.0, True, scale=scale, enable_gqa=grouped)
+    q, k, v = (x.detach().requires_grad_() for x in (query, key, value))
+    choice = torch._fused_sdp_choice(q, k, v, None, 0.0, True, scale=scale, enable_gqa=grouped)
     return choice == SDPBackend.CUDNN_ATTENTION.value
 
 
