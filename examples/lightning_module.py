@@ -1,7 +1,5 @@
 """A LightningModule, compiled: its graph is that of training_step, from the tokens to the loss."""
 
-from typing import Any
-
 import lightning
 import torch
 import transformers
@@ -20,12 +18,13 @@ class LanguageModel(lightning.LightningModule):
         config = transformers.LlamaConfig(vocab_size=VOCABULARY, num_hidden_layers=2, **sizes)
         self.model = transformers.LlamaForCausalLM(config)
 
-    def training_step(self, tokens: Tensor, index: int) -> Tensor:
-        return self.model(tokens, labels=tokens).loss
+    # torch 2.13 raises an error when it traces LightningModule.log.
+    log = torch.compiler.disable(lightning.LightningModule.log)
 
-    # Not in training_step: torch 2.13 cannot trace LightningModule.log.
-    def on_train_batch_end(self, outputs: Any, tokens: Tensor, index: int) -> None:
-        self.log("loss", outputs["loss"])
+    def training_step(self, tokens: Tensor, index: int) -> Tensor:
+        loss = self.model(tokens, labels=tokens).loss
+        self.log("loss", loss)
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-2)

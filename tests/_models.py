@@ -1,5 +1,6 @@
 """Tiny models of every family, the ways in which people compile them, and how often each rewrite
-fires there: `FAMILIES` and `MODES`. ``python tests/_models.py`` prints both for the README."""
+fires there: `FAMILIES`, `IN_PLACE` and `MODES`. ``python tests/_models.py`` prints them for the
+README."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -15,7 +16,6 @@ from unittest import mock
 
 import torch
 from _util import DEVICE
-from liger_fx.passes import DEFAULT
 from torch import Tensor, nn
 from torchtune import rlhf, training
 from torchtune.models import (
@@ -285,8 +285,9 @@ def own_loss(net: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
 
 # -- modes -----------------------------------------------------------------------------------------
 
-Step = Callable[[Tensor, Tensor], Tensor]
-Mode = Callable[[nn.Module, Loss, str], Step]  # (net, loss, backend) -> (tokens, labels) -> value
+# (tokens, labels) -> the loss, or a model's output that has ``loss`` and ``logits``
+Step = Callable[[Tensor, Tensor], Any]
+Mode = Callable[[nn.Module, Loss, str], Step]  # (net, loss, backend) -> step
 
 
 def whole_step(net: nn.Module, loss: Loss, backend: str) -> Step:
@@ -295,6 +296,12 @@ def whole_step(net: nn.Module, loss: Loss, backend: str) -> Step:
 
 def step_with_breaks(net: nn.Module, loss: Loss, backend: str) -> Step:
     return torch.compile(partial(loss, net), backend=backend)
+
+
+def model_in_place(net: nn.Module, loss: Loss, backend: str) -> Step:
+    """``model.compile(backend="liger_fx")``: the model returns its logits beside its loss."""
+    net.compile(backend=backend)
+    return lambda tokens, labels: net(input_ids=tokens, labels=labels)
 
 
 def per_layer(net: nn.Module, loss: Loss, backend: str) -> Step:
@@ -419,7 +426,8 @@ def prefill(net: nn.Module, loss: Loss, backend: str) -> Step:
 
 @dataclass(frozen=True)
 class Row:
-    """A family compiled in a mode. ``graphs``: how many of them Dynamo makes."""
+    """A family compiled in a mode. ``graphs``: how many of them Dynamo makes. ``deferred``: how many
+    logits the model compiled in place returns deferred."""
 
     library: str
     family: str
@@ -428,7 +436,9 @@ class Row:
     loss: Loss = recipe_loss
     mode: Mode = whole_step
     graphs: int = 1
-    tolerance: float = 1e-5  # relative, of value and gradients
+    tolerance: float = 1e-5  # relative, of value, logits and gradients
+    inner: str = "eager"
+    deferred: Cell = NONE
 
     def __str__(self) -> str:
         return f"{self.library}-{self.family}-{self.mode.__name__}"
@@ -439,7 +449,7 @@ def twice(cells: Cells) -> Cells:
 
 
 tune = partial(Row, "torchtune")
-face = partial(Row, "transformers", loss=own_loss)
+face = partial(Row, "transformers", loss=own_loss, deferred=once)
 
 FAMILIES = [
     tune("llama2", sized(llama2.llama2), LLAMA),
@@ -479,6 +489,17 @@ FAMILIES = [
         POST_NORMS | dict(rms_norm=4 * n + 1),
     ),
 ]  # fmt: skip
+
+# Two under Inductor, which takes seconds: a plain head, and one that caps its logits.
+IN_PLACE = [
+    replace(
+        row,
+        mode=model_in_place,
+        inner="inductor" if row.family in ("Llama", "Gemma2") else "aot_eager",
+    )
+    for row in FAMILIES
+    if row.deferred != NONE
+]
 
 EAGER_HEAD = "torchtune runs projection and loss eagerly"
 NO_LOSS = "a prompt has no loss"
@@ -590,14 +611,19 @@ MODES = [
 # -- as Markdown -----------------------------------------------------------------------------------
 
 
-def markdown(rows: list[Row], name: Callable[[Row], str]) -> str:
+def markdown(
+    rows: list[Row],
+    name: Callable[[Row], str],
+    cells: Callable[[Row], Cells] = lambda row: row.cells,
+) -> str:
     """A line for each run of rows that agree in all cells; reasons as footnotes."""
     notes: list[str] = []
-    lines = [["", *(f"`{rewrite.name}`" for rewrite in DEFAULT)], ["---"] * (len(DEFAULT) + 1)]
-    for _, alike in groupby(rows, key=lambda row: (row.library, row.mode, row.cells)):
+    titles = list(cells(rows[0]))
+    lines = [["", *(f"`{title}`" for title in titles)], ["---"] * (len(titles) + 1)]
+    for _, alike in groupby(rows, key=lambda row: (row.library, row.mode, cells(row))):
         first, *others = alike
-        cells = [_cell(first.cells[rewrite.name], notes) for rewrite in DEFAULT]
-        lines.append([", ".join([name(first), *(row.family for row in others)]), *cells])
+        found = [_cell(cell, notes) for cell in cells(first).values()]
+        lines.append([", ".join([name(first), *(row.family for row in others)]), *found])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return "\n".join([table, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))])
 
@@ -614,7 +640,11 @@ def _cell(cell: Cell, notes: list[str]) -> str:
 
 
 def families() -> str:
-    return markdown(FAMILIES, lambda row: f"{row.library}: {row.family}")
+    return markdown(
+        FAMILIES,
+        lambda row: f"{row.library}: {row.family}",
+        lambda row: row.cells | {"DeferredLogits": row.deferred},
+    )
 
 
 def modes() -> str:

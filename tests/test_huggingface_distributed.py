@@ -28,10 +28,16 @@ from test_huggingface import OPTIONS, fused_heads, run  # noqa: E402
 
 from liger_fx.huggingface import LigerFxPlugin, defer_logits  # noqa: E402
 
-pytestmark = [
-    pytest.mark.integrations,
-    pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo"),
-]
+pytestmark = pytest.mark.integrations
+needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+devices = pytest.mark.parametrize(
+    "device",
+    [
+        pytest.param("cpu", marks=needs_gloo),
+        pytest.param("cuda", marks=[pytest.mark.gpu, needs_two_gpus]),
+    ],
+)
 
 JOINT_BATCH = 4
 # DDPOptimizer splits a graph above a MiB of parameters.
@@ -39,23 +45,33 @@ large_head = functools.partial(language_model, hidden_size=64, vocab_size=8192)
 tied = functools.partial(language_model, tie_word_embeddings=True)
 
 
-def outcomes(
-    folder: Path, job: Callable[..., dict[str, Any]], world: int
-) -> list[dict[str, dict[str, Any]]]:
-    """What each of ``world`` processes makes of ``job``, by its cases."""
-    torch.multiprocessing.spawn(_process, (world, str(folder), job), nprocs=world)
+Job = Callable[[Path, int, str], dict[str, Any]]  # (folder, world, device) -> by cases
+
+
+def outcomes(folder: Path, job: Job, world: int, device: str) -> list[dict[str, dict[str, Any]]]:
+    """What each of ``world`` processes makes of ``job``, on CPUs under gloo or on a GPU each under
+    NCCL."""
+    torch.multiprocessing.spawn(_process, (world, device, str(folder), job), nprocs=world)
     return [torch.load(folder / f"{world}-{rank}.pt", weights_only=False) for rank in range(world)]
 
 
-def _process(rank: int, world: int, folder: str, job: Callable[..., dict[str, Any]]) -> None:
+def _process(rank: int, world: int, device: str, folder: str, job: Job) -> None:
     warnings.simplefilter("ignore")
     os.environ |= dict(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
     )
-    os.environ |= dict(MASTER_ADDR="localhost", ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
-    store = f"file://{folder}/store-{world}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    torch.save(job(Path(folder) / str(rank), world), f"{folder}/{world}-{rank}.pt")
+    os.environ |= dict(MASTER_ADDR="localhost")
+    if device == "cpu":
+        os.environ |= dict(ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
+    else:
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "gloo" if device == "cpu" else "nccl",
+        init_method=f"file://{folder}/store-{world}",
+        rank=rank,
+        world_size=world,
+    )
+    torch.save(job(Path(folder) / str(rank), world, device), f"{folder}/{world}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -76,13 +92,13 @@ DDP_CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def _under_ddp(folder: Path, world: int) -> dict[str, Any]:
+def _under_ddp(folder: Path, world: int, device: str) -> dict[str, Any]:
     found = {}
     for name, case in DDP_CASES.items():
         done = run(
             folder,
             liger_fx.backend(**OPTIONS) if world > 1 else None,
-            use_cpu=True,
+            use_cpu=device == "cpu",
             per_device_train_batch_size=JOINT_BATCH // world,
             **case,
         )
@@ -96,9 +112,10 @@ def _under_ddp(folder: Path, world: int) -> dict[str, Any]:
     return found
 
 
-def test_ddp(tmp_path):
-    (joint,) = outcomes(tmp_path, _under_ddp, 1)
-    for two in outcomes(tmp_path, _under_ddp, 2):
+@devices
+def test_ddp(device, tmp_path):
+    (joint,) = outcomes(tmp_path, _under_ddp, 1, device)
+    for two in outcomes(tmp_path, _under_ddp, 2, device):
         for name, case in two.items():
             tolerance = 2e-3 if name == "bf16" else 1e-5
             assert case["losses"] == pytest.approx(joint[name]["losses"], rel=tolerance), name
@@ -125,14 +142,15 @@ def _train(accelerator: Any, model: nn.Module, world: int) -> dict[str, Any]:
         for name, parameter in model.named_parameters():
             gradient: Any = parameter.grad
             name = name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
-            gradients[f"{name} {step}"] = getattr(gradient, "full_tensor", gradient.clone)()
+            whole = getattr(gradient, "full_tensor", gradient.clone)()
+            gradients[f"{name} {step}"] = whole.cpu()
         optimizer.step()
         optimizer.zero_grad()
     units = sum(isinstance(module, FSDPModule) for module in model.modules())
     return dict(losses=losses, gradients=gradients, read=materialized() - before, units=units)
 
 
-def _under_fsdp(folder: Path, world: int) -> dict[str, Any]:
+def _under_fsdp(folder: Path, world: int, device: str) -> dict[str, Any]:
     found = {}
     for name, model in {"untied": language_model, "tied": tied}.items():
         for mixed_precision in ("no", "bf16"):
@@ -140,15 +158,25 @@ def _under_fsdp(folder: Path, world: int) -> dict[str, Any]:
                 torch._dynamo.reset()
                 accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
                 fused = world > 1
-                plugin = LigerFxPlugin(options=OPTIONS, use_regional_compilation=True)
-                accelerator = accelerate.Accelerator(
-                    cpu=True,
-                    mixed_precision=mixed_precision,
-                    dynamo_plugin=plugin if fused else None,
+                dynamo = LigerFxPlugin(options=OPTIONS, use_regional_compilation=True)
+                fsdp = accelerate.FullyShardedDataParallelPlugin(
+                    fsdp_version=2,
+                    auto_wrap_policy="transformer_based_wrap",
+                    cpu_ram_efficient_loading=False,
+                    activation_checkpointing=checkpointing,
                 )
+                accelerator = accelerate.Accelerator(
+                    cpu=device == "cpu",
+                    mixed_precision=mixed_precision,
+                    dynamo_plugin=dynamo if fused else None,
+                    fsdp_plugin=fsdp if fused and device != "cpu" else None,
+                )
+                # accelerate allows TF32 on a GPU where it compiles, and one process does not compile.
+                torch.backends.cuda.matmul.allow_tf32 = False
                 made = model()
                 if fused:
-                    _shard_on_a_cpu(accelerator, checkpointing)
+                    if device == "cpu":
+                        _shard_on_a_cpu(accelerator, fsdp)
                     defer_logits(made)
                 elif checkpointing:
                     made.gradient_checkpointing_enable()
@@ -157,24 +185,19 @@ def _under_fsdp(folder: Path, world: int) -> dict[str, Any]:
     return found
 
 
-def _shard_on_a_cpu(accelerator: Any, checkpointing: bool) -> None:
+def _shard_on_a_cpu(accelerator: Any, plugin: Any) -> None:
     """accelerate has FSDP2 for GPUs alone, and would take DDP."""
     accelerator.state._shared_state |= dict(
-        distributed_type=accelerate.DistributedType.FSDP,
-        fsdp_plugin=accelerate.FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            cpu_ram_efficient_loading=False,
-            activation_checkpointing=checkpointing,
-        ),
+        distributed_type=accelerate.DistributedType.FSDP, fsdp_plugin=plugin
     )
     if accelerator.mixed_precision != "no":
-        accelerator.state.fsdp_plugin.set_mixed_precision(accelerator.mixed_precision)
+        plugin.set_mixed_precision(accelerator.mixed_precision)
 
 
-def test_fsdp2(tmp_path):
-    (joint,) = outcomes(tmp_path, _under_fsdp, 1)
-    for two in outcomes(tmp_path, _under_fsdp, 2):
+@devices
+def test_fsdp2(device, tmp_path):
+    (joint,) = outcomes(tmp_path, _under_fsdp, 1, device)
+    for two in outcomes(tmp_path, _under_fsdp, 2, device):
         for name, case in two.items():
             tolerance = 5e-3 if "bf16" in name else 1e-5
             assert case["losses"] == pytest.approx(joint[name]["losses"], rel=tolerance), name

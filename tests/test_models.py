@@ -13,6 +13,7 @@ from _models import (
     BATCH,
     FAMILIES,
     HALF,
+    IN_PLACE,
     LENGTH,
     MODES,
     VOCAB,
@@ -21,12 +22,13 @@ from _models import (
     Row,
     checkpoint_inside,
     families,
+    model_in_place,
     modes,
     per_layer,
     second_length,
     whole_step,
 )
-from _util import DEVICE
+from _util import DEVICE, relative_error
 from expecttest import assert_expected_inline
 from liger_fx.passes import DEFAULT
 from torch import Tensor, nn
@@ -35,22 +37,21 @@ from torchtune import training
 
 import liger_fx
 import liger_fx.dynamo
-from liger_fx import Report
+from liger_fx import DeferredLogits, Report
+from liger_fx.deferred import materialized
 
-ROWS = [*FAMILIES, *MODES]
+ROWS = [*FAMILIES, *IN_PLACE, *MODES]
 
 
 @pytest.fixture(autouse=True)
 def every_rewrite(monkeypatch):
     for name, value in dict(POLICY="all", INNER="eager", STRICT="1").items():
         monkeypatch.setenv(f"LIGER_FX_{name}", value)
-    # The laws are those of a CPU. Which attention a GPU has kernels for is no question of depth.
-    attention = sys.modules["liger_fx.passes.attention"]
-    monkeypatch.setattr(attention, "_check_kernel", lambda *_: None)
 
 
 class Outcome(NamedTuple):
     value: Tensor
+    logits: Tensor | None  # where the model returns them
     gradients: dict[str, Tensor]
     compiled: dict[str, object]  # what Dynamo had to do
     report: Report
@@ -69,12 +70,13 @@ def run(row: Row, layers: int, backend: str, dtype: torch.dtype = torch.float32)
     tokens = torch.randint(3, VOCAB, (BATCH, LENGTH), device=DEVICE)
     labels = tokens.clone()
     labels[:, :3] = -100
-    value = row.mode(net, row.loss, backend)(tokens, labels)
+    outputs = row.mode(net, row.loss, backend)(tokens, labels)
+    value, logits = getattr(outputs, "loss", outputs), getattr(outputs, "logits", None)
     if value.requires_grad:
         value.backward()
     gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     report = Report.merged(liger_fx.reports()[before:])
-    return Outcome(value.detach(), gradients, _compiled(), report)
+    return Outcome(value.detach(), logits, gradients, _compiled(), report)
 
 
 def _built(row: Row, layers: int, dtype: torch.dtype) -> nn.Module:
@@ -138,13 +140,28 @@ def assert_refused(row: Row, report: Report) -> None:
         assert said and all(cell.reason in r.reason for r in said), name
 
 
+def assert_deferred(actual: Outcome, expected: Outcome, tolerance: float) -> None:
+    """Logits that are eager's, and are computed here."""
+    before = materialized()
+    assert isinstance(actual.logits, DeferredLogits)
+    assert actual.logits.dtype == expected.logits.dtype
+    assert actual.logits.requires_grad
+    assert relative_error(actual.logits.materialize(), expected.logits) <= tolerance
+    assert materialized() == before + 1
+
+
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_step(row):
+def test_step(row, monkeypatch):
+    monkeypatch.setenv("LIGER_FX_INNER", row.inner)
     expected = run_eagerly(row, layers=2)
     actual = run(row, 2, "liger_fx")
     assert counts(actual) == laws(row, layers=2)
     assert_refused(row, actual.report)
     assert_same(actual, expected, row.tolerance)
+    in_place = row.mode is model_in_place
+    assert len(actual.report.deferred) == (row.deferred(2) if in_place else 0)
+    if in_place:
+        assert_deferred(actual, expected, row.tolerance)
     assert actual.compiled["graphs"] == row.graphs
     if row.mode is not whole_step:  # which is one graph or an error
         assert actual.compiled == run(row, 2, "eager").compiled
@@ -176,6 +193,8 @@ def test_step_under_inductor(monkeypatch):
 
 def test_what_auto_decides_on_a_gpu(monkeypatch):
     """By the table that is shipped: a change of the policy alone may not change a line of this."""
+    # Graphs of a CPU, since a GPU has no kernel that groups queries in fp32.
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", "cpu")
     for name, value in dict(POLICY="auto", INNER="inductor").items():
         monkeypatch.setenv(f"LIGER_FX_{name}", value)
     monkeypatch.setattr(liger_fx.dynamo, "device_of", lambda gm: torch.device("meta"))
