@@ -265,7 +265,16 @@ def test_numerics(make):
 def test_fires_graph_documents():
     found = only(attention)(under(counted_documents), *operands())
     text = show(found.graphs[0])
-    assert_expected_inline("\n".join(text.splitlines()[-9:]), """""")
+    assert_expected_inline("\n".join(text.splitlines()[-9:]), """\
+    eq: "b8[2, 12]" = l_given_positions_ == 0
+    documents: "i64[2, 12]" = eq.cumsum(1)
+    document_plan_default = torch.ops.liger_fx.document_plan.default(documents)
+    getitem_7: "i64[4]" = document_plan_default[3]
+    getitem_6: "i64[0]" = document_plan_default[2]
+    getitem_5: "i8[2, 12]" = document_plan_default[1]
+    getitem_4: "i32[1, 25]" = document_plan_default[0]
+    attention_default: "f32[2, 3, 12, 8]" = torch.ops.liger_fx.attention.default(l_q_, l_k_, l_v_, getitem_4, getitem_5, getitem_6, getitem_7, None, 0.3535533905932738)
+    return (attention_default,)""")
 
 
 def test_fires_graph_causal():
@@ -539,12 +548,12 @@ padded_queries: nothing is known of what bool_1 lets a query see
 inverted_padding: no kernel is made for a mask with Eq(bool_1(b, k), 0), where nothing is known of bool_1
 padding_of_each_head: nothing is known of what flip lets a query see
 documents_of_anyone: nothing says that the documents in l_given_positions_ are in order
-other_documents: no kernel is made for a mask with Ne(documents(b, q), documents(b, k)), where nothing is known of documents, documents
-earlier_documents: no kernel is made for a mask with documents(b, k) <= documents(b, q), where nothing is known of documents, documents
+other_documents: no kernel is made for a mask with Ne(documents(b, q), documents(b, k)), where nothing is known of documents
+earlier_documents: no kernel is made for a mask with documents(b, k) <= documents(b, q), where nothing is known of documents
 documents_summed_over_the_batch: nothing says that the documents in documents are in order
-positions_without_documents: no kernel is made for a mask with l_given_positions_(b, k) <= l_given_positions_(b, q), where nothing is known of l_given_positions_, l_given_positions_
-positions_of_other_documents: no kernel is made for a mask with l_given_positions_(b, k) <= l_given_positions_(b, q), where nothing is known of l_given_positions_, l_given_positions_
-other_positions: no kernel is made for a mask with 2*l_given_positions_(b, k) <= l_given_positions_(b, q), where nothing is known of l_given_positions_, l_given_positions_
+positions_without_documents: no kernel is made for a mask with l_given_positions_(b, k) <= l_given_positions_(b, q), where nothing is known of l_given_positions_
+positions_of_other_documents: no kernel is made for a mask with l_given_positions_(b, k) <= l_given_positions_(b, q), where nothing is known of l_given_positions_
+other_positions: no kernel is made for a mask with 2*l_given_positions_(b, k) <= l_given_positions_(b, q), where nothing is known of l_given_positions_
 window_of_the_data: no kernel is made for a mask with -k + q < sum_1(b), where nothing is known of sum_1
 negative_index: nothing is known of what getitem_3 lets a query see
 not_quite_minus_infinity: the mask where is torch.float32, and not zero or minus infinity
@@ -553,7 +562,7 @@ finite_for_padding: where is finite for padding: a query that sees no key attend
 documents_and_padding: the mask tells of documents and of padding; no kernel takes both
 written: mask is written in place
 written_padding: l_given_valid_ is written in place
-rounded_indices: no kernel is made for a mask with at(k) <= at(q), where nothing is known of at, at""",
+rounded_indices: no kernel is made for a mask with at(k) <= at(q), where nothing is known of at""",
     )
 
 
