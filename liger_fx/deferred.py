@@ -81,7 +81,7 @@ class _Node:
     def cast(self, dtype: torch.dtype) -> _Node:
         return _Op(aten._to_copy.default, (self,), {"dtype": dtype})
 
-    def pull(self, gradients: _Gradients, index: _Index | None) -> None:
+    def pull(self, gradients: _Gradients, index: Tensor | None) -> None:
         """Add what hidden states and parameters get of this gradient of logits. index: the row of
         hidden states of each row, None for all in order."""
         gradients.add(gradients.by_chunks(self, index), index)
@@ -110,39 +110,28 @@ class _Op(_Node):
         return self.function(*args, **kwargs)
 
 
-@dataclass(frozen=True)
-class _Strided:
-    """The rows that a view takes of ``count`` rows."""
-
-    count: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    device: torch.device
-
-    def tensor(self) -> Tensor:
-        rows = torch.arange(self.count, device=self.device)
-        return rows.as_strided(self.shape, self.stride, self.offset).flatten()
+# Equal views share one index, so that what is computed for the one is there for the other.
+_indices: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
 
 
-_Index = Tensor | _Strided  # int64 [n], by itself or to be made
+def _rows_of_view(view: Tensor, count: int, device: torch.device) -> Tensor:
+    """Which of ``count`` rows a view of them with the metadata of ``view`` has: int64 [n]."""
+    strides = tuple(view.shape), view.stride(), int(view.storage_offset())
+    key = count, strides, device
+    index = _indices.get(key)
+    if index is None:
+        with torch.inference_mode(False):
+            rows = torch.arange(count, device=device)
+            index = _indices[key] = rows.as_strided(*strides).reshape(-1).clone()
+    return index
 
 
-def _tensor(index: _Index) -> Tensor:
-    return index.tensor() if isinstance(index, _Strided) else index
-
-
-def _indexed(index: _Index, rows: Any, memo: _Memo) -> Tensor:
-    """``index[rows]``, one tensor for nodes of equal index, so that they share what they read."""
-    key = index, id(rows)
+def _indexed(index: Tensor, rows: Any, memo: _Memo) -> Tensor:
+    """``index[rows]``, one tensor for each pair of them."""
+    key = id(index), id(rows)
     if key not in memo:
-        memo[key] = rows, _tensor(index)[rows]
+        memo[key] = (index, rows), index[rows]
     return memo[key][1]
-
-
-def _of(outer: _Index | None, inner: _Index) -> _Index:
-    """The index of the rows ``inner`` of the rows ``outer``."""
-    return inner if outer is None else _tensor(outer)[_tensor(inner)]
 
 
 @dataclass(eq=False)
@@ -150,7 +139,7 @@ class _Take(_Node):
     """Row j is row ``index[j]`` of the source."""
 
     source: _Node
-    index: _Index
+    index: Tensor
 
     def compute(self, rows: Any, memo: _Memo) -> Any:
         return self.source.at(_indexed(self.index, rows, memo), memo)
@@ -161,10 +150,10 @@ class _Put(_Node):
     """The transpose of `_Take`: row j of the source is added to row ``index[j]`` of zeros."""
 
     source: _Node
-    index: _Index
+    index: Tensor
 
     def compute(self, rows: Any, memo: _Memo) -> Any:
-        index = _tensor(self.index)
+        index = self.index
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=index.device)
         wanted, inverse = rows.unique(return_inverse=True)
@@ -176,8 +165,8 @@ class _Put(_Node):
     def cast(self, dtype: torch.dtype) -> _Node:
         return _Put(self.source.cast(dtype), self.index)
 
-    def pull(self, gradients: _Gradients, index: _Index | None) -> None:
-        self.source.pull(gradients, _of(index, self.index))
+    def pull(self, gradients: _Gradients, index: Tensor | None) -> None:
+        self.source.pull(gradients, self.index if index is None else index[self.index])
 
 
 @dataclass(eq=False)
@@ -191,7 +180,7 @@ class _Sum(_Node):
     def cast(self, dtype: torch.dtype) -> _Node:
         return _Sum([part.cast(dtype) for part in self.parts])
 
-    def pull(self, gradients: _Gradients, index: _Index | None) -> None:
+    def pull(self, gradients: _Gradients, index: Tensor | None) -> None:
         apart = [part for part in self.parts if isinstance(part, _Put | _Known | _Sum)]
         for part in apart:
             part.pull(gradients, index)
@@ -209,7 +198,7 @@ class _Known(_Op):
     def cast(self, dtype: torch.dtype) -> _Node:
         return replace(self, function=Tensor.to, args=(_Op(self.function, self.args), dtype))
 
-    def pull(self, gradients: _Gradients, index: _Index | None) -> None:
+    def pull(self, gradients: _Gradients, index: Tensor | None) -> None:
         if self.projection is gradients.projection:
             gradients.add(self.gradients, index)
         else:
@@ -316,7 +305,7 @@ class _Gradients:
     def __post_init__(self) -> None:
         self.totals: list[Any] = [None] * len(self.needs)
 
-    def by_chunks(self, node: _Node, index: _Index | None) -> list[Tensor | None]:
+    def by_chunks(self, node: _Node, index: Tensor | None) -> list[Tensor | None]:
         """The gradients of hidden states at ``index`` [n, H] and parameters, of the gradient of
         logits that ``node`` computes. Each chunk of logits is computed anew."""
         hidden, *parameters = (
@@ -326,7 +315,7 @@ class _Gradients:
         # A sum over chunks in bf16 would lose what a chunk adds to it.
         sums = [torch.zeros_like(p, dtype=_wide(p.dtype)) for p in parameters if p.requires_grad]
         parts: list[Any] = []
-        count = len(hidden) if index is None else len(_tensor(index))
+        count = len(hidden) if index is None else len(index)
         for chunk in _chunks(count, self.classes, hidden.device):
             memo: _Memo = {}
             rows = chunk if index is None else _indexed(index, chunk, memo)
@@ -345,11 +334,11 @@ class _Gradients:
             *(next(whole).to(p.dtype) if p.requires_grad else None for p in parameters),
         ]
 
-    def add(self, gradients: Sequence[Tensor | None], index: _Index | None) -> None:
+    def add(self, gradients: Sequence[Tensor | None], index: Tensor | None) -> None:
         rows, *others = gradients
         if rows is not None and index is not None:
             zeros = rows.new_zeros(self.inputs[0].shape[:-1].numel(), rows.shape[-1])
-            rows = zeros.index_add_(0, _tensor(index), rows)
+            rows = zeros.index_add_(0, index, rows)
         for i, (gradient, like) in enumerate(zip((rows, *others), self.inputs, strict=True)):
             if gradient is not None:
                 gradient, total = gradient.to(like.dtype).view(like.shape), self.totals[i]
@@ -374,11 +363,10 @@ class DeferredLogits(Tensor):
     computed here. Holding the tensor keeps the hidden states and the head's parameters alive.
     """
 
+    _store: _Store
     _node: _Node | None  # None for a view that takes rows apart
-    # Of a view: the tensor that it is a view of, and what makes it of that tensor's values.
-    _root: DeferredLogits | None = None
-    _replay: Any = None
-    _memory: Tensor | None = None
+    _replay: Any = None  # of a view: what makes it of the values of its store
+    _part: Tensor | None = None  # the values of a view, where those of its store were not needed
     _given: Any = None
 
     def __new__(
@@ -404,22 +392,19 @@ class DeferredLogits(Tensor):
         return given
 
     def _computed(self) -> bool:
-        return (self if self._root is None else self._root)._memory is not None
+        return self._store.values is not None
 
     def _compute(self, whole: bool = False) -> Tensor:
         """The values, without history. whole: in the memory that all views share."""
-        root = self._root
-        if root is not None and (
-            whole or root._computed() or self._node is None or root.numel() == self.numel()
-        ):
-            return self._replay(root._compute(whole))
-        if self._memory is None:
-            assert self._node is not None
-            rows = slice(0, self.shape[:-1].numel())
-            (values,) = _evaluate(self._node, [rows], self.device)
-            self._memory = values.reshape(self.shape)
-            _announce(values)
-        return self._memory
+        store = self._store
+        part = self._node is not None and self.numel() < store.like.numel()
+        if whole or self._computed() or not part:
+            if store.values is None:
+                store.values = _read(store.node, store.like, self.device)
+            return self._replay(store.values) if self._replay else store.values
+        if self._part is None:
+            self._part = _read(self._node, self, self.device)
+        return self._part
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         if self._computed():
@@ -471,7 +456,16 @@ for _name in (
     setattr(DeferredLogits, _name, _of_memory)
 
 
-def _wrapped(like: Tensor, node: _Node | None, device: torch.device) -> DeferredLogits:
+@dataclass(eq=False)
+class _Store:
+    """What a tensor and its views share. like: metadata of the whole. values: when computed."""
+
+    node: _Node
+    like: Tensor
+    values: Tensor | None = None
+
+
+def _wrapped(like: Tensor, node: _Node | None, device: torch.device, **attributes: Any) -> Any:
     made: Any = Tensor._make_wrapper_subclass(
         DeferredLogits,
         like.shape,
@@ -481,7 +475,15 @@ def _wrapped(like: Tensor, node: _Node | None, device: torch.device) -> Deferred
         device=device,
     )
     made._node = node
+    for name, value in ({"_store": _Store(node, like)} | attributes).items():
+        setattr(made, name, value)
     return made
+
+
+def _read(node: _Node, like: Tensor, device: torch.device) -> Tensor:
+    (values,) = _evaluate(node, [slice(0, like.shape[:-1].numel())], device)
+    _announce(values)
+    return values.reshape(like.shape)
 
 
 def _on_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -499,42 +501,45 @@ def _on_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
     args = [values(argument.name, arg) for argument, arg in zip(arguments, args, strict=False)]
     outcome = func(*args, **{name: values(name, value) for name, value in kwargs.items()})
+    for logits in owners.values() if written else ():
+        torch.autograd.graph.increment_version(logits)  # torch forgets those in lists
     return tree_map(lambda leaf: owners.get(id(leaf), leaf), outcome)
 
 
 def _view(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
-    root, before = logits if logits._root is None else logits._root, logits._replay
+    store, before, device = logits._store, logits._replay, logits.device
     likes = func(_mirror(logits), *args, **kwargs)
 
     def made(like: Tensor, pick: Callable[[Any], Tensor]) -> DeferredLogits:
-        view = _wrapped(like, _rows_of_view(root, like), logits.device)
-        view._root = root
-        view._replay = lambda whole: pick(func(before(whole) if before else whole, *args, **kwargs))
-        return view
+        def replay(whole: Tensor) -> Tensor:
+            return pick(func(before(whole) if before else whole, *args, **kwargs))
+
+        node = _node_of_view(store, like, device)
+        return _wrapped(like, node, device, _store=store, _replay=replay)
 
     if isinstance(likes, Tensor):
         return made(likes, lambda view: view)
     return [made(like, lambda views, i=i: views[i]) for i, like in enumerate(likes)]
 
 
-def _rows_of_view(root: DeferredLogits, like: Tensor) -> _Node | None:
-    """The rows of a view of ``root`` with this metadata; None if the view takes rows apart."""
-    classes, steps = root.shape[-1], (*like.stride()[:-1], like.storage_offset())
-    whole = like.dtype == root.dtype and like.shape[-1:] == (classes,) and like.stride(-1) == 1
-    if not whole or root._computed() or any(step % classes for step in steps):
+def _node_of_view(store: _Store, like: Tensor, device: torch.device) -> _Node | None:
+    """The rows of a view with this metadata; None if the view takes rows apart."""
+    classes, steps = store.like.shape[-1], (*like.stride()[:-1], like.storage_offset())
+    if like.dtype != store.like.dtype or like.shape[-1:] != (classes,) or like.stride(-1) != 1:
         return None
-    if root._node is None or (like.numel() == root.numel() and like.is_contiguous()):
-        return root._node
-    *stride, offset = (step // classes for step in steps)
-    rows = root.shape[:-1].numel(), tuple(like.shape[:-1]), tuple(stride), offset, root.device
-    return _Take(root._node, _Strided(*rows))
+    if any(step % classes for step in steps):
+        return None
+    if like.numel() == store.like.numel() and like.is_contiguous():
+        return store.node
+    count, (*stride, offset) = store.like.shape[:-1].numel(), (step // classes for step in steps)
+    rows = torch.empty(count, device="meta").as_strided(like.shape[:-1], stride, offset)
+    return _Take(store.node, _rows_of_view(rows, count, device))
 
 
 def _mirror(logits: DeferredLogits) -> Tensor:
     """A tensor without memory that is otherwise alike."""
-    root = logits if logits._root is None else logits._root
-    whole = torch.empty_strided(root.shape, root.stride(), dtype=logits.dtype, device="meta")
-    return whole.as_strided(logits.shape, logits.stride(), logits.storage_offset())
+    like = logits._store.like.view(logits.dtype)
+    return like.as_strided(logits.shape, logits.stride(), logits.storage_offset())
 
 
 # -- rules -----------------------------------------------------------------------------------------
@@ -598,47 +603,39 @@ def _copied(func: Any, logits: DeferredLogits, *args: Any, device: Any = None, *
     return _made(like, node, logits.device)
 
 
-def _pointwise(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Of numbers, of values of the same rows, and of a tensor with one value per row or class."""
-    logits, like = _first(args, kwargs), _like(func, *args, **kwargs)
-    _unless(like.shape == logits.shape)
+def _by_rows(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function of numbers, of values of the same rows, of tensors with something for each row, and
+    of tensors with something for each class or for all. Deferred if the shape stays."""
+    logits = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, DeferredLogits))
+    like, lead = _like(func, *args, **kwargs), logits.shape[:-1]
+    arguments = func._schema.arguments
+    given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    given |= dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+    if func.overloadpacket in _OVER_CLASSES:
+        dim = given.get("dim")
+        dims = dim if isinstance(dim, Sequence) else [dim]
+        _unless(len(dims) == 1 and dims[0] in (-1, len(lead)))
+        given["dim"] = -1 if dims[0] is dim else [-1]
 
     def operand(leaf: Tensor) -> Any:
         if isinstance(leaf, DeferredLogits):
             _unless(leaf.shape == logits.shape)
             return _rows(leaf)
         # Copied, as it may be written to before the function runs.
+        if leaf.shape == lead:
+            return _Each(leaf.reshape(-1).clone())
         if leaf.numel() == leaf.shape[-1:].numel():
             return leaf.reshape(leaf.shape[-1:]).clone()
-        _unless(leaf.shape[:-1] == logits.shape[:-1])
-        _unless(leaf.shape[-1] == 1 or leaf.stride(-1) == 0)
-        return _Each(leaf[..., :1].reshape(-1, 1).clone())
-
-    nodes, kwargs = tree_map_only(Tensor, operand, (args, kwargs))
-    if func is aten.add.Tensor and not kwargs and all(isinstance(n, _Node) for n in nodes):
-        return _made(like, _Sum(nodes), logits.device)
-    return _made(like, _Op(func, nodes, kwargs), logits.device)
-
-
-def _over_classes(func: Any, *args: Any, **kwargs: Any) -> Any:
-    arguments = func._schema.arguments
-    given = {a.name: a.default_value for a in arguments if a.has_default_value()}
-    given |= dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
-    logits, like = _first(args, kwargs), _like(func, *args, **kwargs)
-    dim = given.get("dim")
-    dims = dim if isinstance(dim, Sequence) else [dim]
-    _unless(len(dims) == 1 and dims[0] in (-1, logits.dim() - 1))
-    given["dim"] = -1 if dims[0] is dim else [-1]
-
-    def operand(leaf: Tensor) -> _Node:
-        if isinstance(leaf, DeferredLogits):
-            return _rows(leaf)
-        _unless(leaf.dim() == logits.dim() and leaf.shape[:-1] == logits.shape[:-1])
-        return _Each(leaf.reshape(-1, leaf.shape[-1]))
+        _unless(leaf.shape[:-1] == lead)
+        if leaf.stride(-1) == 0:
+            leaf = leaf[..., :1]
+        elif func.overloadpacket not in _OVER_CLASSES:
+            _unless(leaf.shape[-1] == 1)
+        return _Each(leaf.reshape(-1, leaf.shape[-1]).clone())
 
     given = tree_map_only(Tensor, operand, given)
     node = _Op(func, [given.pop(a.name) for a in arguments if not a.kwarg_only], given)
-    if func.overloadpacket in _KEEP_CLASSES:
+    if isinstance(like, Tensor) and like.shape == logits.shape:
         return _made(like, node, logits.device)
     outputs = _by_chunks(node, logits)
     if isinstance(like, Tensor):
@@ -646,23 +643,31 @@ def _over_classes(func: Any, *args: Any, **kwargs: Any) -> Any:
     return tuple(o.reshape(part.shape) for o, part in zip(outputs, like, strict=True))
 
 
+def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
+    if kwargs or not (isinstance(a, DeferredLogits) and isinstance(b, DeferredLogits)):
+        return _by_rows(func, a, b, **kwargs)
+    like = _like(func, a, b)
+    _unless(a.shape == b.shape)
+    return _made(like, _Sum([_rows(a), _rows(b)]), a.device)
+
+
+_NONE, _MEAN = 0, 1  # reductions of ATen
+
+
 def _nll_loss(
     func: Any, logprobs: Any, target: Tensor, weight: Any, reduction: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    """reduction: 0 for none, 1 for mean, 2 for sum."""
-
     def of_each(chunk: Tensor, labels: Tensor) -> Tensor:
-        return func(chunk, labels, weight, 0, ignore_index)[0]
+        return func(chunk, labels, weight, _NONE, ignore_index)[0]
 
-    _unless(target.shape == logprobs.shape[:-1])
     node = _Op(of_each, (_rows(logprobs), _Each(target.reshape(-1))))
-    (losses,) = _by_chunks(node, logprobs)
+    losses = _by_chunks(node, logprobs)[0].reshape(target.shape)
     valid = target != ignore_index
     total = (valid if weight is None else weight[target[valid]]).sum().to(losses.dtype)
-    if reduction == 0:
-        return losses.reshape(target.shape), total
+    if reduction == _NONE:
+        return losses, total
     whole = losses.sum(dtype=_wide(losses.dtype))
-    return (whole / total if reduction == 1 else whole).to(losses.dtype), total
+    return (whole / total if reduction == _MEAN else whole).to(losses.dtype), total
 
 
 def _nll_loss_backward(
@@ -672,15 +677,10 @@ def _nll_loss_backward(
     target: Tensor,
     weight: Any,
     reduction: int,
-    ignore_index: int,
-    total: Tensor,
+    *others: Any,
 ) -> DeferredLogits:
-    def of_each(grads: Tensor, chunk: Tensor, labels: Tensor) -> Tensor:
-        return func(grads, chunk, labels, weight, 0, ignore_index, total)
-
-    grads = (grad / total if reduction == 1 else grad).expand(target.shape)
-    rows = _Each(grads.reshape(-1)), _rows(logprobs), _Each(target.reshape(-1))
-    return _made(_mirror(logprobs), _Op(of_each, rows), logprobs.device)
+    grads = (grad / others[-1] if reduction == _MEAN else grad).expand(target.shape)
+    return _by_rows(func, grads, logprobs, target, weight, _NONE, *others)
 
 
 def _index(func: Any, logits: DeferredLogits, *args: Any) -> DeferredLogits:
@@ -694,42 +694,13 @@ def _index(func: Any, logits: DeferredLogits, *args: Any) -> DeferredLogits:
     return _made(like, _Take(node, index.flatten()), logits.device)
 
 
-def _put(func: Any, zeros: DeferredLogits, *args: Any) -> DeferredLogits:
-    """The backward of `_index`: ``index_put(indices, rows, True)`` or ``index_add(dim, index,
-    rows)`` to zeros."""
-    if func is aten.index_put.default:
-        forward, (*index, rows, accumulate) = aten.index.Tensor, args
-        _unless(accumulate)
-    else:
-        forward, (*index, rows) = aten.index_select.default, args
-    _unless(getattr(_rows(zeros), "function", None) is _zeros)
-    taken = _index(forward, zeros, *index)
-    _unless(taken.shape == rows.shape)
-    return _made(_mirror(zeros), _Put(_node_of(rows), taken._node.index), zeros.device)
-
-
 def _put_view(func: Any, rows: DeferredLogits, size: Sequence[int], dim: int, *args: Any) -> Any:
     """The backward of a slice, or of one index, of a leading dimension."""
     like = torch.empty(size, dtype=rows.dtype, device="meta")
     lead = torch.empty(size[:-1], device="meta")
     view = _tried(_FORWARD[func.overloadpacket], lead, dim % len(size), *args)
-    taken = tuple(view.shape), view.stride(), view.storage_offset()
-    return _made(like, _Put(_rows(rows), _Strided(lead.numel(), *taken, rows.device)), rows.device)
-
-
-def _new_zeros(func: Any, logits: DeferredLogits, size: Sequence[int], **kwargs: Any) -> Any:
-    like = _like(func, logits, size, **kwargs)
-    _unless(like.dtype == logits.dtype and like.shape[-1:] == logits.shape[-1:])
-    return _deferred_zeros(like, logits.device)
-
-
-def _deferred_zeros(like: Tensor, device: torch.device) -> DeferredLogits:
-    rows = torch.empty(like.shape[:-1].numel(), 0, dtype=like.dtype, device=device)
-    return _made(like, _Op(_zeros, (_Each(rows), like.shape[-1])), device)
-
-
-def _zeros(rows: Tensor, classes: int) -> Tensor:
-    return rows.new_zeros(len(rows), classes)
+    index = _rows_of_view(view, lead.numel(), rows.device)
+    return _made(like, _Put(_rows(rows), index), rows.device)
 
 
 def _by_chunks(node: _Node, logits: DeferredLogits) -> list[Tensor]:
@@ -738,28 +709,24 @@ def _by_chunks(node: _Node, logits: DeferredLogits) -> list[Tensor]:
 
 
 _FORWARD = {aten.slice_backward: aten.slice.Tensor, aten.select_backward: aten.select.int}
-_KEEP_CLASSES = {
+# Over the last dimension, whose gradient takes nothing else, but for gather (below).
+_OVER_CLASSES = {
     aten._softmax, aten._softmax_backward_data, aten._log_softmax,
-    aten._log_softmax_backward_data, aten.scatter_add,
+    aten._log_softmax_backward_data, aten.argmax, aten.argmin, aten.max, aten.min, aten.amax,
+    aten.amin, aten.sum, aten.mean, aten.logsumexp, aten.topk, aten.gather,
 }  # fmt: skip
-_REDUCE_CLASSES = {
-    aten.argmax, aten.argmin, aten.max, aten.min, aten.amax, aten.amin, aten.sum, aten.mean,
-    aten.logsumexp, aten.topk, aten.gather,
-}  # fmt: skip
-# With what their gradients are made of.
+# With what their gradients, and those of the functions above, are made of.
 _POINTWISE = {
-    aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten.exp, aten.log, aten.tanh,
+    aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten.exp, aten.log, aten.tanh,
     aten.tanh_backward, aten.pow, aten.clamp, aten.eq, aten.ge, aten.le, aten.logical_and,
     aten.where,
 }  # fmt: skip
 _RULES: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys(_KEEP_CLASSES | _REDUCE_CLASSES, _over_classes),
-    **dict.fromkeys(_POINTWISE, _pointwise),
+    **dict.fromkeys(_OVER_CLASSES | _POINTWISE, _by_rows),
     **dict.fromkeys((aten.clone, aten._to_copy, aten._unsafe_view), _copied),
     **dict.fromkeys((aten.index, aten.index_select), _index),
-    **dict.fromkeys((aten.index_put, aten.index_add), _put),
     **dict.fromkeys(_FORWARD, _put_view),
-    aten.new_zeros: _new_zeros,
+    aten.add: _sum,
     aten.nll_loss_forward: _nll_loss,
     aten.nll_loss_backward: _nll_loss_backward,
 }
@@ -772,23 +739,30 @@ class _Gather(torch.autograd.Function):
     """For autograd's own formula makes a gradient of all logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits: DeferredLogits, dim: int, index: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: DeferredLogits, index: Tensor) -> Tensor:
         ctx.save_for_backward(index)
-        ctx.dim, ctx.like, ctx.device = dim, _mirror(logits), logits.device
-        return aten.gather(logits, dim, index)
+        ctx.shape = logits.shape
+        return aten.gather(logits, -1, index)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        zeros = _deferred_zeros(
-            torch.empty_like(ctx.like, memory_format=torch.contiguous_format), ctx.device
-        )
-        return zeros.scatter_add(ctx.dim, *ctx.saved_tensors, grad), None, None
+        (index,), classes = ctx.saved_tensors, ctx.shape[-1]
+        if torch.is_grad_enabled():  # of gradients
+            return grad.new_zeros(ctx.shape).scatter_add(-1, index, grad), None
+
+        def scattered(rows: Tensor, at: Tensor) -> Tensor:
+            return rows.new_zeros(len(rows), classes).scatter_add_(-1, at, rows)
+
+        like = torch.empty(ctx.shape, dtype=grad.dtype, device="meta")
+        node = _Op(scattered, (_node_of(grad), _node_of(index)))
+        return _wrapped(like, node, grad.device), None
 
 
 def _gather(input: Any, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
     _rows(input)
-    _unless(not sparse_grad)
-    return _Gather.apply(input, dim, index)
+    _unless(not sparse_grad and dim in (-1, input.dim() - 1))
+    _unless(index.shape[:-1] == input.shape[:-1])
+    return _Gather.apply(input, index)
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -801,7 +775,7 @@ class _CrossEntropy(torch.autograd.Function):
         projection, index = _plain_projection(logits)
         projection.check()
         hidden, *parameters = projection.tensors
-        hidden = hidden if index is None else hidden[_tensor(index)]
+        hidden = hidden if index is None else hidden[index]
         given = [t.to(projection.linear) for t in (hidden, *parameters)]
         absent = [None] * (3 - len(given))
         needs = [grad and need for need in projection.needs] + [False] * len(absent)
@@ -836,13 +810,13 @@ def _cross_entropy_gradient(
         return torch.autograd.grad(loss, values, grad.to(loss.dtype))[0]
 
 
-def _plain_projection(logits: Any) -> tuple[_Projection, _Index | None]:
+def _plain_projection(logits: Any) -> tuple[_Projection, Tensor | None]:
     """The ``F.linear`` that these logits are, copied or widened at most, and the row of it for each
     of theirs, None for all in order."""
     node, index, dtypes = _rows(logits), None, {logits.dtype}
     while not isinstance(node, _Projection):
         if isinstance(node, _Take):
-            node, index = node.source, node.index if index is None else _of(node.index, index)
+            node, index = node.source, node.index if index is None else node.index[index]
         else:
             _unless(isinstance(node, _Op) and node.function is aten._to_copy.default)
             dtypes.add(node.kwargs["dtype"])

@@ -442,17 +442,15 @@ def test_out():
     same(lambda x: torch.add(torch.ones(B, S, V), 1, out=x.detach()))
 
 
-def test_writes_that_a_part_would_not_see(case):
+def test_writes_to_memory_that_was_given_away(case):
     logits = case.deferred()
     memory = logits[1].detach().numpy()
-    with pytest.raises(RuntimeError, match=r"call \.materialize|Call \.materialize"):
+    with torch.no_grad():
         logits.zero_()
-    assert memory.any() and logits.all()
-    logits = case.deferred()
-    with pytest.raises(RuntimeError, match="fill wrote to a part of deferred logits"):
-        torch.ops.test_deferred.fill(logits[1])
-    with pytest.raises(RuntimeError, match=r"call \.materialize|Call \.materialize"):
-        logits.zero_()
+    assert not memory.any() and not logits.any()
+    logits = case.deferred().detach()
+    torch.ops.test_deferred.fill(logits[1])
+    assert logits[1].eq(7).all() and not logits[0].eq(7).any()
 
 
 @torch.library.custom_op("test_deferred::fill", mutates_args=("x",))
@@ -460,7 +458,7 @@ def _fill(x: Tensor) -> None:
     x.fill_(7.0)
 
 
-def test_autograd_function_that_writes(case):
+def test_autograd_function_that_writes():
     class Doubled(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -472,10 +470,11 @@ def test_autograd_function_that_writes(case):
         def backward(ctx, grad):
             return grad * 2
 
-    logits = case.deferred()
-    Doubled.apply(logits)
-    with pytest.raises(RuntimeError, match="mark_dirty"):
-        logits.cos()
+    def use(x: Any) -> Any:
+        Doubled.apply(x)
+        return x.cos(), x[1].logsumexp(-1)
+
+    same(use)
 
 
 @pytest.mark.parametrize(
@@ -505,15 +504,15 @@ def test_autograd_functions(forward):
 def test_stale_hidden_and_parameters():
     case = Case()
     read, unread, view = case.deferred(), case.deferred(), case.deferred()[1]
-    values = read + torch.zeros(V)
+    values = read.cos()
     with torch.no_grad():
         case.weight.add_(1)
-    for use in (lambda: unread.cos(), lambda: view.argmax(-1), lambda: unread.view(-1, V)):
+    for use in (lambda: unread.cos(), lambda: view.argmax(-1), lambda: unread.view(-1, V).cos()):
         with pytest.raises(
             RuntimeError, match=r"parameter 0 of the head, of shape \[11, 8\], was w"
         ):
             use()
-    assert torch.equal(read + torch.zeros(V), values) and unread.shape == (B, S, V)
+    assert torch.equal(read.cos(), values) and unread.shape == (B, S, V)
     hidden = torch.randn(B, H)
     head = Head(softcapped, (case.weight,))
     logits = DeferredLogits(head, hidden, classes=V, dtype=torch.float32, requires_grad=False)
@@ -558,7 +557,9 @@ class Largest(TorchDispatchMode):
         self.functions.add(func)
         outcome = func(*args, **(kwargs or {}))
         made = [t for t in tree_leaves(outcome) if isinstance(t, Tensor) and not t.is_meta]
-        self.elements = max([self.elements, *(t.numel() for t in made)])
+        made = [t for t in made if type(t) is not DeferredLogits]  # without memory
+        sizes = [t.untyped_storage().nbytes() // t.itemsize for t in made]
+        self.elements = max([self.elements, *sizes])
         return outcome
 
 
@@ -674,17 +675,12 @@ def test_retain_grad(case):
     torch.testing.assert_close(use(case.deferred()), use(case.eager()))
 
 
-def test_gradient_of_logits(case):
-    logits = case.deferred()
-    (grad,) = torch.autograd.grad(logits.cos().sum(), logits)
-    torch.testing.assert_close(grad, -case.eager().sin())
-    loss = logits.sum()
-    logits = case.deferred()
-    loss = logits.logsumexp(-1).sum()
-    with pytest.raises(RuntimeError, match="grad needs the gradient of all logits"):
-        torch.autograd.grad(loss, logits)
-    with pytest.raises(RuntimeError, match="register_hook needs the gradient of all logits"):
-        logits.register_hook(print)
+@pytest.mark.parametrize("use", [torch.cos, lambda x: x.logsumexp(-1)], ids=["read", "chunks"])
+def test_gradient_of_logits(case, use):
+    def gradient(logits: Any) -> Tensor:
+        return torch.autograd.grad(use(logits).sum(), logits)[0]
+
+    torch.testing.assert_close(gradient(case.deferred()) + 0, gradient(case.eager()))
 
 
 def test_leaf(case):
@@ -727,7 +723,7 @@ def test_log(case, caplog):
 def test_wrong_metadata(case):
     head = Head(softcapped, (case.weight,))
     logits = DeferredLogits(head, case.leaf, classes=V + 1, dtype=torch.float32, requires_grad=True)
-    with pytest.raises(RuntimeError, match=r"returned \[3, 5, 11\] torch.float32, but"):
+    with pytest.raises(RuntimeError, match=r"returned rows of 11 torch.float32, but"):
         logits.cos()
 
 
