@@ -20,6 +20,7 @@ Not seen     A parameter that is written through ``.data``, or filled anew by FS
 from __future__ import annotations
 
 import logging
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Sequence
@@ -80,11 +81,6 @@ class _Node:
 
     def cast(self, dtype: torch.dtype) -> _Node:
         return _Op(aten._to_copy.default, (self,), {"dtype": dtype})
-
-    def pull(self, gradients: _Gradients, index: Tensor | None) -> None:
-        """Add what hidden states and parameters get of this gradient of logits. index: the row of
-        hidden states of each row, None for all in order."""
-        gradients.add(gradients.by_chunks(self, index), index)
 
 
 @dataclass(eq=False)
@@ -165,28 +161,6 @@ class _Put(_Node):
     def cast(self, dtype: torch.dtype) -> _Node:
         return _Put(self.source.cast(dtype), self.index)
 
-    def pull(self, gradients: _Gradients, index: Tensor | None) -> None:
-        self.source.pull(gradients, self.index if index is None else index[self.index])
-
-
-@dataclass(eq=False)
-class _Sum(_Node):
-    parts: Sequence[_Node]
-
-    def compute(self, rows: Any, memo: _Memo) -> Any:
-        first, *others = (part.at(rows, memo) for part in self.parts)
-        return sum(others, first)
-
-    def cast(self, dtype: torch.dtype) -> _Node:
-        return _Sum([part.cast(dtype) for part in self.parts])
-
-    def pull(self, gradients: _Gradients, index: Tensor | None) -> None:
-        apart = [part for part in self.parts if isinstance(part, _Put | _Known | _Sum)]
-        for part in apart:
-            part.pull(gradients, index)
-        if together := [part for part in self.parts if part not in apart]:
-            super().pull(gradients, index) if not apart else _Sum(together).pull(gradients, index)
-
 
 @dataclass(eq=False)
 class _Known(_Op):
@@ -197,12 +171,6 @@ class _Known(_Op):
 
     def cast(self, dtype: torch.dtype) -> _Node:
         return replace(self, function=Tensor.to, args=(_Op(self.function, self.args), dtype))
-
-    def pull(self, gradients: _Gradients, index: Tensor | None) -> None:
-        if self.projection is gradients.projection:
-            gradients.add(self.gradients, index)
-        else:
-            super().pull(gradients, index)
 
 
 class _Projection(_Op):
@@ -278,10 +246,25 @@ class _Project(torch.autograd.Function):
             inputs = [t.view_as(t) for t in inputs]
             outputs = ctx.function(*inputs)
             return None, None, *_gradients(outputs, inputs, needs, grad, create_graph=True)
-        gradients = _Gradients(ctx.function, ctx.projection(), inputs, needs, grad.shape[-1])
-        with _no_autocast(grad.device.type):
-            _node_of(grad).pull(gradients, None)
-        return None, None, *gradients.totals
+        node: Any = _node_of(grad)
+        index = None
+        while isinstance(node, _Put):
+            node, index = node.source, node.index if index is None else index[node.index]
+        projection = ctx.projection()
+        if isinstance(node, _Known) and node.projection is projection:
+            rows, *others = node.gradients
+        else:
+            with _no_autocast(grad.device.type):
+                rows, *others = _by_recomputing(
+                    ctx.function, projection, inputs, needs, node, index, grad.shape[-1]
+                )
+        hidden = inputs[0]
+        if rows is not None and index is not None:
+            zeros = rows.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1])
+            rows = zeros.index_add_(0, index, rows)
+        found = [None if rows is None else rows.view(hidden.shape), *others]
+        pairs = zip(found, inputs, strict=True)
+        return None, None, *(g if g is None else g.to(t.dtype) for g, t in pairs)
 
 
 def _gradients(
@@ -292,64 +275,45 @@ def _gradients(
     return [next(found) if need else None for need in needs]
 
 
-@dataclass
-class _Gradients:
-    """totals: the gradients of hidden states [*, H] and parameters. classes: V."""
-
-    function: Callable[..., Tensor]
-    projection: _Projection | None
-    inputs: Sequence[Tensor]
-    needs: Sequence[bool]
-    classes: int
-
-    def __post_init__(self) -> None:
-        self.totals: list[Any] = [None] * len(self.needs)
-
-    def by_chunks(self, node: _Node, index: Tensor | None) -> list[Tensor | None]:
-        """The gradients of hidden states at ``index`` [n, H] and parameters, of the gradient of
-        logits that ``node`` computes. Each chunk of logits is computed anew."""
-        hidden, *parameters = (
-            t.detach().requires_grad_(n) for t, n in zip(self.inputs, self.needs, strict=True)
-        )
-        hidden = hidden.reshape(-1, hidden.shape[-1])
-        # A sum over chunks in bf16 would lose what a chunk adds to it.
-        sums = [torch.zeros_like(p, dtype=_wide(p.dtype)) for p in parameters if p.requires_grad]
-        parts: list[Any] = []
-        count = len(hidden) if index is None else len(index)
-        for chunk in _chunks(count, self.classes, hidden.device):
-            memo: _Memo = {}
-            rows = chunk if index is None else _indexed(index, chunk, memo)
-            with torch.enable_grad():
-                some = hidden[rows]
-                values = self.function(some, *parameters)
-            memo[self.projection, id(rows)] = rows, values.detach()
-            upstream = node.at(chunk, memo)
-            part, *found = _gradients(values, (some, *parameters), self.needs, upstream)
-            parts.append(part)
-            for total, gradient in zip(sums, filter(torch.is_tensor, found), strict=True):
+def _by_recomputing(
+    function: Callable[..., Tensor],
+    projection: _Projection | None,
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    node: _Node,
+    index: Tensor | None,
+    classes: int,
+) -> list[Tensor | None]:
+    """The gradients of hidden states and parameters, of the gradient of logits that ``node``
+    computes. Each chunk of logits is computed anew. index: the row of hidden states for each row of
+    ``node``, None for all in order; the gradients of hidden states [n, H] are in this order."""
+    hidden, *parameters = (t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True))
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    # A sum over chunks in bf16 would lose what a chunk adds to it.
+    sums: list[Any] = [
+        torch.zeros_like(p, dtype=_wide(p.dtype)) if p.requires_grad else None for p in parameters
+    ]
+    parts: list[Any] = []
+    for chunk in _chunks(len(hidden if index is None else index), classes, hidden.device):
+        memo: _Memo = {}
+        rows = chunk if index is None else _indexed(index, chunk, memo)
+        with torch.enable_grad():
+            some = hidden[rows], *parameters
+            values = function(*some)
+        memo[projection, id(rows)] = rows, values.detach()
+        part, *found = _gradients(values, some, needs, node.at(chunk, memo))
+        parts.append(part)
+        for total, gradient in zip(sums, found, strict=True):
+            if total is not None:
                 total.add_(gradient)
-        whole = iter(sums)
-        return [
-            torch.cat(parts) if self.needs[0] else None,
-            *(next(whole).to(p.dtype) if p.requires_grad else None for p in parameters),
-        ]
-
-    def add(self, gradients: Sequence[Tensor | None], index: Tensor | None) -> None:
-        rows, *others = gradients
-        if rows is not None and index is not None:
-            zeros = rows.new_zeros(self.inputs[0].shape[:-1].numel(), rows.shape[-1])
-            rows = zeros.index_add_(0, index, rows)
-        for i, (gradient, like) in enumerate(zip((rows, *others), self.inputs, strict=True)):
-            if gradient is not None:
-                gradient, total = gradient.to(like.dtype).view(like.shape), self.totals[i]
-                self.totals[i] = gradient if total is None else total + gradient
+    return [torch.cat(parts) if needs[0] else None, *sums]
 
 
-def _node_of(gradient: Tensor) -> _Node:
+def _node_of(gradient: Tensor) -> Any:
     if isinstance(gradient, DeferredLogits):
         if gradient._node is not None and not gradient._computed():
             return gradient._node
-        gradient = gradient._compute()
+        gradient = gradient.materialize().detach()
     return _Each(gradient.reshape(-1, gradient.shape[-1]))
 
 
@@ -364,7 +328,7 @@ class DeferredLogits(Tensor):
     """
 
     _store: _Store
-    _node: _Node | None  # None for a view that takes rows apart
+    _node: Any  # None for a view that takes rows apart
     _replay: Any = None  # of a view: what makes it of the values of its store
     _part: Tensor | None = None  # the values of a view, where those of its store were not needed
     _given: Any = None
@@ -406,7 +370,7 @@ class DeferredLogits(Tensor):
             self._part = _read(self._node, self, self.device)
         return self._part
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if self._computed():
             return repr(self.materialize())
         return (
@@ -465,7 +429,7 @@ class _Store:
     values: Tensor | None = None
 
 
-def _wrapped(like: Tensor, node: _Node | None, device: torch.device, **attributes: Any) -> Any:
+def _wrapped(like: Tensor, node: Any, device: torch.device, **attributes: Any) -> Any:
     made: Any = Tensor._make_wrapper_subclass(
         DeferredLogits,
         like.shape,
@@ -488,21 +452,21 @@ def _read(node: _Node, like: Tensor, device: torch.device) -> Tensor:
 
 def _on_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     arguments = func._schema.arguments
-    written = {argument.name for argument in arguments if argument.is_write}
     owners: dict[int, DeferredLogits] = {}
 
-    def values(name: str, given: Any) -> Any:
+    def values(argument: Any, given: Any) -> Any:
         def of(logits: DeferredLogits) -> Tensor:
-            real = logits._compute(whole=name in written)
+            real = logits._compute(whole=argument.is_write)
             owners[id(real)] = logits
+            if argument.is_write and given is not logits and not logits.is_inference():
+                torch.autograd.graph.increment_version(logits)  # torch forgets it in a list
             return real
 
         return tree_map_only(DeferredLogits, of, given)
 
-    args = [values(argument.name, arg) for argument, arg in zip(arguments, args, strict=False)]
-    outcome = func(*args, **{name: values(name, value) for name, value in kwargs.items()})
-    for logits in owners.values() if written else ():
-        torch.autograd.graph.increment_version(logits)  # torch forgets those in lists
+    named = {argument.name: argument for argument in arguments}
+    args = [values(argument, given) for argument, given in zip(arguments, args, strict=False)]
+    outcome = func(*args, **{name: values(named[name], kwargs[name]) for name in kwargs})
     return tree_map(lambda leaf: owners.get(id(leaf), leaf), outcome)
 
 
@@ -519,7 +483,7 @@ def _view(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
 
     if isinstance(likes, Tensor):
         return made(likes, lambda view: view)
-    return [made(like, lambda views, i=i: views[i]) for i, like in enumerate(likes)]
+    return [made(like, operator.itemgetter(i)) for i, like in enumerate(likes)]
 
 
 def _node_of_view(store: _Store, like: Tensor, device: torch.device) -> _Node | None:
@@ -566,7 +530,7 @@ def _tried(func: Any, *args: Any, **kwargs: Any) -> Any:
         raise _NeedsValues from failure
 
 
-def _rows(values: Any) -> _Node:
+def _rows(values: Any) -> Any:
     """The node of deferred values that are not computed yet."""
     _unless(isinstance(values, DeferredLogits) and not values._computed())
     _unless(values._node is not None)
@@ -604,8 +568,8 @@ def _copied(func: Any, logits: DeferredLogits, *args: Any, device: Any = None, *
 
 
 def _by_rows(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """A function of numbers, of values of the same rows, of tensors with something for each row, and
-    of tensors with something for each class or for all. Deferred if the shape stays."""
+    """A function of values of the same rows, of numbers, and of tensors with a value for each row
+    or class. Deferred if the shape stays, computed by chunks otherwise."""
     logits = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, DeferredLogits))
     like, lead = _like(func, *args, **kwargs), logits.shape[:-1]
     arguments = func._schema.arguments
@@ -621,17 +585,14 @@ def _by_rows(func: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(leaf, DeferredLogits):
             _unless(leaf.shape == logits.shape)
             return _rows(leaf)
+        if func.overloadpacket in _OVER_CLASSES:
+            _unless(leaf.dim() == logits.dim() and leaf.shape[:-1] == lead)
+            return _Each(leaf.reshape(-1, leaf.shape[-1]))
         # Copied, as it may be written to before the function runs.
-        if leaf.shape == lead:
-            return _Each(leaf.reshape(-1).clone())
         if leaf.numel() == leaf.shape[-1:].numel():
             return leaf.reshape(leaf.shape[-1:]).clone()
-        _unless(leaf.shape[:-1] == lead)
-        if leaf.stride(-1) == 0:
-            leaf = leaf[..., :1]
-        elif func.overloadpacket not in _OVER_CLASSES:
-            _unless(leaf.shape[-1] == 1)
-        return _Each(leaf.reshape(-1, leaf.shape[-1]).clone())
+        _unless(leaf.shape[:-1] == lead and (leaf.shape[-1] == 1 or leaf.stride(-1) == 0))
+        return _Each(leaf[..., :1].reshape(-1, 1).clone())
 
     given = tree_map_only(Tensor, operand, given)
     node = _Op(func, [given.pop(a.name) for a in arguments if not a.kwarg_only], given)
@@ -643,12 +604,9 @@ def _by_rows(func: Any, *args: Any, **kwargs: Any) -> Any:
     return tuple(o.reshape(part.shape) for o, part in zip(outputs, like, strict=True))
 
 
-def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Any:
-    if kwargs or not (isinstance(a, DeferredLogits) and isinstance(b, DeferredLogits)):
-        return _by_rows(func, a, b, **kwargs)
-    like = _like(func, a, b)
-    _unless(a.shape == b.shape)
-    return _made(like, _Sum([_rows(a), _rows(b)]), a.device)
+def _by_chunks(node: _Node, logits: DeferredLogits) -> list[Tensor]:
+    chunks = _chunks(logits.shape[:-1].numel(), logits.shape[-1], logits.device)
+    return _evaluate(node, chunks, logits.device)
 
 
 _NONE, _MEAN = 0, 1  # reductions of ATen
@@ -657,11 +615,8 @@ _NONE, _MEAN = 0, 1  # reductions of ATen
 def _nll_loss(
     func: Any, logprobs: Any, target: Tensor, weight: Any, reduction: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    def of_each(chunk: Tensor, labels: Tensor) -> Tensor:
-        return func(chunk, labels, weight, _NONE, ignore_index)[0]
-
-    node = _Op(of_each, (_rows(logprobs), _Each(target.reshape(-1))))
-    losses = _by_chunks(node, logprobs)[0].reshape(target.shape)
+    args = _rows(logprobs), _Each(target.reshape(-1)), weight, _NONE, ignore_index
+    losses = _by_chunks(_Op(lambda *args: func(*args)[0], args), logprobs)[0].view(target.shape)
     valid = target != ignore_index
     total = (valid if weight is None else weight[target[valid]]).sum().to(losses.dtype)
     if reduction == _NONE:
@@ -671,16 +626,12 @@ def _nll_loss(
 
 
 def _nll_loss_backward(
-    func: Any,
-    grad: Tensor,
-    logprobs: Any,
-    target: Tensor,
-    weight: Any,
-    reduction: int,
-    *others: Any,
+    func: Any, grad: Any, logprobs: Any, target: Any, weight: Any, reduction: int, *others: Any
 ) -> DeferredLogits:
     grads = (grad / others[-1] if reduction == _MEAN else grad).expand(target.shape)
-    return _by_rows(func, grads, logprobs, target, weight, _NONE, *others)
+    rows = _Each(grads.reshape(-1)), _rows(logprobs), _Each(target.reshape(-1))
+    node = _Op(func, (*rows, weight, _NONE, *others))
+    return _made(_mirror(logprobs), node, logprobs.device)
 
 
 def _index(func: Any, logits: DeferredLogits, *args: Any) -> DeferredLogits:
@@ -703,11 +654,6 @@ def _put_view(func: Any, rows: DeferredLogits, size: Sequence[int], dim: int, *a
     return _made(like, _Put(_rows(rows), index), rows.device)
 
 
-def _by_chunks(node: _Node, logits: DeferredLogits) -> list[Tensor]:
-    chunks = _chunks(logits.shape[:-1].numel(), logits.shape[-1], logits.device)
-    return _evaluate(node, chunks, logits.device)
-
-
 _FORWARD = {aten.slice_backward: aten.slice.Tensor, aten.select_backward: aten.select.int}
 # Over the last dimension, whose gradient takes nothing else, but for gather (below).
 _OVER_CLASSES = {
@@ -717,7 +663,7 @@ _OVER_CLASSES = {
 }  # fmt: skip
 # With what their gradients, and those of the functions above, are made of.
 _POINTWISE = {
-    aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten.exp, aten.log, aten.tanh,
+    aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten.exp, aten.log, aten.tanh,
     aten.tanh_backward, aten.pow, aten.clamp, aten.eq, aten.ge, aten.le, aten.logical_and,
     aten.where,
 }  # fmt: skip
@@ -726,7 +672,6 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((aten.clone, aten._to_copy, aten._unsafe_view), _copied),
     **dict.fromkeys((aten.index, aten.index_select), _index),
     **dict.fromkeys(_FORWARD, _put_view),
-    aten.add: _sum,
     aten.nll_loss_forward: _nll_loss,
     aten.nll_loss_backward: _nll_loss_backward,
 }
@@ -803,7 +748,7 @@ class _CrossEntropy(torch.autograd.Function):
 def _cross_entropy_gradient(
     values: Tensor, target: Tensor, grad: Tensor, ignore_index: int, label_smoothing: float
 ) -> Tensor:
-    settings = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
+    settings: Any = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
     with torch.enable_grad():
         values = values.detach().requires_grad_()
         loss = F.cross_entropy(values, target, reduction="sum", **settings)
@@ -813,7 +758,8 @@ def _cross_entropy_gradient(
 def _plain_projection(logits: Any) -> tuple[_Projection, Tensor | None]:
     """The ``F.linear`` that these logits are, copied or widened at most, and the row of it for each
     of theirs, None for all in order."""
-    node, index, dtypes = _rows(logits), None, {logits.dtype}
+    node: Any = _rows(logits)
+    index, dtypes = None, {logits.dtype}
     while not isinstance(node, _Projection):
         if isinstance(node, _Take):
             node, index = node.source, node.index if index is None else node.index[index]
@@ -869,7 +815,7 @@ def _evaluate(node: _Node, chunks: Sequence[slice], device: torch.device) -> lis
     ):
         parts = [node.at(rows, {}) for rows in chunks]
         columns = zip(*(p if isinstance(p, tuple) else (p,) for p in parts), strict=True)
-        return [column[0] if len(column) == 1 else torch.cat(column) for column in columns]
+        return [c[0] if len(c) == 1 or not c[0].dim() else torch.cat(c) for c in columns]
 
 
 def _version(tensor: Tensor) -> int | None:

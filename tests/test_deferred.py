@@ -738,3 +738,56 @@ def test_errors_are_those_of_the_values(case):
             use(case.deferred())
     with pytest.raises(RuntimeError, match="invalid for input of size"):
         case.deferred().view(7, V)
+
+
+def test_as_many_rows_as_classes():
+    """A tensor [V] is for classes where it broadcasts, and for rows where it is a target."""
+    case, per_class, labels = Case((V,)), torch.arange(1.0, V + 1), torch.arange(V)
+    same(lambda x: (x * per_class).logsumexp(-1), case, 0)
+    same(lambda x: F.cross_entropy(x, labels, per_class.to(x.dtype)), case, 0)
+    same(lambda x: F.cross_entropy(x.transpose(0, 1), labels), case)
+
+
+def test_a_source_of_a_copy_is_not_written(case):
+    logits = case.deferred()
+    loss = logits.sin().sum()
+    torch.empty(B, S, V).copy_(logits.detach())
+    torch._foreach_copy_([torch.empty(B, S, V)], [logits.detach()])
+    torch.testing.assert_close(case.gradients(loss), case.gradients(case.eager().sin().sum()))
+
+
+def test_gradients_of_parts_together():
+    """Slices, masks and casts of one tensor, each with its own loss."""
+    labels = LABELS.clamp(min=0)
+
+    def use(x: Any) -> Any:
+        wide = x[:, :-1].float()
+        picked = wide.log_softmax(-1).gather(-1, labels[:, 1:, None]).squeeze(-1)
+        losses = [picked, x[MASK].logsumexp(-1), x[1:, 2:].logsumexp(-1), x[0, 0].exp().sum(-1)]
+        return [*losses, F.cross_entropy(wide.reshape(-1, V), LABELS[:, 1:].reshape(-1))]
+
+    same(use, reads=0)
+    same(use, Case(dtype=torch.bfloat16), reads=0)
+
+
+def test_a_hook_changes_the_gradient_of_a_fused_loss():
+    hidden, weight = torch.randn(B, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    labels = torch.tensor([1, -100, 3])
+
+    def gradients(logits: Any) -> Any:
+        logits.register_hook(lambda grad: grad * 2)
+        loss = F.cross_entropy(logits, labels) + logits.logsumexp(-1).sum()
+        return torch.autograd.grad(loss, (hidden, weight))
+
+    kind = dict(classes=V, dtype=torch.float32, requires_grad=True)
+    actual = gradients(DeferredLogits(Head(F.linear, (weight,)), hidden, **kind))
+    torch.testing.assert_close(actual, gradients(F.linear(hidden, weight)))
+
+
+def test_saved_outputs_keep_nothing_alive(case):
+    """Autograd saves the output of a softmax in the softmax' own node."""
+    watched = weakref.ref(logits := case.deferred())
+    outputs = logits.softmax(-1), logits.tanh(), logits.exp()
+    assert all(output.requires_grad for output in outputs)
+    del logits, outputs
+    assert watched() is None
