@@ -378,6 +378,9 @@ class DeferredLogits(Tensor):
             f"device={self.device}, requires_grad={self.requires_grad})"
         )
 
+    def __format__(self, spec: str) -> str:
+        return format(self.materialize(), spec) if spec else repr(self)
+
     @classmethod
     @torch.compiler.disable
     def __torch_function__(
@@ -645,6 +648,28 @@ def _index(func: Any, logits: DeferredLogits, *args: Any) -> DeferredLogits:
     return _made(like, _Take(node, index.flatten()), logits.device)
 
 
+def _put(func: Any, zeros: DeferredLogits, *args: Any) -> DeferredLogits:
+    """The backward of `_index`: rows are added to zeros, by ``index_put(indices, rows, True)`` or
+    ``index_add(dim, index, rows)``."""
+    by_tensors = func is aten.index_put.default
+    *index, rows = args[:2] if by_tensors else args
+    _unless(getattr(_rows(zeros), "function", None) is _zeros and (not by_tensors or args[2]))
+    taken = _index(aten.index.Tensor if by_tensors else aten.index_select.default, zeros, *index)
+    _unless(taken.shape == rows.shape)
+    return _made(_mirror(zeros), _Put(_node_of(rows), taken._node.index), zeros.device)
+
+
+def _new_zeros(func: Any, logits: DeferredLogits, size: Sequence[int], **kwargs: Any) -> Any:
+    like = _like(func, logits, size, **kwargs)
+    _unless(like.dtype == logits.dtype and like.shape[-1:] == logits.shape[-1:])
+    rows = torch.empty(like.shape[:-1].numel(), 0, dtype=like.dtype, device=logits.device)
+    return _made(like, _Op(_zeros, (_Each(rows), like.shape[-1])), logits.device)
+
+
+def _zeros(rows: Tensor, classes: int) -> Tensor:
+    return rows.new_zeros(len(rows), classes)
+
+
 def _put_view(func: Any, rows: DeferredLogits, size: Sequence[int], dim: int, *args: Any) -> Any:
     """The backward of a slice, or of one index, of a leading dimension."""
     like = torch.empty(size, dtype=rows.dtype, device="meta")
@@ -672,6 +697,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((aten.clone, aten._to_copy, aten._unsafe_view), _copied),
     **dict.fromkeys((aten.index, aten.index_select), _index),
     **dict.fromkeys(_FORWARD, _put_view),
+    **dict.fromkeys((aten.index_put, aten.index_add), _put),
+    aten.new_zeros: _new_zeros,
     aten.nll_loss_forward: _nll_loss,
     aten.nll_loss_backward: _nll_loss_backward,
 }

@@ -580,6 +580,8 @@ def test_no_tensor_of_all_logits(case):
         loss = F.cross_entropy(logits, labels) - (log_probs.exp() * log_probs).sum(-1).mean()
         loss = loss + log_probs.gather(-1, labels[:, None]).sum() + logits.logsumexp(-1).sum()
         logits.argmax(-1), logits.topk(2), logits.max(-1)
+        for part in (logits[::2], logits[labels < 9], logits.index_select(0, labels[:20])):
+            loss = loss + part.logsumexp(-1).sum()
         loss.backward()
     assert largest.elements <= max(hidden.numel(), weight.numel()) < rows * classes
 
