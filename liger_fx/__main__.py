@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from liger_fx.explaining.explanation import explain_subject
-from liger_fx.explaining.page import as_page
+from liger_fx.explaining.render import as_html, as_text
 from liger_fx.explaining.subject import DTYPES, CannotExplain, Request
-from liger_fx.explaining.text import as_text
 
 EXTRAS = {"huggingface": "transformers", "torchtune": "torchtune"}
 
@@ -85,7 +84,7 @@ def _explain(given: argparse.Namespace) -> str:
         subject = _builder(library).subject(given.hf or given.torchtune, request)
         explanation = explain_subject(subject)
     if given.html:
-        given.html.write_text(as_page(explanation), encoding="utf-8")
+        given.html.write_text(as_html(explanation), encoding="utf-8")
     return as_text(explanation)
 
 

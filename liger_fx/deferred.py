@@ -1,48 +1,47 @@
 """Logits that are computed when they are read.
 
 A fused loss needs no logits, yet models return them beside the loss. `DeferredLogits` takes their
-place: a tensor of the true shape, dtype, device and gradient, whose values the model's own code
-computes, once, when somebody reads them.
+place: a tensor of the true shape, dtype, device and gradient, but without memory.
 
-Values      Each row of logits depends on one row of hidden states. So reshapes and slices of rows
-            are done on the hidden states, functions of a row are composed, and what reduces a row
-            (argmax, logsumexp, cross_entropy, ...) runs over chunks of rows. Every other function
-            gets the computed values.
-Gradients   A deferred tensor is the output of an autograd node, and hooks, DDP's sink and whatever
-            else torch attaches to it are ordinary autograd. Results that were computed from rows
-            give their gradient to the hidden states and None to the deferred tensor.
-Writes      A view of a deferred tensor knows how it was made. Before a write its base is computed
-            and the view is made of that, so that the one sees what is written to the other.
-Not seen    A parameter written through ``.data``, or filled anew by FSDP2 after a reshard: the
-            version that autograd keeps of it does not change.
+Autograd     `DeferredLogits.__torch_dispatch__` runs below autograd. Gradients, views, hooks and
+             version counters are therefore torch's own.
+Rows         Each row of logits depends on one row of hidden states. `_RULES` holds the ATen
+             functions that keep rows apart. Their results are deferred, or, where a rule reduces
+             the classes (argmax, logsumexp, ...), computed by chunks of rows. Every other function
+             gets the values, which are computed once.
+Backward     The gradient of deferred logits is deferred as well. The backward of the projection
+             computes it by chunks, like a checkpoint that recomputes what it needs.
+Writes       A view of deferred logits knows how it was made. A write computes the whole tensor
+             first, and all its views are then views of these values.
+Not seen     A parameter that is written through ``.data``, or filled anew by FSDP2 after a reshard:
+             the version counter of such a parameter does not change.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
-import math
 import operator
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from types import EllipsisType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.parallel.distributed import _DDPSink
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.autograd.function import once_differentiable
+from torch.overrides import enable_reentrant_dispatch
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from liger_fx.ops.chunked_head import chunk_tokens_for
-from liger_fx.ops.linear_cross_entropy import linear_cross_entropy
+from liger_fx.ops.linear_cross_entropy import linear_cross_entropy, scaled
 
+aten = torch.ops.aten
 _log = logging.getLogger("liger_fx")
 _count = 0
 _readers: set[str] = set()
-_OR_KEEP = 'or compile with the option logits="keep"'
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -63,195 +62,262 @@ class Head:
     parameters: tuple[Tensor, ...]
 
 
+# -- rows ------------------------------------------------------------------------------------------
+# Deferred values [*, V] are a tree of nodes. ``node.at(rows, memo)`` computes some of its N rows,
+# which are a slice or an int64 tensor [n].
+
+_Memo = dict[tuple[Any, int], tuple[Any, Any]]
+
+
+class _Node:
+    def at(self, rows: Any, memo: _Memo) -> Any:
+        key = self, id(rows)
+        if key not in memo:
+            memo[key] = rows, self.compute(rows, memo)  # rows stay alive, and so does their id
+        return memo[key][1]
+
+    def compute(self, rows: Any, memo: _Memo) -> Any:
+        raise NotImplementedError
+
+    def cast(self, dtype: torch.dtype) -> _Node:
+        return _Op(aten._to_copy.default, (self,), {"dtype": dtype})
+
+
 @dataclass(eq=False)
-class _Source:
-    """``function(rows, parameters)``, each row by itself.
+class _Each(_Node):
+    """The rows of a tensor [N, ...]."""
 
-    rows: the hidden states [*, H], and further tensors [*, k] of the same leading shape. classes:
-    the size of the last dimension of the values. linear: the dtype of a projection, F.linear, after
-    which values were copied or widened at most. graph: the values as autograd recorded them, and
-    the aliases of the tensors that they were computed from, until a backward takes both.
-    """
+    tensor: Tensor
 
-    function: Callable[[Sequence[Tensor], Sequence[Tensor]], Any]
-    rows: tuple[Tensor, ...]
-    parameters: tuple[Tensor, ...]
-    classes: int
-    linear: torch.dtype | None = None
-    graph: list[tuple[Tensor, list[Tensor]]] = field(default_factory=list)
+    def compute(self, rows: Any, memo: _Memo) -> Tensor:
+        return self.tensor[rows]
 
-    def __post_init__(self) -> None:
-        self.tensors = self.rows + self.parameters
+
+@dataclass(eq=False)
+class _Op(_Node):
+    """``function(*args, **kwargs)``, where nodes stand for their rows."""
+
+    function: Callable[..., Any]
+    args: Sequence[Any]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def compute(self, rows: Any, memo: _Memo) -> Any:
+        args, kwargs = tree_map_only(_Node, lambda n: n.at(rows, memo), (self.args, self.kwargs))
+        return self.function(*args, **kwargs)
+
+
+# Equal views share one index, so that what is computed for the one is there for the other.
+_indices: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
+
+
+def _rows_of_view(view: Tensor, count: int, device: torch.device) -> Tensor:
+    """Which of ``count`` rows a view of them with the metadata of ``view`` has: int64 [n]."""
+    strides = tuple(view.shape), view.stride(), int(view.storage_offset())
+    key = count, strides, device
+    index = _indices.get(key)
+    if index is None:
+        with torch.inference_mode(False):
+            rows = torch.arange(count, device=device)
+            index = _indices[key] = rows.as_strided(*strides).reshape(-1).clone()
+    return index
+
+
+def _indexed(index: Tensor, rows: Any, memo: _Memo) -> Tensor:
+    """``index[rows]``, one tensor for each pair of them."""
+    key = id(index), id(rows)
+    if key not in memo:
+        memo[key] = (index, rows), index[rows]
+    return memo[key][1]
+
+
+@dataclass(eq=False)
+class _Take(_Node):
+    """Row j is row ``index[j]`` of the source."""
+
+    source: _Node
+    index: Tensor
+
+    def compute(self, rows: Any, memo: _Memo) -> Any:
+        return self.source.at(_indexed(self.index, rows, memo), memo)
+
+
+@dataclass(eq=False)
+class _Put(_Node):
+    """The transpose of `_Take`: row j of the source is added to row ``index[j]`` of zeros."""
+
+    source: _Node
+    index: Tensor
+
+    def compute(self, rows: Any, memo: _Memo) -> Any:
+        index = self.index
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, device=index.device)
+        wanted, inverse = rows.unique(return_inverse=True)
+        found = torch.isin(index, wanted).nonzero().squeeze(1)
+        values = self.source.at(found, memo)
+        zeros = values.new_zeros(len(wanted), values.shape[-1])
+        return zeros.index_add_(0, torch.searchsorted(wanted, index[found]), values)[inverse]
+
+    def cast(self, dtype: torch.dtype) -> _Node:
+        return _Put(self.source.cast(dtype), self.index)
+
+
+@dataclass(eq=False)
+class _Known(_Op):
+    """A gradient of logits whose gradients of hidden states [N, H] and parameters are known."""
+
+    projection: Any = None
+    gradients: Sequence[Tensor | None] = ()
+
+    def cast(self, dtype: torch.dtype) -> _Node:
+        return replace(self, function=Tensor.to, args=(_Op(self.function, self.args), dtype))
+
+
+class _Projection(_Op):
+    """The head. needs: which of hidden states and parameters take a gradient. linear: the dtype of
+    a plain ``F.linear``, for which there is a fused cross-entropy."""
+
+    def __init__(self, head: Head, hidden: Tensor, like: Tensor, needs: Sequence[bool]) -> None:
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        function = _under_autocast(head.function, hidden.device.type)
+        super().__init__(function, (_Each(rows), *head.parameters))
+        self.needs, self.like = needs, like
+        plain = head.function is F.linear and like.dtype in _KERNEL_DTYPES
+        self.linear = like.dtype if plain else None
+        self.tensors = rows, *head.parameters
         self.versions = [_version(tensor) for tensor in self.tensors]
 
+    def compute(self, rows: Any, memo: _Memo) -> Any:
+        self.check()
+        values = super().compute(rows, memo)
+        found, wanted = ((t.shape[-1], t.dtype) for t in (values, self.like))
+        if found != wanted:
+            raise RuntimeError(
+                f"the head returned rows of {found[0]} {found[1]}, but its logits were deferred as "
+                f"{list(self.like.shape)} {wanted[1]}"
+            )
+        return values
+
     def check(self) -> None:
-        """Raise RuntimeError if a tensor has other values than when this source was made."""
+        """Raise RuntimeError if a tensor has other values than when the logits were deferred."""
         for i, (tensor, version) in enumerate(zip(self.tensors, self.versions, strict=True)):
             written = _version(tensor) != version
-            if not written and (tensor.untyped_storage().size() or not tensor.numel()):
-                continue
-            parameter = i - len(self.rows)
-            name = f"parameter {parameter} of the head" if parameter >= 0 else "the hidden state"
-            what = "written in place, as by optimizer.step()" if written else "resharded or freed"
-            raise RuntimeError(
-                f"these logits cannot be computed any more: {name}, of shape {list(tensor.shape)}, "
-                f"was {what}. Read the logits or call .materialize() on them before that, "
-                f"{_OR_KEEP}"
-            )
-
-    def then(
-        self,
-        step: Callable[..., Any],
-        rows: tuple[Tensor, ...] = (),
-        parameters: tuple[Tensor, ...] = (),
-    ) -> _Source:
-        """``step(values, *rows, *parameters)``, where rows and parameters are further ones."""
-        function, r, p = self.function, len(self.rows), len(self.parameters)
-        return _Source(
-            lambda rs, ps: step(function(rs[:r], ps[:p]), *rs[r:], *ps[p:]),
-            self.rows + rows,
-            self.parameters + parameters,
-            self.classes,
-        )
-
-    def of_rows(self, rows: Iterable[Tensor]) -> _Source:
-        return replace(self, rows=tuple(rows), graph=[])
-
-    def chunks(self) -> list[slice]:
-        # What is done with the values takes about four tensors of their size in fp32.
-        size = chunk_tokens_for(self.classes, 16, self.rows[0].device.type)
-        count = math.prod(self.rows[0].shape[:-1])
-        return [slice(start, start + size) for start in range(0, max(count, 1), size)]
-
-    def outputs(self) -> list[Tensor]:
-        """The outputs of the function, [N, ...] each, by chunks."""
-        flat = [_flat(rows) for rows in self.rows]
-        with torch.no_grad(), _no_autocast(flat[0]):
-            parts = [
-                _tuple(self.function([rows[chunk] for rows in flat], self.parameters))
-                for chunk in self.chunks()
-            ]
-        return [torch.cat(column) for column in zip(*parts, strict=True)]
-
-    def gradients(
-        self, needs: Sequence[bool], grads: Sequence[Tensor | None], again: bool
-    ) -> list[Tensor | None]:
-        """Of the tensors, where they are needed, by chunks, each computed anew.
-
-        grads: of the outputs, [N, ...] each. again: they shall have gradients themselves.
-        """
-        r = len(self.rows)
-        parts: list[list[Any]] = []
-        # A sum over chunks in bf16 would lose what a chunk adds to it.
-        totals: list[Any] = [
-            torch.zeros_like(p, dtype=_wide(p.dtype)) if need else None
-            for p, need in zip(self.parameters, needs[r:], strict=True)
-        ]
-        with torch.enable_grad(), _no_autocast(self.rows[0]):
-            flat, parameters = [_flat(rows) for rows in self.rows], _aliases(self.parameters)
-            for chunk in self.chunks():
-                inputs = (*(rows[chunk] for rows in flat), *parameters)
-                outputs = _tuple(self.function(inputs[:r], inputs[r:]))
-                upstream = [g if g is None else g[chunk] for g in grads]
-                found = _gradients(outputs, inputs, needs, upstream, again)
-                parts.append(found[:r])
-                for i, gradient in enumerate(found[r:]):
-                    if gradient is not None:
-                        totals[i] = totals[i] + gradient if again else totals[i].add_(gradient)
-            columns: list[Any] = [
-                [part[i] for part in parts] if needs[i] else None for i in range(r)
-            ]
-            whole = [
-                c and torch.cat(c).reshape(t.shape) for c, t in zip(columns, self.rows, strict=True)
-            ]
-            casts = zip(totals, self.parameters, strict=True)
-            return whole + [t if t is None else t.to(p.dtype) for t, p in casts]
+            if written or (tensor.numel() and not tensor.untyped_storage().size()):
+                name = f"parameter {i - 1} of the head" if i else "the hidden state"
+                what = (
+                    "written in place, as by optimizer.step()" if written else "resharded or freed"
+                )
+                raise RuntimeError(
+                    f"these logits cannot be computed any more: {name}, of shape "
+                    f"{list(tensor.shape)}, was {what}. Read the logits or call .materialize() on "
+                    'them before that, or compile with the option logits="keep"'
+                )
 
 
-def _aliases(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """As inputs of a backward that ends at them, although hidden states may depend on a parameter:
-    that of the embedding, which is the head's where they are tied."""
-    return [tensor.view_as(tensor) for tensor in tensors]
+def _chunks(count: int, classes: int, device: torch.device) -> list[slice]:
+    # What is done with the values takes about four tensors of their size in fp32.
+    size = chunk_tokens_for(classes, 16, device.type)
+    return [slice(i, min(i + size, count)) for i in range(0, max(count, 1), size)]
 
 
-def _gradients(
-    outputs: Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    needs: Sequence[bool],
-    upstream: Sequence[Tensor | None],
-    again: bool,
-) -> list[Tensor | None]:
-    pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if g is not None]
-    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
-    found = iter(
-        torch.autograd.grad(
-            [output for output, _ in pairs],
-            wanted,
-            [gradient for _, gradient in pairs],
-            create_graph=again,
-            materialize_grads=True,
-        )
-    )
-    return [next(found) if need else None for need in needs]
+# -- gradients of the projection -------------------------------------------------------------------
 
 
-class _Computed(torch.autograd.Function):
-    """The node of what ``outcome()`` returns: values of a source, deferred or not.
-
-    Its tensors are the ``count`` deferred ones that the rows were taken of, and the source's.
-    """
+class _Project(torch.autograd.Function):
+    """From hidden states and parameters to deferred logits."""
 
     @staticmethod
-    def forward(ctx: Any, outcome: Any, source: _Source, count: int, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, head: Head, like: Tensor, hidden: Tensor, *parameters: Tensor) -> Any:
+        ctx.save_for_backward(hidden, *parameters)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[count:])
-        ctx.like = source.function, len(source.rows), source.classes
-        ctx.graph, ctx.first = source.graph, 3 + count
-        return outcome()
+        projection = _Projection(head, hidden, like, ctx.needs_input_grad[2:])
+        # Not the projection itself: its tensors shall be freed with those that are saved.
+        ctx.function, ctx.projection = projection.function, weakref.ref(projection)
+        return _wrapped(like, projection, hidden.device)
 
     @staticmethod
     @torch.compiler.disable
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[ctx.first :]
-        function, r, classes = ctx.like
-        gradients: Sequence[Tensor | None] = [None] * len(tensors)
-        again = torch.is_grad_enabled()
-        if all(grad is None for grad in grads):
-            pass  # only the hooks of a parent wait for this node
-        elif ctx.graph:
-            values, inputs = ctx.graph.pop()
-            gradients = _gradients([values], inputs, needs, grads, again)
-        else:
-            lead = tensors[0].dim() - 1
-            flat = [g if g is None else _flat(g, lead) for g in grads]
-            source = _Source(function, tensors[:r], tensors[r:], classes)
-            gradients = source.gradients(needs, flat, again)
-        return *[None] * ctx.first, *gradients
-
-
-class _Signal(torch.autograd.Function):
-    """A loss of hidden states, whose backward also runs the hooks of the deferred logits."""
-
-    @staticmethod
-    def forward(ctx: Any, deferred: DeferredLogits, loss: Tensor) -> Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return None, grad
-
-
-class _Read(torch.autograd.Function):
-    """``values()`` as the values of a deferred tensor, which gets their gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, deferred: DeferredLogits, values: Callable[[], Tensor]) -> Tensor:
-        ctx.set_materialize_grads(False)
-        return values()
-
-    @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
-        return grad, None
+        inputs, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        if grad is None:
+            return None, None, *[None] * len(needs)
+        if torch.is_grad_enabled():  # of gradients
+            # The backward ends at these, although hidden states may depend on a parameter.
+            inputs = [t.view_as(t) for t in inputs]
+            outputs = ctx.function(*inputs)
+            return None, None, *_gradients(outputs, inputs, needs, grad, create_graph=True)
+        node: Any = _node_of(grad)
+        index = None
+        while isinstance(node, _Put):
+            node, index = node.source, node.index if index is None else index[node.index]
+        projection = ctx.projection()
+        if isinstance(node, _Known) and node.projection is projection:
+            rows, *others = node.gradients
+        else:
+            with _no_autocast(grad.device.type):
+                rows, *others = _by_recomputing(
+                    ctx.function, projection, inputs, needs, node, index, grad.shape[-1]
+                )
+        hidden = inputs[0]
+        if rows is not None and index is not None:
+            zeros = rows.new_zeros(hidden.shape[:-1].numel(), hidden.shape[-1])
+            rows = zeros.index_add_(0, index, rows)
+        found = [None if rows is None else rows.view(hidden.shape), *others]
+        pairs = zip(found, inputs, strict=True)
+        return None, None, *(g if g is None else g.to(t.dtype) for g, t in pairs)
+
+
+def _gradients(
+    outputs: Tensor, inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor, **how: Any
+) -> list[Tensor | None]:
+    wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(outputs, wanted, grad, materialize_grads=True, **how))
+    return [next(found) if need else None for need in needs]
+
+
+def _by_recomputing(
+    function: Callable[..., Tensor],
+    projection: _Projection | None,
+    inputs: Sequence[Tensor],
+    needs: Sequence[bool],
+    node: _Node,
+    index: Tensor | None,
+    classes: int,
+) -> list[Tensor | None]:
+    """The gradients of hidden states and parameters, of the gradient of logits that ``node``
+    computes. Each chunk of logits is computed anew. index: the row of hidden states for each row of
+    ``node``, None for all in order; the gradients of hidden states [n, H] are in this order."""
+    hidden, *parameters = (t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True))
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    # A sum over chunks in bf16 would lose what a chunk adds to it.
+    sums: list[Any] = [
+        torch.zeros_like(p, dtype=_wide(p.dtype)) if p.requires_grad else None for p in parameters
+    ]
+    parts: list[Any] = []
+    for chunk in _chunks(len(hidden if index is None else index), classes, hidden.device):
+        memo: _Memo = {}
+        rows = chunk if index is None else _indexed(index, chunk, memo)
+        with torch.enable_grad():
+            some = hidden[rows], *parameters
+            values = function(*some)
+        memo[projection, id(rows)] = rows, values.detach()
+        part, *found = _gradients(values, some, needs, node.at(chunk, memo))
+        parts.append(part)
+        for total, gradient in zip(sums, found, strict=True):
+            if total is not None:
+                total.add_(gradient)
+    return [torch.cat(parts) if needs[0] else None, *sums]
+
+
+def _node_of(gradient: Tensor) -> Any:
+    if isinstance(gradient, DeferredLogits):
+        if gradient._node is not None and not gradient._computed():
+            return gradient._node
+        gradient = gradient.materialize().detach()
+    return _Each(gradient.reshape(-1, gradient.shape[-1]))
+
+
+# -- the tensor ------------------------------------------------------------------------------------
 
 
 class DeferredLogits(Tensor):
@@ -261,143 +327,70 @@ class DeferredLogits(Tensor):
     computed here. Holding the tensor keeps the hidden states and the head's parameters alive.
     """
 
-    _source: _Source
-    # Of a view: the tensor that it is a view of, and what makes it of that tensor's values.
-    _root: DeferredLogits | None = None
-    _replay: Any = None
-    _raw: Tensor | None = None
-    _real: Tensor | None = None
-    _node: Any = None  # that gets the gradient of _real
-    _linked = False  # _real is a view of the root's
-    _lent = False  # somebody has memory of a view that is not the root's
-    _bypassed = False  # gradients of this tensor were given to the hidden states directly
+    _store: _Store
+    _node: Any  # None for a view that takes rows apart
+    _replay: Any = None  # of a view: what makes it of the values of its store
+    _part: Tensor | None = None  # the values of a view, where those of its store were not needed
+    _given: Any = None
 
     def __new__(
         cls, head: Head, hidden: Tensor, *, classes: int, dtype: torch.dtype, requires_grad: bool
     ) -> DeferredLogits:
-        autocast = _autocast(hidden.device.type)
-
-        def function(rows: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
-            with autocast():
-                return head.function(*rows, *parameters)
-
-        linear = dtype if head.function is F.linear and dtype in _KERNEL_DTYPES else None
-        source = _Source(function, (hidden,), tuple(head.parameters), classes, linear)
         like = torch.empty((*hidden.shape[:-1], classes), dtype=dtype, device="meta")
-        return _deferred(source, like, requires_grad)
+        with torch.set_grad_enabled(requires_grad):
+            return _Project.apply(head, like, hidden, *head.parameters)
 
     def materialize(self) -> Tensor:
         """The values as an ordinary tensor, with a gradient if ``requires_grad``: the same tensor
-        in each call, and the one that in-place functions write to.
+        as long as somebody holds it, and a view, so that it and these logits see what is written to
+        the other.
 
         Raises RuntimeError if the values do not exist yet, and the hidden states or parameters have
         been written or resharded.
         """
-        if self._root is not None and not self._computed():
-            self._root._lent |= self._shape().numel() != self._root._shape().numel()
-        return self._values()
+        given = self._given and self._given()
+        if given is None:
+            with torch.inference_mode(False), torch.enable_grad():
+                given = aten.alias(self)
+            self._given = weakref.ref(given)
+        return given
 
     def _computed(self) -> bool:
-        return self._real is not None or (self._root is not None and self._root._real is not None)
+        return self._store.values is not None
 
-    def _native(self, name: str) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            return getattr(self, name)
+    def _compute(self, whole: bool = False) -> Tensor:
+        """The values, without history. whole: in the memory that all views share."""
+        store = self._store
+        part = self._node is not None and self.numel() < store.like.numel()
+        if whole or self._computed() or not part:
+            if store.values is None:
+                store.values = _read(store.node, store.like, self.device)
+            return self._replay(store.values) if self._replay else store.values
+        if self._part is None:
+            self._part = _read(self._node, self, self.device)
+        return self._part
 
-    def _shape(self) -> torch.Size:
-        return self._native("shape")
-
-    def _own_node(self, *others: Any) -> bool:
-        """No function outside of this module is the last that made this tensor."""
-        if not self._native("requires_grad"):
-            return True
-        return isinstance(self._native("grad_fn"), (_Computed._backward_cls, *others))
-
-    def _values(self, write: bool = False) -> Tensor:
-        root = self if self._root is None else self._root
-        if write and root._lent:
-            raise RuntimeError(
-                "cannot write to these logits: a part of them was computed by itself and given "
-                "away, and would not see it. Call .materialize() on the whole logits first, "
-                f"{_OR_KEEP}"
-            )
-        whole_exists = (
-            write or root._real is not None or root._shape().numel() == self._shape().numel()
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        if self._computed():
+            return repr(self.materialize())
+        return (
+            f"DeferredLogits(not computed yet, shape={list(self.shape)}, dtype={self.dtype}, "
+            f"device={self.device}, requires_grad={self.requires_grad})"
         )
-        if root is not self and not self._linked and whole_exists:
-            whole, own = root._values(), self._own_node()
-            differentiable = own and self._native("requires_grad")
-            with torch.inference_mode(False), torch.set_grad_enabled(differentiable):
-                values = self._replay(whole)
-            self._real, self._linked = values if own else self._attach(values), True
-            self._node = self._native("grad_fn")
-        if self._real is None:
-            self._real = self._attach(self._below_autograd(record=self._own_node()))
-            self._node = self._native("grad_fn")
-        return self._real
 
-    def _attach(self, values: Tensor) -> Tensor:
-        if not self._native("requires_grad"):
-            return values
-        with torch.inference_mode(False), torch.enable_grad():
-            return _Read.apply(self, lambda: values)
-
-    def _below_autograd(self, record: bool = False) -> Tensor:
-        """The values without history. record: keep the history for the backward."""
-        if self._real is not None:
-            return self._real.detach()
-        root = self._root
-        if root is not None and (
-            root._real is not None or root._shape().numel() == self._shape().numel()
-        ):
-            return self._replay(root._below_autograd())
-        if self._raw is None:
-            source, record = self._source, record and self._native("requires_grad")
-            source.check()
-            # In this order, as inference_mode sets the grad mode too.
-            with (
-                torch.inference_mode(False),
-                torch.set_grad_enabled(record),
-                _no_autocast(source.rows[0]),
-            ):
-                inputs, r = _aliases(source.tensors), len(source.rows)
-                values = source.function(inputs[:r], inputs[r:]).contiguous()
-            if (values.shape, values.dtype) != (self._shape(), self._native("dtype")):
-                raise RuntimeError(
-                    f"the head returned {list(values.shape)} {values.dtype}, but its logits were "
-                    f"deferred as {list(self._shape())} {self._native('dtype')}"
-                )
-            if record:
-                source.graph.append((values, inputs))
-            self._raw = values.detach()
-            _announce(values)
-        return self._raw
-
-    def _mirror(self) -> Tensor:
-        """A tensor without memory that is otherwise alike."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return torch.empty_strided(
-                self.shape,
-                self.stride(),
-                dtype=self.dtype,
-                device="meta",
-                requires_grad=self.requires_grad,
-            )
+    def __format__(self, spec: str) -> str:
+        return format(self.materialize(), spec) if spec else repr(self)
 
     @classmethod
     @torch.compiler.disable
     def __torch_function__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        kwargs = dict(kwargs or {})
-        if not args and "input" in kwargs:
-            args = (kwargs.pop("input"),)
-        handler = _HANDLERS.get(func)
-        if handler is not None and args and isinstance(args[0], cls) and not args[0]._computed():
-            outcome = handler(func, *args, **kwargs)
-            if outcome is not NotImplemented:
-                return outcome
-        return _on_values(func, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            try:
+                return _ABOVE_AUTOGRAD.get(func, _no_rule)(*args, **(kwargs or {}))
+            except _NeedsValues:
+                return func(*args, **(kwargs or {}))
 
     @classmethod
     @torch.compiler.disable
@@ -405,62 +398,451 @@ class DeferredLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.is_write and any(isinstance(leaf, cls) for leaf in tree_leaves(value)):
-                raise RuntimeError(
-                    f"{func} would write to deferred logits from C++. Give it .materialize() of "
-                    f"them, {_OR_KEEP}"
-                )
+        outcome = func.decompose(*args, **kwargs)
+        if outcome is not NotImplemented:  # what autograd would have decomposed, without autograd
+            return outcome
+        if func is aten.alias.default:  # by `materialize`
+            return args[0]._compute(whole=True).detach()
+        if func.is_view:
+            return _view(func, *args, **kwargs)
+        rule = _no_rule if func._schema.is_mutable else _RULES.get(func.overloadpacket, _no_rule)
+        try:
+            return rule(func, *args, **kwargs)
+        except _NeedsValues:
+            return _on_values(func, args, kwargs)
 
-        def values(leaf: Any) -> Any:
-            return leaf._below_autograd() if isinstance(leaf, cls) else leaf
 
-        with torch.no_grad():
-            return func(*tree_map(values, args), **tree_map(values, kwargs))
+for _name in (
+    *("numpy", "tolist", "data_ptr", "untyped_storage", "storage", "pin_memory", "share_memory_"),
+    *("__array__", "__dlpack__", "__deepcopy__", "__reduce_ex__"),
+):
+
+    def _of_memory(self: Any, *args: Any, _name: str = _name, **kwargs: Any) -> Any:
+        return getattr(self.materialize(), _name)(*args, **kwargs)
+
+    setattr(DeferredLogits, _name, _of_memory)
 
 
-def _deferred(
-    source: _Source,
-    like: Tensor,
-    requires_grad: bool,
-    parents: tuple[DeferredLogits, ...] = (),
-    root: DeferredLogits | None = None,
-    replay: Callable[[Tensor], Tensor] | None = None,
-) -> Any:
-    """A deferred tensor with the metadata of ``like``. parents: those that its rows are taken of.
-    replay: makes it, a view, of the values of ``root``."""
+@dataclass(eq=False)
+class _Store:
+    """What a tensor and its views share. like: metadata of the whole. values: when computed."""
 
-    def make() -> Any:
-        made = Tensor._make_wrapper_subclass(
-            DeferredLogits,
-            like.shape,
-            strides=like.stride(),
-            storage_offset=int(like.storage_offset()),
-            dtype=like.dtype,
-            device=source.rows[0].device,
+    node: _Node
+    like: Tensor
+    values: Tensor | None = None
+
+
+def _wrapped(like: Tensor, node: Any, device: torch.device, **attributes: Any) -> Any:
+    made: Any = Tensor._make_wrapper_subclass(
+        DeferredLogits,
+        like.shape,
+        strides=like.stride(),
+        storage_offset=int(like.storage_offset()),
+        dtype=like.dtype,
+        device=device,
+    )
+    made._node = node
+    for name, value in ({"_store": _Store(node, like)} | attributes).items():
+        setattr(made, name, value)
+    return made
+
+
+def _read(node: _Node, like: Tensor, device: torch.device) -> Tensor:
+    (values,) = _evaluate(node, [slice(0, like.shape[:-1].numel())], device)
+    _announce(values)
+    return values.reshape(like.shape)
+
+
+def _on_values(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    arguments = func._schema.arguments
+    owners: dict[int, DeferredLogits] = {}
+
+    def values(argument: Any, given: Any) -> Any:
+        def of(logits: DeferredLogits) -> Tensor:
+            real = logits._compute(whole=argument.is_write)
+            owners[id(real)] = logits
+            if argument.is_write and given is not logits and not logits.is_inference():
+                torch.autograd.graph.increment_version(logits)  # torch forgets it in a list
+            return real
+
+        return tree_map_only(DeferredLogits, of, given)
+
+    named = {argument.name: argument for argument in arguments}
+    args = [values(argument, given) for argument, given in zip(arguments, args, strict=False)]
+    outcome = func(*args, **{name: values(named[name], kwargs[name]) for name in kwargs})
+    return tree_map(lambda leaf: owners.get(id(leaf), leaf), outcome)
+
+
+def _view(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
+    store, before, device = logits._store, logits._replay, logits.device
+    likes = func(_mirror(logits), *args, **kwargs)
+
+    def made(like: Tensor, pick: Callable[[Any], Tensor]) -> DeferredLogits:
+        def replay(whole: Tensor) -> Tensor:
+            return pick(func(before(whole) if before else whole, *args, **kwargs))
+
+        node = _node_of_view(store, like, device)
+        return _wrapped(like, node, device, _store=store, _replay=replay)
+
+    if isinstance(likes, Tensor):
+        return made(likes, lambda view: view)
+    return [made(like, operator.itemgetter(i)) for i, like in enumerate(likes)]
+
+
+def _node_of_view(store: _Store, like: Tensor, device: torch.device) -> _Node | None:
+    """The rows of a view with this metadata; None if the view takes rows apart."""
+    classes, steps = store.like.shape[-1], (*like.stride()[:-1], like.storage_offset())
+    if like.dtype != store.like.dtype or like.shape[-1:] != (classes,) or like.stride(-1) != 1:
+        return None
+    if any(step % classes for step in steps):
+        return None
+    if like.numel() == store.like.numel() and like.is_contiguous():
+        return store.node
+    count, (*stride, offset) = store.like.shape[:-1].numel(), (step // classes for step in steps)
+    rows = torch.empty(count, device="meta").as_strided(like.shape[:-1], stride, offset)
+    return _Take(store.node, _rows_of_view(rows, count, device))
+
+
+def _mirror(logits: DeferredLogits) -> Tensor:
+    """A tensor without memory that is otherwise alike."""
+    like = logits._store.like.view(logits.dtype)
+    return like.as_strided(logits.shape, logits.stride(), logits.storage_offset())
+
+
+# -- rules -----------------------------------------------------------------------------------------
+# ``rule(func, *args, **kwargs)`` gives the result of an ATen function by rows.
+
+
+class _NeedsValues(Exception):
+    """The function has to see the values."""
+
+
+def _no_rule(*args: Any, **kwargs: Any) -> None:
+    raise _NeedsValues
+
+
+def _unless(holds: bool) -> None:
+    if not holds:
+        raise _NeedsValues
+
+
+def _tried(func: Any, *args: Any, **kwargs: Any) -> Any:
+    try:
+        return func(*args, **kwargs)
+    except Exception as failure:  # the function itself shall say so, of the values
+        raise _NeedsValues from failure
+
+
+def _rows(values: Any) -> Any:
+    """The node of deferred values that are not computed yet."""
+    _unless(isinstance(values, DeferredLogits) and not values._computed())
+    _unless(values._node is not None)
+    return values._node
+
+
+def _like(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the function makes of metadata."""
+
+    def meta(leaf: Any) -> Any:
+        if isinstance(leaf, DeferredLogits):
+            return _mirror(leaf)
+        if isinstance(leaf, torch.device):
+            return torch.device("meta")
+        return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
+
+    args, kwargs = tree_map(meta, (args, kwargs))
+    return _tried(func, *args, **kwargs)
+
+
+def _made(like: Tensor, node: _Node, device: torch.device) -> DeferredLogits:
+    _unless(like.is_contiguous())
+    return _wrapped(like, node, device)
+
+
+def _first(*arguments: Any) -> DeferredLogits:
+    return next(leaf for leaf in tree_leaves(arguments) if isinstance(leaf, DeferredLogits))
+
+
+def _copied(func: Any, logits: DeferredLogits, *args: Any, device: Any = None, **kw: Any) -> Any:
+    _unless(device is None or torch.empty(0, device=device).device == logits.device)
+    like, node = _like(func, logits, *args, **kw), _rows(logits)
+    node = node if like.dtype == logits.dtype else node.cast(like.dtype)
+    return _made(like, node, logits.device)
+
+
+def _by_rows(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """A function of values of the same rows, of numbers, and of tensors with a value for each row
+    or class. Deferred if the shape stays, computed by chunks otherwise."""
+    logits = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, DeferredLogits))
+    like, lead = _like(func, *args, **kwargs), logits.shape[:-1]
+    arguments = func._schema.arguments
+    given = {a.name: a.default_value for a in arguments if a.has_default_value()}
+    given |= dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+    if func.overloadpacket in _OVER_CLASSES:
+        dim = given.get("dim")
+        dims = dim if isinstance(dim, Sequence) else [dim]
+        _unless(len(dims) == 1 and dims[0] in (-1, len(lead)))
+        given["dim"] = -1 if dims[0] is dim else [-1]
+
+    def operand(leaf: Tensor) -> Any:
+        if isinstance(leaf, DeferredLogits):
+            _unless(leaf.shape == logits.shape)
+            return _rows(leaf)
+        if func.overloadpacket in _OVER_CLASSES:
+            _unless(leaf.dim() == logits.dim() and leaf.shape[:-1] == lead)
+            return _Each(leaf.reshape(-1, leaf.shape[-1]))
+        # Copied, as it may be written to before the function runs.
+        if leaf.numel() == leaf.shape[-1:].numel():
+            return leaf.reshape(leaf.shape[-1:]).clone()
+        _unless(leaf.shape[:-1] == lead and (leaf.shape[-1] == 1 or leaf.stride(-1) == 0))
+        return _Each(leaf[..., :1].reshape(-1, 1).clone())
+
+    given = tree_map_only(Tensor, operand, given)
+    node = _Op(func, [given.pop(a.name) for a in arguments if not a.kwarg_only], given)
+    if isinstance(like, Tensor) and like.shape == logits.shape:
+        return _made(like, node, logits.device)
+    outputs = _by_chunks(node, logits)
+    if isinstance(like, Tensor):
+        return outputs[0].reshape(like.shape)
+    return tuple(o.reshape(part.shape) for o, part in zip(outputs, like, strict=True))
+
+
+def _by_chunks(node: _Node, logits: DeferredLogits) -> list[Tensor]:
+    chunks = _chunks(logits.shape[:-1].numel(), logits.shape[-1], logits.device)
+    return _evaluate(node, chunks, logits.device)
+
+
+_NONE, _MEAN = 0, 1  # reductions of ATen
+
+
+def _nll_loss(
+    func: Any, logprobs: Any, target: Tensor, weight: Any, reduction: int, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    args = _rows(logprobs), _Each(target.reshape(-1)), weight, _NONE, ignore_index
+    losses = _by_chunks(_Op(lambda *args: func(*args)[0], args), logprobs)[0].view(target.shape)
+    valid = target != ignore_index
+    total = (valid if weight is None else weight[target[valid]]).sum().to(losses.dtype)
+    if reduction == _NONE:
+        return losses, total
+    whole = losses.sum(dtype=_wide(losses.dtype))
+    return (whole / total if reduction == _MEAN else whole).to(losses.dtype), total
+
+
+def _nll_loss_backward(
+    func: Any, grad: Any, logprobs: Any, target: Any, weight: Any, reduction: int, *others: Any
+) -> DeferredLogits:
+    grads = (grad / others[-1] if reduction == _MEAN else grad).expand(target.shape)
+    rows = _Each(grads.reshape(-1)), _rows(logprobs), _Each(target.reshape(-1))
+    node = _Op(func, (*rows, weight, _NONE, *others))
+    return _made(_mirror(logprobs), node, logprobs.device)
+
+
+def _index(func: Any, logits: DeferredLogits, *args: Any) -> DeferredLogits:
+    """``index`` by tensors, or ``index_select``, of leading dimensions."""
+    if func is aten.index.Tensor:
+        last = max(i for i, index in enumerate(args[0]) if index is not None)
+        args = (args[0][: last + 1],)
+    node, lead = _rows(logits), logits.shape[:-1]
+    index = _tried(func, torch.arange(lead.numel(), device=logits.device).view(lead), *args)
+    like = torch.empty(*index.shape, logits.shape[-1], dtype=logits.dtype, device="meta")
+    return _made(like, _Take(node, index.flatten()), logits.device)
+
+
+def _put(func: Any, zeros: DeferredLogits, *args: Any) -> DeferredLogits:
+    """The backward of `_index`: rows are added to zeros, by ``index_put(indices, rows, True)`` or
+    ``index_add(dim, index, rows)``."""
+    by_tensors = func is aten.index_put.default
+    *index, rows = args[:2] if by_tensors else args
+    _unless(getattr(_rows(zeros), "function", None) is _zeros and (not by_tensors or args[2]))
+    taken = _index(aten.index.Tensor if by_tensors else aten.index_select.default, zeros, *index)
+    _unless(taken.shape == rows.shape)
+    return _made(_mirror(zeros), _Put(_node_of(rows), taken._node.index), zeros.device)
+
+
+def _new_zeros(func: Any, logits: DeferredLogits, size: Sequence[int], **kwargs: Any) -> Any:
+    like = _like(func, logits, size, **kwargs)
+    _unless(like.dtype == logits.dtype and like.shape[-1:] == logits.shape[-1:])
+    rows = torch.empty(like.shape[:-1].numel(), 0, dtype=like.dtype, device=logits.device)
+    return _made(like, _Op(_zeros, (_Each(rows), like.shape[-1])), logits.device)
+
+
+def _zeros(rows: Tensor, classes: int) -> Tensor:
+    return rows.new_zeros(len(rows), classes)
+
+
+def _put_view(func: Any, rows: DeferredLogits, size: Sequence[int], dim: int, *args: Any) -> Any:
+    """The backward of a slice, or of one index, of a leading dimension."""
+    like = torch.empty(size, dtype=rows.dtype, device="meta")
+    lead = torch.empty(size[:-1], device="meta")
+    view = _tried(_FORWARD[func.overloadpacket], lead, dim % len(size), *args)
+    index = _rows_of_view(view, lead.numel(), rows.device)
+    return _made(like, _Put(_rows(rows), index), rows.device)
+
+
+_FORWARD = {aten.slice_backward: aten.slice.Tensor, aten.select_backward: aten.select.int}
+# Over the last dimension, whose gradient takes nothing else, but for gather (below).
+_OVER_CLASSES = {
+    aten._softmax, aten._softmax_backward_data, aten._log_softmax,
+    aten._log_softmax_backward_data, aten.argmax, aten.argmin, aten.max, aten.min, aten.amax,
+    aten.amin, aten.sum, aten.mean, aten.logsumexp, aten.topk, aten.gather,
+}  # fmt: skip
+# With what their gradients, and those of the functions above, are made of.
+_POINTWISE = {
+    aten.add, aten.sub, aten.rsub, aten.mul, aten.div, aten.neg, aten.exp, aten.log, aten.tanh,
+    aten.tanh_backward, aten.pow, aten.clamp, aten.eq, aten.ge, aten.le, aten.logical_and,
+    aten.where,
+}  # fmt: skip
+_RULES: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(_OVER_CLASSES | _POINTWISE, _by_rows),
+    **dict.fromkeys((aten.clone, aten._to_copy, aten._unsafe_view), _copied),
+    **dict.fromkeys((aten.index, aten.index_select), _index),
+    **dict.fromkeys(_FORWARD, _put_view),
+    **dict.fromkeys((aten.index_put, aten.index_add), _put),
+    aten.new_zeros: _new_zeros,
+    aten.nll_loss_forward: _nll_loss,
+    aten.nll_loss_backward: _nll_loss_backward,
+}
+
+
+# -- above autograd --------------------------------------------------------------------------------
+
+
+class _Gather(torch.autograd.Function):
+    """For autograd's own formula makes a gradient of all logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: DeferredLogits, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape = logits.shape
+        return aten.gather(logits, -1, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (index,), classes = ctx.saved_tensors, ctx.shape[-1]
+        if torch.is_grad_enabled():  # of gradients
+            return grad.new_zeros(ctx.shape).scatter_add(-1, index, grad), None
+
+        def scattered(rows: Tensor, at: Tensor) -> Tensor:
+            return rows.new_zeros(len(rows), classes).scatter_add_(-1, at, rows)
+
+        like = torch.empty(ctx.shape, dtype=grad.dtype, device="meta")
+        node = _Op(scattered, (_node_of(grad), _node_of(index)))
+        return _wrapped(like, node, grad.device), None
+
+
+def _gather(input: Any, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
+    _rows(input)
+    _unless(not sparse_grad and dim in (-1, input.dim() - 1))
+    _unless(index.shape[:-1] == input.shape[:-1])
+    return _Gather.apply(input, index)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The sum of losses, by the op whose forward computes the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: DeferredLogits, target: Tensor, grad: bool, *settings: Any
+    ) -> Any:
+        projection, index = _plain_projection(logits)
+        projection.check()
+        hidden, *parameters = projection.tensors
+        hidden = hidden if index is None else hidden[index]
+        given = [t.to(projection.linear) for t in (hidden, *parameters)]
+        absent = [None] * (3 - len(given))
+        needs = [grad and need for need in projection.needs] + [False] * len(absent)
+        loss, *gradients = linear_cross_entropy(
+            *given, *absent, target, *settings, 0.0, *needs, 0, torch.float32, True
         )
-        made._source, made._root, made._replay = source, root, replay
-        return made
+        ctx.settings = settings
+        ctx.save_for_backward(logits, target, *gradients)
+        return loss
 
-    return _record(make, source, requires_grad, parents)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        logits, target, *gradients = ctx.saved_tensors
+        projection, _ = _plain_projection(logits)
+        known = [
+            scaled(gradient, grad) if need else None
+            for gradient, need in zip(gradients, projection.needs, strict=False)
+        ]
+        args = logits._node, _Each(target.reshape(-1)), grad, *ctx.settings
+        node = _Known(_cross_entropy_gradient, args, {}, projection, known)
+        return _made(_mirror(logits), node, logits.device), *[None] * 4
 
 
-def _record(
-    outcome: Callable[[], Any],
-    source: _Source,
-    requires_grad: bool,
-    parents: tuple[DeferredLogits, ...],
-) -> Any:
-    if not requires_grad:
-        return outcome()
-    _bypass(parents)
+def _cross_entropy_gradient(
+    values: Tensor, target: Tensor, grad: Tensor, ignore_index: int, label_smoothing: float
+) -> Tensor:
+    settings: Any = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
     with torch.enable_grad():
-        return _Computed.apply(outcome, source, len(parents), *parents, *source.tensors)
+        values = values.detach().requires_grad_()
+        loss = F.cross_entropy(values, target, reduction="sum", **settings)
+        return torch.autograd.grad(loss, values, grad.to(loss.dtype))[0]
 
 
-def _bypass(tensors: Iterable[DeferredLogits]) -> None:
-    for tensor in tensors:
-        tensor._bypassed = True
+def _plain_projection(logits: Any) -> tuple[_Projection, Tensor | None]:
+    """The ``F.linear`` that these logits are, copied or widened at most, and the row of it for each
+    of theirs, None for all in order."""
+    node: Any = _rows(logits)
+    index, dtypes = None, {logits.dtype}
+    while not isinstance(node, _Projection):
+        if isinstance(node, _Take):
+            node, index = node.source, node.index if index is None else node.index[index]
+        else:
+            _unless(isinstance(node, _Op) and node.function is aten._to_copy.default)
+            dtypes.add(node.kwargs["dtype"])
+            node = node.args[0]
+    _unless(node.linear is not None and dtypes <= {node.linear, torch.float32})
+    return node, index
+
+
+def _cross_entropy(
+    input: Any,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """``F.cross_entropy`` of a projection [N, V] or [V], fused."""
+    _plain_projection(input)
+    _unless(weight is None and size_average is None and reduce is None)
+    _unless(input.dim() <= 2 and target.shape == input.shape[:-1] and target.dtype == torch.int64)
+    _unless(reduction in ("sum", "mean"))
+    # Autocast would widen them.
+    low = input.dtype in (torch.bfloat16, torch.float16)
+    _unless(not (low and torch.is_autocast_enabled(input.device.type)))
+    grad = input.requires_grad and torch.is_grad_enabled()
+    total = _CrossEntropy.apply(input, target, grad, ignore_index, label_smoothing)
+    if reduction == "mean":
+        total = total / (target != ignore_index).sum()
+    return total.to(input.dtype)
+
+
+_ABOVE_AUTOGRAD: dict[Any, Callable[..., Any]] = {
+    F.cross_entropy: _cross_entropy,
+    **dict.fromkeys((torch.gather, Tensor.gather), _gather),
+}
+
+
+# -- around a computation --------------------------------------------------------------------------
+
+
+def _evaluate(node: _Node, chunks: Sequence[slice], device: torch.device) -> list[Tensor]:
+    """The outputs of the node for all chunks, whatever mode and autocast its reader is under."""
+    with (
+        enable_reentrant_dispatch(),
+        torch.inference_mode(False),
+        torch.no_grad(),  # after the former, which sets the grad mode too
+        _no_autocast(device.type),
+    ):
+        parts = [node.at(rows, {}) for rows in chunks]
+        columns = zip(*(p if isinstance(p, tuple) else (p,) for p in parts), strict=True)
+        return [c[0] if len(c) == 1 or not c[0].dim() else torch.cat(c) for c in columns]
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -471,29 +853,23 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _tuple(outputs: Any) -> tuple[Any, ...]:
-    return tuple(outputs) if isinstance(outputs, Sequence) else (outputs,)
-
-
-def _flat(tensor: Tensor, lead: int | None = None) -> Tensor:
-    """With the first ``lead`` dimensions, all but the last if None, as one."""
-    lead = tensor.dim() - 1 if lead is None else lead
-    return tensor.flatten(0, lead - 1) if lead else tensor.unsqueeze(0)
-
-
-def _autocast(kind: str) -> Callable[[], AbstractContextManager[Any]]:
-    """The autocast of now, for later."""
-    if not torch.amp.is_autocast_available(kind):  # the meta device has none
-        return nullcontext
-    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-    # Without its cache, in which a parameter's cast outlives the parameter's values.
-    return lambda: torch.autocast(kind, dtype, enabled, cache_enabled=False)
-
-
-def _no_autocast(like: Tensor) -> AbstractContextManager[Any]:
-    kind = like.device.type
-    available = torch.amp.is_autocast_available(kind)
+def _no_autocast(kind: str) -> AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(kind)  # the meta device has none
     return torch.autocast(kind, enabled=False) if available else nullcontext()
+
+
+def _under_autocast(function: Callable[..., Tensor], kind: str) -> Callable[..., Tensor]:
+    """``function`` under the autocast of now."""
+    if not torch.amp.is_autocast_available(kind):
+        return function
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    def run(*args: Tensor) -> Tensor:
+        # Without the cache, in which a parameter's cast outlives the parameter's values.
+        with torch.autocast(kind, dtype, enabled, cache_enabled=False):
+            return function(*args)
+
+    return run
 
 
 def _announce(values: Tensor) -> None:
@@ -508,456 +884,3 @@ def _announce(values: Tensor) -> None:
         _readers.add(reader)
         mib = values.numel() * values.element_size() / 2**20
         _log.info("logits are read at %s: %.1f MiB are computed for it", reader, mib)
-
-
-# Functions on computed values.
-
-_IN_PLACE = {"__setitem__", "__set__"} | {
-    f"__i{name}__"
-    for name in (
-        *("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"),
-        *("and", "or", "xor", "lshift", "rshift"),
-    )
-}
-_WHOLE_GRADIENT = {
-    torch.autograd.grad,
-    Tensor.register_hook,
-    Tensor.retain_grad,
-    Tensor.register_post_accumulate_grad_hook,
-}
-
-
-def _on_values(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    name = getattr(func, "__name__", "").split(".")[0]  # of an operator's overload
-    in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-    in_place = in_place or kwargs.get("inplace") is True
-    written = tree_leaves((args[:1] if in_place else (), kwargs.get("out")))
-    given: dict[int, tuple[DeferredLogits, Tensor, int]] = {}
-
-    def values(leaf: Any) -> Any:
-        if not isinstance(leaf, DeferredLogits):
-            return leaf
-        if func in _WHOLE_GRADIENT and leaf._bypassed:
-            raise RuntimeError(
-                f"{name} needs the gradient of all logits, but results were computed of their rows "
-                "before. Call it before the logits are used, use .materialize() of them in all "
-                f"places, {_OR_KEEP}"
-            )
-        real = leaf._values(write=any(leaf is w for w in written))
-        attribute = name in ("__get__", "__set__")  # also read and set by torch itself
-        if leaf._native("grad_fn") is not leaf._node and not attribute:
-            raise RuntimeError(
-                "an autograd.Function wrote to these logits (mark_dirty). Give it .materialize() "
-                f"of them, {_OR_KEEP}"
-            )
-        given[id(real)] = leaf, real, real._version
-        return real
-
-    def mapped(argument: Any) -> Any:  # itself where possible, as deepcopy's memo is written to
-        found = any(isinstance(leaf, DeferredLogits) for leaf in tree_leaves(argument))
-        return tree_map(values, argument) if found else argument
-
-    outcome = func(*map(mapped, args), **{name: mapped(value) for name, value in kwargs.items()})
-    for deferred, real, version in given.values():
-        if deferred._root is None or deferred._linked:
-            continue
-        if real._version != version:
-            deferred._root._lent = True
-            raise RuntimeError(
-                f"{name} wrote to a part of deferred logits, which the whole does not see. Call "
-                f".materialize() on the whole logits first, {_OR_KEEP}"
-            )
-        if func is Tensor.data_ptr or any(_may_alias(leaf, real) for leaf in tree_leaves(outcome)):
-            deferred._root._lent = True
-    return tree_map(lambda leaf: given[id(leaf)][0] if id(leaf) in given else leaf, outcome)
-
-
-def _may_alias(leaf: Any, tensor: Tensor) -> bool:
-    if isinstance(leaf, Tensor):
-        return leaf.untyped_storage()._cdata == tensor.untyped_storage()._cdata
-    return not isinstance(
-        leaf, bool | int | float | complex | str | torch.Size | torch.dtype | None
-    )
-
-
-# Functions that leave their tensor deferred, or take its rows. Each handler is called as
-# ``handler(function, deferred, *args, **kwargs)`` and may return NotImplemented.
-
-
-def _metadata(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
-    with torch._C.DisableTorchFunctionSubclass():
-        return func(logits, *args, **kwargs)
-
-
-def _text(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> str:
-    with torch._C.DisableTorchFunctionSubclass():
-        return (
-            f"DeferredLogits(not computed yet, shape={list(logits.shape)}, dtype={logits.dtype}, "
-            f"device={logits.device}, requires_grad={logits.requires_grad})"
-        )
-
-
-def _hook(func: Any, logits: DeferredLogits, hook: Any) -> Any:
-    # FSDP only wants to know that the backward has begun, whatever the gradient.
-    module = getattr(getattr(hook, "func", hook), "__module__", None) or ""
-    fsdp = module.startswith("torch.distributed.fsdp")
-    return _metadata(func, logits, hook) if fsdp else NotImplemented
-
-
-def _of_rows(handler: Callable[..., Any], under_autocast: bool = False) -> Callable[..., Any]:
-    """``handler`` where taking rows gives what the values would have given."""
-
-    def guarded(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
-        device, dtype = logits._native("device"), logits._native("dtype")
-        if kwargs.get("out") is not None or not logits._native("shape"):
-            return NotImplemented
-        # Of a function outside of this module, or DDP's sink, the gradient passes only by values.
-        if torch.is_grad_enabled() and not logits._own_node(_DDPSink._backward_cls):
-            return NotImplemented
-        # There autocast may change the dtype.
-        low = dtype in (torch.float16, torch.bfloat16)
-        if low and not under_autocast and torch.is_autocast_enabled(device.type):
-            return NotImplemented
-        logits._source.check()
-        # Copied, as a list among them may change before the function runs again.
-        args, kwargs = tree_map(lambda leaf: leaf, (args, kwargs))
-        try:
-            return handler(func, logits, *args, **kwargs)
-        except _NotByRows:
-            return NotImplemented
-
-    return guarded
-
-
-class _NotByRows(Exception):
-    """The function has to see the values."""
-
-
-def _unless(holds: bool) -> None:
-    if not holds:
-        raise _NotByRows
-
-
-def _on_mirror(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """What the function makes of metadata."""
-
-    def meta(leaf: Any) -> Any:
-        _unless(not isinstance(leaf, DeferredLogits))
-        return leaf.to("meta") if isinstance(leaf, Tensor) and not leaf.is_meta else leaf
-
-    args, kwargs = tree_map(meta, args), tree_map(meta, kwargs)
-    try:
-        return func(*args, **kwargs)
-    except Exception as failure:  # the function itself shall say so, of the values
-        raise _NotByRows from failure
-
-
-def _reshaped(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
-    """Whatever keeps the order of the elements and the number of classes moves whole rows."""
-    mirror = logits._mirror()
-    like = _on_mirror(func, mirror, *args, **kwargs)
-    _unless(like.dtype == mirror.dtype and like.shape[-1:] == mirror.shape[-1:])
-    rows = [t.reshape(*like.shape[:-1], t.shape[-1]) for t in logits._source.rows]
-    return _moved(logits, mirror, like, rows, lambda values: func(values, *args, **kwargs))
-
-
-def _selected(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
-    """What leaves any number of classes whole and last selects whole rows."""
-    mirror = logits._mirror()
-    wider = mirror.new_empty(*mirror.shape[:-1], mirror.shape[-1] + 1)
-    static = (_static_index(*args),) if func is Tensor.__getitem__ else args
-    like, probe = (_on_mirror(func, tensor, *static, **kwargs) for tensor in (mirror, wider))
-    for part, wide in zip(_tuple(like), _tuple(probe), strict=True):
-        _unless(part.shape[-1:] == mirror.shape[-1:])
-        _unless(wide.shape == (*part.shape[:-1], part.shape[-1] + 1))
-    rows = zip(*(_tuple(func(t, *args, **kwargs)) for t in logits._source.rows), strict=True)
-
-    def taken(i: int) -> Callable[[Tensor], Tensor]:
-        return lambda values: _tuple(func(values, *static, **kwargs))[i]
-
-    parts = [
-        _moved(logits, mirror, one, of_one, taken(i))
-        for i, (one, of_one) in enumerate(zip(_tuple(like), rows, strict=True))
-    ]
-    return parts[0] if isinstance(like, Tensor) else tuple(parts)
-
-
-def _static_index(index: Any) -> tuple[Any, ...]:
-    """The index with numbers for masks, and without what may change later."""
-    items: list[Any] = []
-    for item in index if isinstance(index, tuple) else (index,):
-        if isinstance(item, slice):
-            ends = item.start, item.stop, item.step
-            item = slice(*(end if end is None else operator.index(end) for end in ends))
-        elif not isinstance(item, int | EllipsisType | Tensor | None):
-            item = torch.as_tensor(item)
-        if not isinstance(item, Tensor):
-            items.append(item)
-        elif item.dtype in (torch.bool, torch.uint8):
-            _unless(item.dim() > 0)
-            items += item.nonzero(as_tuple=True)
-        else:
-            items.append(item if item.dim() else int(item))
-    return tuple(items)
-
-
-def _moved(
-    logits: DeferredLogits,
-    mirror: Tensor,
-    like: Tensor,
-    rows: Iterable[Tensor],
-    replay: Callable[[Tensor], Tensor],
-) -> DeferredLogits:
-    if like is mirror:
-        return logits
-    source = logits._source.of_rows(rows)
-    if like.untyped_storage()._cdata != mirror.untyped_storage()._cdata:
-        return _made(source, like, logits)
-    root, before = logits if logits._root is None else logits._root, logits._replay
-
-    def again(values: Tensor) -> Tensor:
-        return replay(values if before is None else before(values))
-
-    if torch.is_grad_enabled() or not like.requires_grad:
-        return _deferred(source, like, like.requires_grad, (logits,), root, again)
-    # As eager's: a leaf, which keeps to itself what gradient it gets.
-    made = _deferred(source, like, False, (logits,), root, again)
-    return _metadata(Tensor.requires_grad_, made)
-
-
-def _made(source: _Source, like: Tensor, *parents: DeferredLogits) -> DeferredLogits:
-    _unless(like.is_contiguous())
-    return _deferred(source, like, like.requires_grad, parents)
-
-
-def _converted(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
-    fmt = kwargs.get("memory_format")
-    _unless(fmt in (None, torch.preserve_format, torch.contiguous_format))
-    mirror = logits._mirror()
-    like = _on_mirror(func, mirror, *args, **kwargs)
-    if like is mirror:
-        return logits
-    source = logits._source.then(lambda values: values.to(like.dtype))
-    if like.dtype in (mirror.dtype, torch.float32):
-        source.linear = logits._source.linear
-    return _made(source, like, logits)
-
-
-def _to(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
-    if func is Tensor.type and not args and not kwargs:
-        return _metadata(func, logits)
-    _unless(not any(argument is True for argument in args))  # copy, by its position
-    copy = kwargs.pop("copy", False)
-    if args and isinstance(args[0], Tensor):
-        args = (args[0].device, args[0].dtype)
-    try:
-        device, dtype, _, fmt = torch._C._nn._parse_to(*args, **kwargs)
-    except (TypeError, RuntimeError) as failure:
-        raise _NotByRows from failure
-    _unless(device is None or torch.empty(0, device=device).device == logits._native("device"))
-    dtype = dtype or logits._native("dtype")
-    return _converted(Tensor.to, logits, dtype, copy=copy, memory_format=fmt)
-
-
-def _elementwise(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
-    """Of numbers, of values of the same rows, and of a tensor with one value, or one per row."""
-    mirror, source = logits._mirror(), logits._source
-    _unless(not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args[1:], kwargs))))
-    parents: tuple[DeferredLogits, ...] = (logits,)
-    other = args[0] if args else None
-    if isinstance(other, DeferredLogits):
-        _unless(not other._computed() and other._own_node(_DDPSink._backward_cls))
-        other._source.check()
-        like = _on_mirror(func, mirror, other._mirror(), **kwargs)
-        source, parents = _both(func, source, other._source, kwargs), (logits, other)
-    elif isinstance(other, Tensor):
-        like = _on_mirror(func, mirror, other, **kwargs)
-        per_row = other.shape == (*mirror.shape[:-1], 1)
-        _unless(per_row or not other.shape)
-        kept = (other.clone(),)
-        rows, parameters = (kept, ()) if per_row else ((), kept)
-        source = source.then(lambda values, o: func(values, o, **kwargs), rows, parameters)
-    else:
-        like = _on_mirror(func, mirror, *args, **kwargs)
-        source = source.then(lambda values: func(values, *args, **kwargs))
-    _unless(like.shape == mirror.shape)
-    return _made(source, like, *parents)
-
-
-def _both(func: Any, a: _Source, b: _Source, kwargs: dict[str, Any]) -> _Source:
-    """``func`` of values of two sources, of which one has all tensors of the other."""
-    rows, parameters = max(a.rows, b.rows, key=len), max(a.parameters, b.parameters, key=len)
-    for source in (a, b):
-        for some, all_ in ((source.rows, rows), (source.parameters, parameters)):
-            _unless(all(map(_same, some, all_)))
-
-    def values(source: _Source, rs: Sequence[Tensor], ps: Sequence[Tensor]) -> Any:
-        return source.function(rs[: len(source.rows)], ps[: len(source.parameters)])
-
-    return _Source(
-        lambda rs, ps: func(values(a, rs, ps), values(b, rs, ps), **kwargs),
-        rows,
-        parameters,
-        a.classes,
-    )
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """One tensor, or views that are alike of one tensor."""
-    if a is b or a._base is None or a._base is not b._base:
-        return a is b
-    alike = a.shape == b.shape and a.stride() == b.stride() and a.requires_grad == b.requires_grad
-    return alike and a.storage_offset() == b.storage_offset()
-
-
-def _over_classes(func: Any, logits: DeferredLogits, *args: Any, **kwargs: Any) -> Any:
-    names, keeps_shape = _OVER_CLASSES[func.__name__]
-    mirror = logits._mirror()
-    _unless(len(args) <= len(names) and not kwargs.get("sparse_grad"))
-    given = dict(zip(names, args, strict=False)) | kwargs
-    dim = given.get("dim", -1 if func.__name__ == "topk" else None)
-    dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
-    _unless(type(dim) is int and dim in (-1, mirror.dim() - 1))
-    like = _on_mirror(func, mirror, **given)
-    given["dim"] = -1
-    index = given.pop("index", None)
-    if index is None:
-        source = logits._source.then(lambda values: func(values, **given))
-    else:
-        _unless(index.shape[:-1] == mirror.shape[:-1])
-        source = logits._source.then(lambda values, i: func(values, index=i, **given), (index,))
-    return _made(source, like, logits) if keeps_shape else _by_chunks(source, like, logits)
-
-
-def _by_chunks(source: _Source, like: Any, logits: DeferredLogits) -> Any:
-    likes = _tuple(like)
-
-    def outcome() -> tuple[Tensor, ...]:
-        # Not as views, which autograd forbids to write to.
-        pairs = zip(source.outputs(), likes, strict=True)
-        return tuple(output.reshape(part.shape).detach() for output, part in pairs)
-
-    differentiable = any(part.requires_grad for part in likes)
-    outputs = _record(outcome, source, differentiable, (logits,))
-    return outputs[0] if isinstance(like, Tensor) else type(like)(outputs)
-
-
-def _cross_entropy(
-    func: Any,
-    logits: DeferredLogits,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Any:
-    """``F.cross_entropy`` or ``F.nll_loss`` of [N, V] or [V]."""
-    mirror = logits._mirror()
-    _unless(size_average is None and reduce is None and mirror.dim() <= 2)
-    _unless(target.shape == mirror.shape[:-1] and target.dtype == torch.int64)
-    _unless(reduction in ("none", "sum", "mean"))
-    settings: dict[str, Any] = dict(ignore_index=ignore_index)
-    if func is F.cross_entropy:
-        settings["label_smoothing"] = label_smoothing
-    wide = _wide(mirror.dtype)
-
-    def losses(values: Tensor, labels: Tensor, *weights: Tensor) -> Tensor:
-        weights = tuple(w.to(wide) for w in weights)
-        return func(values.to(wide), labels.squeeze(-1), *weights, reduction="none", **settings)
-
-    fused = func is F.cross_entropy and weight is None and reduction != "none"
-    if fused and logits._source.linear is not None:
-        total = _sum_of_losses(logits, mirror.requires_grad, target, **settings)
-    else:
-        weights = () if weight is None else (weight,)
-        source = logits._source.then(losses, (target.unsqueeze(-1),), weights)
-        grad = mirror.requires_grad and torch.is_grad_enabled()
-        like = torch.empty(target.shape, device="meta", dtype=wide, requires_grad=grad)
-        total = _by_chunks(source, like, logits)
-        total = total if reduction == "none" else total.sum()
-    if reduction == "mean":
-        valid = target != ignore_index
-        total = total / (valid if weight is None else weight[target[valid]].to(wide)).sum()
-    return total.to(mirror.dtype)
-
-
-def _sum_of_losses(
-    logits: DeferredLogits,
-    requires_grad: bool,
-    target: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-) -> Tensor:
-    """By the op whose forward computes the gradients."""
-    hidden, weight, *bias = (t.to(logits._source.linear) for t in logits._source.tensors)
-    record = requires_grad and torch.is_grad_enabled()
-    given = hidden, weight, bias[0] if bias else None
-    needs = [record and tensor is not None and tensor.requires_grad for tensor in given]
-    chunking = 0, torch.float32, True
-    loss = linear_cross_entropy(
-        *given, target, ignore_index, label_smoothing, 0.0, *needs, *chunking
-    )[0]
-    if not record:
-        return loss
-    _bypass((logits,))
-    return _Signal.apply(logits, loss)
-
-
-_HANDLERS: dict[Any, Callable[..., Any]] = {}
-# Names of what may follow the tensor, and whether the shape stays.
-_OVER_CLASSES: dict[str, tuple[tuple[str, ...], bool]] = {
-    "argmax": (("dim", "keepdim"), False),
-    "argmin": (("dim", "keepdim"), False),
-    "amax": (("dim", "keepdim"), False),
-    "amin": (("dim", "keepdim"), False),
-    "max": (("dim", "keepdim"), False),
-    "min": (("dim", "keepdim"), False),
-    "sum": (("dim", "keepdim"), False),
-    "mean": (("dim", "keepdim"), False),
-    "logsumexp": (("dim", "keepdim"), False),
-    "topk": (("k", "dim", "largest", "sorted"), False),
-    "gather": (("dim", "index"), False),
-    "softmax": (("dim",), True),
-    "log_softmax": (("dim",), True),
-}
-
-
-def _register(names: str | Iterable[str], handler: Callable[..., Any]) -> None:
-    for name in names.split() if isinstance(names, str) else names:
-        for place in (Tensor, torch, F):
-            function: Any = getattr(place, name, None)
-            if inspect.isgetsetdescriptor(function):
-                _HANDLERS[function.__get__] = handler
-            elif callable(function):
-                _HANDLERS[function] = handler
-
-
-_register(
-    "shape dtype device layout ndim requires_grad grad_fn is_leaf grad retains_grad output_nr "
-    "itemsize nbytes is_cpu is_cuda is_meta is_mps is_xpu is_nested is_quantized is_sparse "
-    "is_sparse_csr is_mkldnn _base _backward_hooks _post_accumulate_grad_hooks size stride dim "
-    "ndimension numel nelement element_size storage_offset get_device is_contiguous is_complex "
-    "is_floating_point is_signed is_inference is_conj is_neg __len__",
-    _metadata,
-)
-_register("__repr__ __format__", _text)
-_register("register_hook", _hook)
-_register(
-    "view reshape flatten unflatten squeeze unsqueeze", _of_rows(_reshaped, under_autocast=True)
-)
-_register(
-    "__getitem__ select narrow index_select transpose swapaxes swapdims permute movedim unbind "
-    "split chunk tensor_split detach",
-    _of_rows(_selected, under_autocast=True),
-)
-_register("clone contiguous float bfloat16 half double", _of_rows(_converted, under_autocast=True))
-_register("to type type_as", _of_rows(_to, under_autocast=True))
-_register(
-    "mul multiply div divide true_divide add sub subtract neg exp log tanh pow clamp __mul__ "
-    "__rmul__ __truediv__ __rtruediv__ __add__ __radd__ __sub__ __rsub__ __neg__ __pow__",
-    _of_rows(_elementwise),
-)
-_register(_OVER_CLASSES, _of_rows(_over_classes))
-_register("cross_entropy nll_loss", _of_rows(_cross_entropy))

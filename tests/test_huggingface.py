@@ -33,7 +33,7 @@ from _trainer import (  # noqa: E402
 )
 from transformers import Trainer  # noqa: E402
 
-from liger_fx.huggingface import LigerFxCallback, LigerFxPlugin  # noqa: E402
+from liger_fx.huggingface import LigerFxCallback, LigerFxPlugin, defer_logits  # noqa: E402
 
 integrations = pytest.mark.integrations
 STEPS, EVALUATIONS = 4, 2
@@ -282,6 +282,20 @@ def test_plugin(regional):
     assert materialized() == before
     # Compiled by regions, projection and loss are in no graph together: `defer_logits` is for that.
     assert sum(fused_heads()) == (0 if regional else 1)
+
+
+class Scaled(nn.Linear):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return 2 * super().forward(hidden)
+
+
+@pytest.mark.parametrize("head", [None, nn.Identity(), Scaled(32, VOCABULARY)], ids=str)
+def test_defer_logits_wants_a_plain_projection(head):
+    model = language_model()
+    model.lm_head = head
+    with pytest.raises(ValueError, match=f"LlamaForCausalLM is {type(head).__name__}, expected"):
+        defer_logits(model)
+    assert not hasattr(head, "forward") or "forward" not in vars(head)
 
 
 # -- TRL -------------------------------------------------------------------------------------------

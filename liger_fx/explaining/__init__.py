@@ -4,5 +4,5 @@
 `huggingface`, `torchtune`  build a `Subject` on the meta device; imported on demand
 `explanation`    traces a subject without kernels and rewrites its graphs
 `memory`         bytes that a graph holds when its forward is done
-`text`, `page`   the explanation to read
+`render`         the explanation to read, as text and as a page
 """

@@ -28,8 +28,8 @@ def subject(config: str, request: Request) -> Subject:
     config: a folder with config.json, such a file, a model type, or the name of an architecture.
     Raises CannotExplain for one that is unknown or cannot be built.
     """
-    dtype = DTYPES[request.dtype or "bf16"]
-    model = _build(_settings(config), request, dtype)
+    dtype, settings = DTYPES[request.dtype or "bf16"], _settings(config)
+    model = _build(settings, request, dtype)
     title = described(model, dtype, request, request.checkpoint)
     layers = cut_layers(model, request.layers)
     model.train()
@@ -39,10 +39,19 @@ def subject(config: str, request: Request) -> Subject:
         inputs["attention_mask"] = torch.empty_like(tokens)
     return Subject(
         title=title + (", attention mask for padding" if request.padding else ""),
-        facts=[layers.fact()] if layers else [],
+        facts=[fact for fact in (layers and layers.fact(), _defaults(settings)) if fact],
         parts=[Part(model, (), inputs, layers.places if layers else lambda place: [place])],
         layers=layers.names if layers else [],
         options={},
+    )
+
+
+def _defaults(settings: dict[str, Any]) -> str:
+    if settings.keys() != {"model_type"}:
+        return ""
+    return (
+        f"The sizes are transformers' defaults for {settings['model_type']}, but for what --set "
+        "says: give --hf a folder with config.json to explain another model."
     )
 
 

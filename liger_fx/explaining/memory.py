@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -22,17 +21,20 @@ from liger_fx.matcher import Match
 from liger_fx.report import Place, Report
 from liger_fx.rewrite import Reject, Rewrite, rewrite_graph
 
-LOSS, GATED = "loss", "gated"
+KINDS = LOSS, GATED = (
+    "logits, and what else projection and loss keep",
+    "gate, up and their product",
+)
 _GROUPS = dict.fromkeys(
     ("linear_cross_entropy", "linear_logprobs", "linear_kl", "cross_entropy"), LOSS
 ) | dict.fromkeys(("tiled_mlp", "swiglu", "geglu"), GATED)
 _INPUTS = ("gate", "up", "gate_up", "logits")  # bindings that count as part of a match
 
-_Key = tuple[str, str]  # a node's name and module: names repeat between a graph and its bodies
+Key = tuple[str, str]  # a node's name and module: names repeat between a graph and its bodies
+Groups = dict[Key, str]  # which of KINDS a node makes
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(NamedTuple):
     """A tensor that outlives the forward. checkpoint: which of the graph's activation checkpoints
     makes it again in its backward, so that it exists while that backward runs; None outside."""
 
@@ -59,39 +61,26 @@ def all_nodes(gm: fx.GraphModule) -> list[fx.Node]:
     return [node for graph, _ in with_bodies(gm) for node in graph.graph.nodes]
 
 
-@dataclass
-class Groups:
-    """Which nodes of a graph, and of its bodies, belong to which group. known: no rewrite made
-    them."""
-
-    known: set[_Key]
-    members: dict[_Key, str] = field(default_factory=dict)
-
-    @staticmethod
-    def of(gm: fx.GraphModule, matches: Iterable[tuple[str, Match]]) -> Groups:
-        """Of ``gm`` before it is rewritten."""
-        groups = Groups(known=set(map(_key, all_nodes(gm))))
-        for name, match in matches:
-            inputs = [match.bindings[i] for i in _INPUTS if i in match.bindings]
-            nodes = {node for node in inputs if isinstance(node, fx.Node)} | match.nodes
-            if name == "tiled_mlp":
-                nodes.remove(match.root)  # the MLP's output is none of its activations
-            # What another graph makes is held by it.
-            if name in _GROUPS and all(node.op != "placeholder" for node in nodes):
-                groups.members |= dict.fromkeys(map(_key, nodes), _GROUPS[name])
-        return groups
-
-    def add_new(self, gm: fx.GraphModule, report: Report) -> list[fx.Node]:
-        """Count what stands in for a match as the match. Returns the nodes that rewrites made."""
-        places = {r.place: r.rewrite for r in report.replacements if r.rewrite in _GROUPS}
-        new = [node for node in all_nodes(gm) if _key(node) not in self.known]
-        self.members |= {
-            _key(n): _GROUPS[places[Place.of(n)]] for n in new if Place.of(n) in places
-        }
-        return new
+def groups_of(matches: Iterable[tuple[str, Match]]) -> Groups:
+    groups: Groups = {}
+    for name, match in matches:
+        inputs = [match.bindings[i] for i in _INPUTS if i in match.bindings]
+        nodes = {node for node in inputs if isinstance(node, fx.Node)} | match.nodes
+        if name == "tiled_mlp":
+            nodes.remove(match.root)  # the MLP's output is none of its activations
+        # What another graph makes is held by it.
+        if name in _GROUPS and all(node.op != "placeholder" for node in nodes):
+            groups |= dict.fromkeys(map(key, nodes), _GROUPS[name])
+    return groups
 
 
-def _key(node: fx.Node) -> _Key:
+def groups_of_new(nodes: Iterable[fx.Node], report: Report) -> Groups:
+    """Of the nodes that rewrites made: they count as the match that they stand in for."""
+    places = {r.place: _GROUPS[r.rewrite] for r in report.replacements if r.rewrite in _GROUPS}
+    return {key(n): places[Place.of(n)] for n in nodes if Place.of(n) in places}
+
+
+def key(node: fx.Node) -> Key:
     return node.name, Place.of(node).module
 
 
@@ -141,7 +130,7 @@ def held(gm: fx.GraphModule, groups: Groups) -> list[Held]:
         for form, checkpoint in forms
         if checkpoint is not None or form is gm
         for maker in _makers_of_outputs(_forward(form))
-        if (group := groups.members.get(_origin(maker))) is not None
+        if (group := groups.get(_origin(maker))) is not None
     ]
 
 
@@ -186,7 +175,7 @@ def _storage(node: fx.Node) -> int:
     return node.meta["val"].untyped_storage()._cdata
 
 
-def _origin(node: fx.Node) -> _Key:
+def _origin(node: fx.Node) -> Key:
     """The node of Dynamo's graph that ``node`` computes a part of. A node of the backward that runs
     in the forward has none, and counts as what it reads."""
     while not node.meta.get("from_node") and node.all_input_nodes:

@@ -78,8 +78,8 @@ class Subject:
     options: Mapping[str, Any]
 
 
-def kinds_of(layers: Sequence[nn.Module]) -> list[Any]:
-    """A value for each layer, equal for those that are built alike: modules, parameters and plain
+def kinds_of(layers: Sequence[nn.Module]) -> list[str]:
+    """A text for each layer, equal for those that are built alike: modules, parameters and plain
     attributes. An attribute that differs in every layer is the layer's index, and left out."""
     attributes = [
         {
@@ -92,10 +92,12 @@ def kinds_of(layers: Sequence[nn.Module]) -> list[Any]:
     ]
     indices = {key for key in attributes[0] if len({a.get(key) for a in attributes}) == len(layers)}
     return [
-        (
-            [(name, type(module)) for name, module in layer.named_modules()],
-            [(name, p.shape, p.dtype) for name, p in layer.named_parameters()],
-            {key: value for key, value in found.items() if key not in indices},
+        repr(
+            (
+                [(name, type(module)) for name, module in layer.named_modules()],
+                [(name, p.shape, p.dtype) for name, p in layer.named_parameters()],
+                {key: value for key, value in found.items() if key not in indices},
+            )
         )
         for layer, found in zip(layers, attributes, strict=True)
     ]
@@ -163,13 +165,7 @@ def cut_layers(model: nn.Module, traced: int | None) -> Repeated | None:
     return Repeated(name, stand_ins, known)
 
 
-def _enough(kinds: Sequence[Any]) -> int:
+def _enough(kinds: Sequence[str]) -> int:
     """The number of layers that show every kind, the first layer not counted."""
-    return next(
-        (
-            count
-            for count in range(2, MOST_TRACED)
-            if all(kind in kinds[1:count] for kind in kinds[1:])
-        ),
-        MOST_TRACED,
-    )
+    counts = range(2, MOST_TRACED)
+    return next((n for n in counts if set(kinds[1:n]) >= set(kinds[1:])), MOST_TRACED)

@@ -55,12 +55,9 @@ def subject(config: str, request: Request) -> Subject:
             model, auto_wrap_policy={TransformerSelfAttentionLayer}
         )
     layers = _layers(model)
-    kinds: list[tuple[Any, list[str]]] = []
+    kinds: dict[str, list[str]] = {}
     for name, kind in zip(layers, kinds_of([*layers.values()]), strict=True):
-        alike = next((names for known, names in kinds if known == kind), None)
-        if alike is None:
-            kinds.append((kind, alike := []))
-        alike.append(name)
+        kinds.setdefault(kind, []).append(name)
     decoder = getattr(model, "decoder", model)
     if not hasattr(decoder, "tok_embeddings"):
         raise CannotExplain(f"expected a decoder of torchtune as `model:`, not {type(model)}")
@@ -68,7 +65,7 @@ def subject(config: str, request: Request) -> Subject:
     hidden = functools.partial(_hidden, request, dtype)
     parts = [
         Part(layers[names[0]], (hidden(width),), {}, functools.partial(_in_each, names))
-        for _, names in kinds
+        for names in kinds.values()
     ]
     options = flatten(cfg.get("liger_fx") or {})
     options.pop("memory_gib", None)
