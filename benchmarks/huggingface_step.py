@@ -2,9 +2,13 @@
 
     python benchmarks/huggingface_step.py --models llama3_2_1b --ignored 0 0.5
     python benchmarks/huggingface_step.py --models qwen3_0_6b --no-checkpoint --jobs 2
+    python benchmarks/huggingface_step.py --models llama3_2_1b --padded 0.4
+    python benchmarks/huggingface_step.py --models llama3_2_1b --packed 512
 
 Models are built from their configurations, in bf16, with random weights and tokens. The first part
-of a sequence is the prompt, whose labels are ignored. The arms:
+of a sequence is the prompt, whose labels are ignored. With ``--padded`` the model is given an
+attention mask, as by Trainer's collators, and padding on the right; with ``--packed`` the positions
+of documents in one row, as by ``DataCollatorWithFlattening``. The arms:
 
     eager           the model as it is
     liger           Liger's own patch of the model, eager
@@ -35,6 +39,7 @@ from pathlib import Path
 
 import torch
 from _common import (
+    IGNORE,
     Child,
     Column,
     Panel,
@@ -45,6 +50,7 @@ from _common import (
     labels_like,
     markdown,
     needs_cuda,
+    padding,
     print_header,
     progress,
     run_arm,
@@ -135,7 +141,20 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 
 def eager(model: nn.Module, args: argparse.Namespace) -> LossStep:
-    return lambda tokens, labels: model(input_ids=tokens, labels=labels).loss
+    given = collated(args)
+    return lambda tokens, labels: model(input_ids=tokens, labels=labels, **given).loss
+
+
+def collated(args: argparse.Namespace) -> dict[str, Tensor]:
+    """What a collator gives beside tokens and labels: [batch, seq], int64."""
+    tokens = torch.empty(args.batch, args.seq, dtype=torch.int64)
+    if args.padded is not None:
+        return {"attention_mask": (~padding(tokens, args.padded)).long().to(args.device)}
+    if args.packed is None:
+        return {}
+    lengths = torch.randint(args.packed // 4, args.packed * 7 // 4, (tokens.numel(),))
+    documents = [torch.arange(length) for length in lengths.tolist()]
+    return {"position_ids": torch.cat(documents)[: args.seq].expand_as(tokens).to(args.device)}
 
 
 def compiled_model(backend: str, model: nn.Module, args: argparse.Namespace) -> LossStep:
@@ -216,6 +235,8 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
                 parameter.copy_(value)
         optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
         labels = labels_like(tokens, ignored, args.seq)
+        if args.padded:
+            labels = labels.masked_fill(padding(tokens, args.padded), IGNORE)
         train = partial(training_step(step, optimizer), tokens, labels)
         losses = [train().item() for _ in range(args.warmup)]
         row = time_and_memory(train, tokens.numel(), args)
@@ -223,6 +244,8 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
             "model": args.model,
             "checkpoint": args.checkpoint,
             "ignored": ignored,
+            "padded": args.padded,
+            "packed": args.packed,
             **row,
             "compile_s": first and first - row["ms"] / 1e3,
             "graphs": counters["stats"]["unique_graphs"],
@@ -313,6 +336,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--ignored", type=float, nargs="+", default=[0.0], help="shares of labels")
+    data = parser.add_mutually_exclusive_group()
+    data.add_argument("--padded", type=float, help="share of the tokens that are padding")
+    data.add_argument("--packed", type=int, help="tokens of a document, in the mean")
     parser.add_argument("--jobs", type=int, default=3, help="arms that compile at a time")
     parser.add_argument("--warmup", type=int, default=3, help="steps, those with a loss")
     parser.add_argument("--steps", type=int, default=6)

@@ -66,28 +66,28 @@ def test_a_hugging_face_model(explain):
         explain(*LLAMA, "--padding"),
         """\
 LlamaForCausalLM, 39,200 parameters, float32, batch 2 x 16 tokens, attention mask for padding
-replaced: 1 x linear_cross_entropy, 8 x rope, 8 x add_rms_norm, 1 x rms_norm, 4 x tiled_mlp; left alone: 4 x attention
+replaced: 1 x linear_cross_entropy, 4 x attention, 8 x rope, 8 x add_rms_norm, 1 x rms_norm, 4 x tiled_mlp
 
 memory                                          without liger_fx  with liger_fx
 logits, and what else projection and loss keep  16.26 KiB         20.01 KiB
 gate, up and their product                      72.00 KiB         none
-attention masks, as attention reads them        2.00 KiB          2.00 KiB
+attention masks, as attention reads them        2.00 KiB          none
 
 model.layers.0
-  replaced    rope                     self_attn at modeling_llama.py in apply_rotary_pos_emb
-  replaced    rope                     self_attn at modeling_llama.py in apply_rotary_pos_emb
-  replaced    add_rms_norm             post_attention_layernorm at modeling_llama.py in forward
-  replaced    rms_norm                 input_layernorm at modeling_llama.py in forward
-  replaced    tiled_mlp                mlp.down_proj at modeling_llama.py in forward
-  left alone  attention  self_attn at sdpa_attention.py in sdpa_attention_forward  a mask is given; the kernels for masks want as many keys as queries
+  replaced  attention     self_attn at sdpa_attention.py in sdpa_attention_forward
+  replaced  rope          self_attn at modeling_llama.py in apply_rotary_pos_emb
+  replaced  rope          self_attn at modeling_llama.py in apply_rotary_pos_emb
+  replaced  add_rms_norm  post_attention_layernorm at modeling_llama.py in forward
+  replaced  rms_norm      input_layernorm at modeling_llama.py in forward
+  replaced  tiled_mlp     mlp.down_proj at modeling_llama.py in forward
 
 model.layers.1 to model.layers.3 (3 layers)
-  replaced    rope                     self_attn at modeling_llama.py in apply_rotary_pos_emb
-  replaced    rope                     self_attn at modeling_llama.py in apply_rotary_pos_emb
-  replaced    add_rms_norm             input_layernorm at modeling_llama.py in forward
-  replaced    add_rms_norm             post_attention_layernorm at modeling_llama.py in forward
-  replaced    tiled_mlp                mlp.down_proj at modeling_llama.py in forward
-  left alone  attention  self_attn at sdpa_attention.py in sdpa_attention_forward  a mask is given; the kernels for masks want as many keys as queries
+  replaced  attention     self_attn at sdpa_attention.py in sdpa_attention_forward
+  replaced  rope          self_attn at modeling_llama.py in apply_rotary_pos_emb
+  replaced  rope          self_attn at modeling_llama.py in apply_rotary_pos_emb
+  replaced  add_rms_norm  input_layernorm at modeling_llama.py in forward
+  replaced  add_rms_norm  post_attention_layernorm at modeling_llama.py in forward
+  replaced  tiled_mlp     mlp.down_proj at modeling_llama.py in forward
 
 around the layers
   replaced  linear_cross_entropy  loss_utils.py in fixed_cross_entropy
@@ -108,7 +108,7 @@ def test_activation_checkpoints_hold_one_layer_at_a_time(explain):
 memory                                              without liger_fx  with liger_fx
 logits, and what else projection and loss keep      16.26 KiB         20.01 KiB
 gate, up and their product, of one layer at a time  18.00 KiB         none
-attention masks, as attention reads them            2.00 KiB          2.00 KiB""",
+attention masks, as attention reads them            2.00 KiB          none""",
     )
 
 
@@ -117,7 +117,7 @@ def test_counts_and_bytes_do_not_depend_on_how_many_layers_are_traced(explain):
     differ = [(a, b) for a, b in zip(two, four, strict=True) if a != b]
     assert [b for _, b in differ] == ["Layers traced: all 4."]
     assert differ[0][0].startswith("Layers traced: 2 of 4; the others are built alike")
-    assert "replaced: 1 x linear_cross_entropy, 8 x rope" in two[1]
+    assert "replaced: 1 x linear_cross_entropy, 4 x attention, 8 x rope" in two[1]
 
 
 def test_a_refusal_says_why(explain, monkeypatch):
@@ -142,11 +142,11 @@ logits, and what else projection and loss keep  20.62 KiB         20.38 KiB
 gate, up and their product                      54.00 KiB         none
 
 layers.0 to layers.2 (3 layers)
-  replaced    2 x rope                 attn.pos_embeddings at _position_embeddings.py in forward
-  replaced    add_rms_norm             mlp_norm at functional.py in rms_norm
-  replaced    rms_norm                 sa_norm at functional.py in rms_norm
-  replaced    tiled_mlp                mlp.w2 at feed_forward.py in forward
-  left alone  attention  attn at attention_utils.py in _attention_call              attention runs in torch.float32; kernels that group queries take bf16 and fp16
+  replaced    2 x rope      attn.pos_embeddings at _position_embeddings.py in forward
+  replaced    add_rms_norm  mlp_norm at functional.py in rms_norm
+  replaced    rms_norm      sa_norm at functional.py in rms_norm
+  replaced    tiled_mlp     mlp.w2 at feed_forward.py in forward
+  left alone  attention     attn at attention_utils.py in _attention_call              attention runs in torch.float32; flash and cuDNN attention take bf16 and fp16
 
 around the layers
   replaced  linear_cross_entropy  loss_fn at ce_chunked_output_loss.py in forward

@@ -265,7 +265,9 @@ def test_numerics(make):
 def test_fires_graph_documents():
     found = only(attention)(under(counted_documents), *operands())
     text = show(found.graphs[0])
-    assert_expected_inline("\n".join(text.splitlines()[-9:]), """\
+    assert_expected_inline(
+        "\n".join(text.splitlines()[-9:]),
+        """\
     eq: "b8[2, 12]" = l_given_positions_ == 0
     documents: "i64[2, 12]" = eq.cumsum(1)
     document_plan_default = torch.ops.liger_fx.document_plan.default(documents)
@@ -274,7 +276,8 @@ def test_fires_graph_documents():
     getitem_5: "i8[2, 12]" = document_plan_default[1]
     getitem_4: "i32[1, 25]" = document_plan_default[0]
     attention_default: "f32[2, 3, 12, 8]" = torch.ops.liger_fx.attention.default(l_q_, l_k_, l_v_, getitem_4, getitem_5, getitem_6, getitem_7, None, 0.3535533905932738)
-    return (attention_default,)""")
+    return (attention_default,)""",
+    )
 
 
 def test_fires_graph_causal():
