@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -17,49 +18,61 @@ from liger_fx.frame import goes_on
 from liger_fx.matcher import Match, Reject, data_inputs, interior, name_of
 from liger_fx.returned import ReturnedLogits
 
+if TYPE_CHECKING:
+    from liger_fx.rewrite import Rewrite
+
 _GRAD_MODE = {torch._C._set_grad_enabled}
 
 
+@dataclass(eq=False)
 class Legality:
-    """The facts about one graph that decide whether a match may be replaced at all."""
+    """The facts about one graph, until it changes, that decide whether a match may be replaced.
 
-    def __init__(self, view: View, returned: Sequence[ReturnedLogits] = ()) -> None:
-        self.view, self.returned = view, returned
-        self.grad_mode = [node for node in view.position if node.target in _GRAD_MODE]
-        self.without_gradient = next(filter(self._loses_gradient, view.position), None)
+    recomputed: a checkpoint runs the graph again in its backward. counted: as for `Effects`.
+    returned: as for `rewrite_graph`.
+    """
+
+    gm: fx.GraphModule
+    recomputed: bool
+    counted: Mapping[int, int]
+    returned: Sequence[ReturnedLogits] = ()
+
+    @functools.cached_property
+    def view(self) -> View:
+        return View(self.gm.graph, self.counted)
+
+    @functools.cached_property
+    def grad_mode(self) -> list[fx.Node]:
+        return [node for node in self.view.position if node.target in _GRAD_MODE]
+
+    @functools.cached_property
+    def without_gradient(self) -> fx.Node | None:
+        return next(filter(self._loses_gradient, self.view.position), None)
 
     @functools.cached_property
     def handed_on(self) -> set[int | None]:
         """The memory of what is returned to code of the compiled function after a graph break."""
-        graph = self.view.graph
-        if not hasattr(graph.owning_module, "compile_subgraph_reason"):
+        if not hasattr(self.gm, "compile_subgraph_reason"):
             return set()  # a body, whose values the graph around it knows
-        returned = graph.output_node().all_input_nodes
-        return {storage_key(node) for node in returned if goes_on(graph.owning_module, node)}
+        returned = self.gm.graph.output_node().all_input_nodes
+        return {storage_key(node) for node in returned if goes_on(self.gm, node)}
 
-    def check(
-        self,
-        match: Match,
-        constants: Sequence[str] = (),
-        saved: Sequence[str] | None = None,
-        head: bool = False,
-    ) -> None:
-        """Raise `Reject` if somebody could notice that the interior values are gone.
-
-        constants: names of bindings to which the replacement gives no gradient. saved: names of
-        bindings that the replacement keeps for its backward, "output" among them for what it
-        returns; None for all. head: the match takes a loss of logits, whose return may be deferred.
-        """
+    def check(self, match: Match, rewrite: Rewrite) -> None:
+        """Raise `Reject` if somebody could notice that the interior values are gone."""
         if self.without_gradient is not None:
             raise Reject(
                 f"{self.without_gradient.name} is a view of a tensor with a gradient, and Dynamo "
                 "says that it has none: what needs a gradient in this graph is not known"
             )
+        saved = rewrite.saved(match) if callable(rewrite.saved) else rewrite.saved
         self._plain_tensors(match)
-        self._no_escape(match, self.returned if head else ())
+        # A rewrite with a gain takes a loss of logits, whose return may be deferred.
+        self._no_escape(match, self.returned if rewrite.gain is not None else ())
         self._inputs_in_time(match)
         self._unwritten(match, saved)
-        self._one_grad_mode(match, constants)
+        self._one_grad_mode(match, rewrite.constants)
+        if rewrite.save_ops:
+            self.check_kept(match)
 
     def _loses_gradient(self, node: fx.Node) -> bool:
         """Is the node a view without a gradient of a value with one? Dynamo's fake tensors forget

@@ -8,14 +8,14 @@ import logging
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
 from liger_fx.canonical import op_name
-from liger_fx.matcher import name_of
+from liger_fx.matcher import BrokenGraph, name_of
 
 log = logging.getLogger("liger_fx")
 
@@ -81,18 +81,22 @@ class NearMiss(_Placed):
     reason: str
 
 
-def internal_error(error: Exception) -> str:
-    """The reason of a `Rejection` after an exception that no rewrite should raise."""
+def internal_error(error: Exception, what: str, strict: bool, logged: Collection[str] = ()) -> str:
+    """The reason of a `Rejection` after an exception that none of liger_fx should raise.
+
+    The exception is raised if ``strict``, or if the graph is broken. Else it is logged with its
+    stack, unless its reason is among those ``logged`` before. The log itself may be what failed.
+    """
+    if strict or isinstance(error, BrokenGraph):
+        raise error
     first_line = next(iter(str(error).splitlines()), "")
-    return f"internal error: {type(error).__name__}: {first_line}"
-
-
-def log_failure(what: str) -> None:
-    """Log the current exception with its stack. The log itself may be what failed."""
-    try:
-        log.exception("liger_fx %s; please report this", what)
-    except Exception:
-        print(f"liger_fx {what}, and its log fails as well", file=sys.stderr)
+    reason = f"internal error: {type(error).__name__}: {first_line}"
+    if reason not in logged:
+        try:
+            log.exception("liger_fx %s; please report this", what)
+        except Exception:
+            print(f"liger_fx {what}, and its log fails as well", file=sys.stderr)
+    return reason
 
 
 @dataclass
