@@ -10,18 +10,14 @@ checkpoint, so a selective-checkpointing policy keeps its outputs, by the mechan
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from liger_fx.effects import bodies
 
@@ -68,10 +64,11 @@ def keep_in_checkpoints(gm: fx.GraphModule, op_names: Sequence[str]) -> None:
 
     A body with a policy of its own keeps its policy: whoever wrote it can name the ops.
     """
-    names = frozenset(op_names)
     for body, recomputed in with_bodies(gm):
-        if recomputed and any(_op_name(node.target) in names for node in body.graph.nodes):
-            contexts = functools.partial(create_selective_checkpoint_contexts, saving_policy(names))
+        called = {n.target for n in body.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+        kept = [op for op in called if op.name() in op_names]
+        if recomputed and kept:
+            contexts = functools.partial(create_selective_checkpoint_contexts, kept)
             body.meta.setdefault(_CONTEXT_FN, contexts)
 
 
@@ -90,18 +87,3 @@ def _checkpoint(body: fx.GraphModule, *args: Any, **options: Any) -> Any:
     if _CONTEXT_FN in body.meta:
         options["context_fn"] = body.meta[_CONTEXT_FN]
     return checkpoint(body, *args, **options)
-
-
-def saving_policy(names: frozenset[str]) -> Callable[..., CheckpointPolicy]:
-    """For ``create_selective_checkpoint_contexts``: keep what the ops of these names return
-    (``"aten::mm"``), and recompute the rest."""
-    return functools.partial(_policy, names)
-
-
-def _policy(saved: frozenset[str], ctx: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    kept = _op_name(op) in saved
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _op_name(target: Any) -> str:
-    return target.name() if isinstance(target, torch._ops.OpOverload) else ""

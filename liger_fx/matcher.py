@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -80,15 +80,12 @@ class Match:
         self.nodes |= other.nodes
 
 
-@dataclass(frozen=True)
-class Miss:
-    """How far a pattern got: ``matched`` of ``total`` operations, then ``found`` for ``wanted``."""
+class Miss(NamedTuple):
+    """How far a pattern got: ``matched`` operations, then ``found`` in the place of ``wanted``."""
 
-    pattern: Pattern
-    matched: int
-    total: int
-    wanted: str
-    found: fx.Node | Any
+    matched: int = 0
+    wanted: str = ""
+    found: Any = None
 
 
 # A pattern that got no further than these was not near anything.
@@ -122,12 +119,13 @@ class _State:
 
 
 class Matcher:
-    """Tries one pattern at one root. After a failure, ``miss`` says where it was nearest."""
+    """Tries one pattern at one root. After a failure, ``miss`` says where it was nearest; nothing
+    has matched where it was nowhere near."""
 
     def __init__(self, view: View, pattern: Pattern) -> None:
         self.view = view
         self.pattern = pattern
-        self.miss: Miss | None = None
+        self.miss = Miss()
 
     def at(self, root: fx.Node, bindings: dict[str, Any] | None = None) -> Match | None:
         """The match that ends in ``root``. bindings: what some parameters are to be."""
@@ -239,9 +237,8 @@ class Matcher:
         return True
 
     def _missed(self, wanted: str, found: Any, state: _State) -> _State | None:
-        if state.near and (self.miss is None or state.matched > self.miss.matched):
-            total = size(self.pattern.term)
-            self.miss = Miss(self.pattern, state.matched, total, wanted, found)
+        if state.near and state.matched > self.miss.matched:
+            self.miss = Miss(state.matched, wanted, found)
         return None
 
 
@@ -305,3 +302,7 @@ def data_inputs(node: fx.Node) -> list[fx.Node]:
 
 def name_of(op: Any) -> str:
     return op if isinstance(op, str) else getattr(op, "__name__", str(op))
+
+
+def named(node: fx.Node) -> str:
+    return f"`{name_of(op_name(node))}` ({node.name})"

@@ -14,8 +14,7 @@ from typing import Any
 
 from torch import fx
 
-from liger_fx.canonical import op_name
-from liger_fx.matcher import BrokenGraph, name_of
+from liger_fx.matcher import BrokenGraph, named
 
 log = logging.getLogger("liger_fx")
 
@@ -134,7 +133,7 @@ class Report:
         """One report over several graphs."""
         whole = Report(note=next((r.note for r in reports if r.note), None))
         for report in reports:
-            for name in _SUMMED:
+            for name in vars(whole).keys() - {"note"}:
                 setattr(whole, name, getattr(whole, name) + getattr(report, name))
         return whole
 
@@ -178,9 +177,6 @@ class Report:
         return "\n".join([head, *text, *([f"  {self.note}"] if self.note else [])])
 
 
-_SUMMED = ("replacements", "rejections", "near_misses", "skipped", "deferred", "nodes", "seconds")
-
-
 def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {n}" for name, n in counts.items())
 
@@ -219,7 +215,7 @@ def describe(found: Any) -> str:
             f"`{found.name}`, an input of this graph: what computes it was traced elsewhere, "
             "or runs eagerly"
         )
-    return f"`{name_of(op_name(found))}` ({found.name})"
+    return named(found)
 
 
 _WRAPPERS = re.compile(r"\.__dict__\['_modules'\]|\['_checkpoint_wrapped_module'\]")

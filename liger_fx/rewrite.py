@@ -22,7 +22,7 @@ from liger_fx.bodies import skipped, with_bodies
 from liger_fx.canonical import View, fake, same_sizes
 from liger_fx.effects import known_writes
 from liger_fx.legality import Legality
-from liger_fx.matcher import BrokenGraph, Match, Matcher, Miss, Reject, candidates
+from liger_fx.matcher import BrokenGraph, Match, Matcher, Miss, Reject, candidates, size
 from liger_fx.pattern import Pattern
 from liger_fx.report import (
     NearMiss,
@@ -195,7 +195,7 @@ class _Application:
                         matcher = Matcher(view, pattern)
                         match = matcher.at(node)
                         if match is None:
-                            self._note_miss(matcher.miss, node)
+                            self._note_miss(pattern, matcher.miss, node)
                         else:
                             self._complete(match, graph)
                             found[node] = match
@@ -222,11 +222,11 @@ class _Application:
             match.outputs += tuple(self.rewrite.also(match))
             match.nodes.update(match.outputs)
 
-    def _note_miss(self, miss: Miss | None, node: fx.Node) -> None:
-        if miss is not None and (self.best is None or miss.matched > self.best.matched):
+    def _note_miss(self, pattern: Pattern, miss: Miss, node: fx.Node) -> None:
+        if miss.matched > (self.best.matched if self.best else 0):
             reason = f"wanted {miss.wanted}, found {describe(miss.found)}"
-            name, spelling, place = self.rewrite.name, miss.pattern.name, Place.of(node)
-            self.best = NearMiss(name, spelling, miss.matched, miss.total, reason, place=place)
+            name, total, place = self.rewrite.name, size(pattern.term), Place.of(node)
+            self.best = NearMiss(name, pattern.name, miss.matched, total, reason, place=place)
 
     def _is_legal(self, match: Match, graph: Legality, checked: bool = False) -> bool:
         check = self.rewrite.check
