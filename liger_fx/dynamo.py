@@ -7,7 +7,6 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -15,16 +14,18 @@ import torch
 from torch import fx
 from torch._dynamo.utils import counters
 
-from liger_fx.inner import compile_rewritten, environment
+from liger_fx import inner
 from liger_fx.measure import measured
 from liger_fx.options import ForTheUser, parse
 from liger_fx.passes import DEFAULT
-from liger_fx.policy import Judge, by_table, device_of, form_of, policy
+from liger_fx.policy import by_table, device_of, form_of, policy
 from liger_fx.report import Rejection, Report, internal_error
 from liger_fx.returned import Deferral, defer, returned_logits, returning
 from liger_fx.rewrite import Allow, Rewrite, rewrite_graph
 
 log = logging.getLogger("liger_fx")
+
+_WITHOUT_CUDA = "liger_fx: on a CPU plain PyTorch ops stand in: Liger's Triton kernels need a GPU"
 
 _reports: deque[Report] = deque(maxlen=1000)
 
@@ -90,7 +91,7 @@ class Backend:
         if self.accept is not None:
             self.accept(report)
         self._publish(report)
-        compiled = compile_rewritten(gm, example_inputs, self.options, self.rewrites)
+        compiled = inner.compile_rewritten(gm, example_inputs, self.options, self.rewrites)
         return returning(compiled, deferrals)
 
     def rewrite(
@@ -103,7 +104,7 @@ class Backend:
         deferrals: list[Deferral] = []
         try:
             if device_of(gm).type == "cpu":
-                _warn_without_cuda()
+                torch._logging.warning_once(log, _WITHOUT_CUDA)
             allow = self._policy(gm, example_inputs)
             returned = returned_logits(gm) if options.logits == "on_demand" else []
             report = rewrite_graph(
@@ -121,28 +122,11 @@ class Backend:
         try:
             judge = by_table(device_of(gm), self.options.inner, form_of(gm))
             if self.options.policy == "measure":
-                judge = self._measured(gm, example_inputs, judge)
+                judge = measured(gm, example_inputs, self.rewrites, self.options, judge)
         except Exception as error:  # such as a broken table
             why = internal_error(error, "cannot read its measurements", self.options.strict)
             judge = lambda rewrite, match: (False, why)  # noqa: E731
         return policy(self.options, judge, [rewrite.name for rewrite in DEFAULT])
-
-    def _measured(
-        self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None, table: Judge
-    ) -> Judge:
-        relevant = replace(self.options, require=(), strict=False)
-        if relevant.inner == "inductor":  # a CUDA graph would keep the copies of the inputs
-            relevant = replace(relevant, inductor=relevant.inductor | {"triton.cudagraphs": False})
-        return measured(
-            table,
-            self.options.strict,
-            gm,
-            [rewrite for rewrite in self.rewrites if rewrite.name not in relevant.disable],
-            example_inputs,
-            lambda form, inputs: compile_rewritten(form, inputs, relevant, self.rewrites),
-            relevant.settings,
-            f"{environment(self.rewrites)} {relevant}",
-        )
 
     def _publish(self, report: Report) -> None:
         """The report goes to `reports`, logs and traces. Raises RequirementError."""
@@ -268,8 +252,3 @@ def _note() -> str | None:
             except Exception:
                 log.debug("liger_fx has no note on %s", entry.name, exc_info=True)
     return None
-
-
-@functools.cache
-def _warn_without_cuda() -> None:
-    log.warning("liger_fx: on a CPU plain PyTorch ops stand in: Liger's Triton kernels need a GPU")
