@@ -201,7 +201,7 @@ class View:
 
     def _repeats(self, a: fx.Node, b: fx.Node) -> bool:
         ea, eb = self.expr(a), self.expr(b)
-        if ea.op not in _REPEATABLE or ea.op != eb.op or _shape(a) != _shape(b):
+        if ea.op not in _REPEATABLE or ea.op != eb.op or not _same_shape(fake(a), fake(b)):
             return False
         values = (a, b, *_nodes(ea.args), *_nodes(eb.args))
         return not any(map(self.effects.written, values)) and self.same(ea.args, eb.args)
@@ -226,9 +226,11 @@ _REPEATABLE = frozenset(
 )
 
 
-def _shape(node: fx.Node) -> Any:
-    value = fake(node)
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+def _same_shape(a: Any, b: Any) -> bool:
+    """Are two values tensors of one shape, or both no tensors?"""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return same_sizes(a.shape, b.shape)
+    return isinstance(a, torch.Tensor) == isinstance(b, torch.Tensor)
 
 
 def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:

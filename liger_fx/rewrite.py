@@ -20,7 +20,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from liger_fx.bodies import skipped, with_bodies
 from liger_fx.canonical import View, fake, same_sizes
-from liger_fx.effects import known_writes
+from liger_fx.effects import known_writes, storage_key
 from liger_fx.legality import Legality
 from liger_fx.matcher import BrokenGraph, Match, Matcher, Miss, Reject, candidates, size
 from liger_fx.pattern import Pattern
@@ -341,8 +341,9 @@ def _record(
 
 def _as_before(new: fx.Proxy, old: fx.Node) -> fx.Node:
     """``new``, without a gradient if ``old`` has none, and in its memory layout: a ``view`` further
-    on may depend on it. Raises `Reject` where the layout cannot be had, RuntimeError if ``new`` is
-    another kind of tensor, which is a mistake in the rewrite."""
+    on may depend on it. Raises `Reject` where the layout cannot be had, or where a view in the
+    place of a tensor of its own cannot be returned, RuntimeError if ``new`` is another kind of
+    tensor, which is a mistake in the rewrite."""
     got, wanted = fake(new.node), fake(old)
     if got.dtype != wanted.dtype or not same_sizes(got.shape, wanted.shape):
         raise RuntimeError(
@@ -357,7 +358,18 @@ def _as_before(new: fx.Proxy, old: fx.Node) -> fx.Node:
         raise Reject(
             f"{old.name} has the strides {list(wanted.stride())}; the op gives {list(got.stride())}"
         )
+    if fake(new.node)._base is not None and wanted._base is None and _is_returned_twice(old):
+        raise Reject(
+            f"{old.name} and a view of it are returned: AOTAutograd cannot return both where the "
+            "op gives a view as well"
+        )
     return new.node
+
+
+def _is_returned_twice(node: fx.Node) -> bool:
+    """Does the graph return several tensors that lie in the memory of ``node``?"""
+    returned = [storage_key(value) for value in node.graph.output_node().all_input_nodes]
+    return returned.count(storage_key(node)) > 1
 
 
 def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -90,7 +90,7 @@ def check(match: Match, weight, label, softmax_dim, gather_dim, entropy_dim=-1, 
     check_projection(match, weight)
     check_rows(match)
     last = {-1, label.dim()}
-    if not {softmax_dim, gather_dim} <= last or label.shape != match.output.shape:
+    if not {softmax_dim, gather_dim} <= last or not same_sizes(label.shape, match.output.shape):
         raise Reject("the labels are not one class of the last dimension for each token")
     if match.chains.get("summed_rows", match.chains["rows"]) != match.chains["rows"]:
         raise Reject("the sum is taken over other logits than those of the labels")
@@ -160,7 +160,7 @@ def _is_mask(match: Match, factor: Any, shape: torch.Size) -> bool:
         return False
     value = fake(factor)
     is_bools = isinstance(value, torch.Tensor) and value.dtype == torch.bool
-    return is_bools and value.shape == shape and not match.view.effects.written(factor)
+    return is_bools and same_sizes(value.shape, shape) and not match.view.effects.written(factor)
 
 
 linear_logprobs = Rewrite(

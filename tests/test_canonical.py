@@ -159,3 +159,24 @@ def test_reissued_expressions_hold_the_same_value():
 def test_names():
     _, (a, b) = traced(lambda x: (x / 2, torch.div(x, 2)), X)
     assert op_name(a) == op_name(b) == "div"
+
+
+def test_expressions_are_compared_without_a_guard_on_their_sizes():
+    """A guard such as "the sequence is not as long as the weight" compiles the model again."""
+
+    def fn(x, w):
+        return F.linear(x.float(), w.float()) * F.linear(x.float(), w.float())
+
+    graphs = []
+
+    def backend(gm, example_inputs):
+        graphs.append(gm)
+        view = View(gm.graph)
+        casts = view.calls["cast"]
+        assert [view.same(casts[0], other) for other in casts] == [True, False, True, False]
+        return gm.forward
+
+    compiled = torch.compile(fn, backend=backend, dynamic=True)
+    for length in (5, 6):  # 6 is the length of the weight
+        compiled(torch.randn(length, 2, 8).bfloat16(), torch.randn(6, 8).bfloat16())
+    assert len(graphs) == 1

@@ -266,6 +266,21 @@ row(
     lambda: (trained(B, S, HEADS, 2 * HALF), *repeated_rope_inputs()[1:]),
 )
 row(
+    "C10 rotation and its value without a gradient, both returned",
+    lambda q, *angles: ((rotated := rotate(q.transpose(1, 2), *angles)), rotated.detach()),
+    lambda: (trained(B, S, HEADS, 2 * HALF), *repeated_rope_inputs()[1:]),
+)
+for name, function in {"norm": norm, "norm of a sum": lambda x, w: added(norm)(x, w)[0]}.items():
+    row(
+        f"C10 projection, dropout and {name}, seen batch first",
+        seen_batch_first(
+            lambda x, w_in, w, w_out, function=function: F.linear(
+                function(F.dropout(x + F.linear(x, w_in), 0.5), w), w_out
+            )
+        ),
+        lambda: (trained(S, B, H), trained(H, H), trained(H), trained(H, H)),
+    )
+row(
     "C10 mlp seen batch first",
     seen_batch_first(mlp),
     lambda: (trained(S, B, H), trained(12, H), trained(12, H), trained(H, 12)),

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from liger_fx.ops.library import (
+    as_eager_leaves,
     as_rows,
     block_settings,
     column_sums,
@@ -185,6 +186,7 @@ class _AddRMSNorm(torch.autograd.Function):
         grad_x, grad_weight = _backward(
             grad, grad_total, total, weight, rstd, *ctx.literals, weight_grad
         )
+        grad_x = as_eager_leaves(grad_x, grad if grad_total is None else grad_total)
         return grad_x, grad_x, grad_weight if weight_grad else None, None, None, None
 
 

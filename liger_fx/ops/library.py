@@ -173,6 +173,13 @@ def empty_sum(x: Tensor, y: Tensor) -> Tensor:
     return x.new_empty_strided(total.shape, total.stride())
 
 
+def as_eager_leaves(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """``gradient``, contiguous where ``upstream`` is: eager's chain of products keeps the layout of
+    the upstream gradient, a kernel that of its input. torch's own operators may depend on that:
+    under AOTAutograd ``native_dropout_backward`` on a CPU takes contiguous gradients only."""
+    return gradient.contiguous() if upstream.is_contiguous() else gradient
+
+
 def as_rows(x: Tensor, like: Tensor | None = None) -> Tensor:
     """``x [..., columns]`` as [rows, columns] with unit stride, in the order in which the rows of
     ``like`` (default: its own) lie in memory. A view where the layout allows it, else a copy.

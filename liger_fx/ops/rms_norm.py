@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from liger_fx.ops.library import (
+    as_eager_leaves,
     as_rows,
     block_settings,
     column_sums,
@@ -215,6 +216,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         weight_grad = ctx.needs_input_grad[1]
         grad_x, grad_weight = _backward(grad, x, weight, rstd, *ctx.literals, weight_grad)
+        grad_x = as_eager_leaves(grad_x, grad)
         return grad_x, grad_weight if weight_grad else None, None, None, None
 
 
