@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -126,13 +127,9 @@ def bodies(node: fx.Node) -> list[fx.GraphModule]:
     """The graphs that a higher-order operator is called with."""
     if not _is_higher_order(node) or node.graph.owning_module is None:
         return []
-    named = (n.target for n in node.all_input_nodes if n.op == "get_attr")
-    found = (_attribute(node.graph.owning_module, str(name)) for name in named)
+    named = (str(n.target) for n in node.all_input_nodes if n.op == "get_attr")
+    found = (operator.attrgetter(name)(node.graph.owning_module) for name in named)
     return [module for module in found if isinstance(module, fx.GraphModule)]
-
-
-def _attribute(module: Any, name: str) -> Any:
-    return functools.reduce(lambda owner, part: getattr(owner, part, None), name.split("."), module)
 
 
 def _written_by_bodies(node: fx.Node) -> list[fx.Node]:
@@ -177,18 +174,16 @@ def _updates_statistics(node: fx.Node) -> bool:
 
 
 def _written_arguments(node: fx.Node) -> list[Any]:
-    args, kwargs = node.args, node.kwargs
     if isinstance(node.target, torch._ops.OpOverload):
-        return _by_schema([node.target], args, kwargs)
+        return _by_schema([node.target], node)
     if isinstance(node.target, torch._ops.OpOverloadPacket):
-        return _by_schema(_overloads(node.target), args, kwargs)
-    name = _name(node)
-    written = [kwargs.get("out")]
-    if _works_in_place(name) or inplace_flag(node):
+        return _by_schema(_overloads(node.target), node)
+    written = [node.kwargs.get("out")]
+    if _works_in_place(_name(node)) or inplace_flag(node):
         written.append(first_argument(node))
-    packet = getattr(torch.ops.aten, name, None)
+    packet = getattr(torch.ops.aten, _name(node), None)
     if isinstance(packet, torch._ops.OpOverloadPacket):  # _fused_adam_ writes to several
-        written += _by_schema(_overloads(packet), args, kwargs)
+        written += _by_schema(_overloads(packet), node)
     return written
 
 
@@ -196,18 +191,14 @@ def _name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-def _by_schema(
-    overloads: Iterable[torch._ops.OpOverload], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> list[Any]:
-    """The union over ``overloads`` of the arguments whose alias annotation says that they are
-    written to."""
-    written = []
-    for overload in overloads:
-        for i, argument in enumerate(overload._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = args[i : i + 1] if not argument.kwarg_only else ()
-                written.append(given[0] if given else kwargs.get(argument.name))
-    return written
+def _by_schema(overloads: Iterable[torch._ops.OpOverload], node: fx.Node) -> list[Any]:
+    """The union over ``overloads`` of the arguments that the schema says are written to."""
+    return [
+        node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        for overload in overloads
+        for i, argument in enumerate(overload._schema.arguments)
+        if argument.is_write
+    ]
 
 
 @functools.cache

@@ -12,10 +12,11 @@ from torch import fx
 
 # Whose wrappers the values of torch.func are (torch/_functorch/pyfunctorch.py).
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from liger_fx.canonical import View, fake, first_argument, op_name, storage_key
 from liger_fx.frame import goes_on
-from liger_fx.matcher import Match, Reject, data_inputs, interior, name_of
+from liger_fx.matcher import Match, Reject, data_inputs, interior, name_of, named
 from liger_fx.returned import ReturnedLogits
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Legality:
                 if isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value):
                     raise Reject("it runs inside of torch.func, for which the ops have no rules")
         for name, value in match.values.items():
-            if isinstance(value, torch.Tensor) and _is_wrapper(value):
+            if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
                 raise Reject(
                     f"{name} is a {type(value).__name__}; the kernels take plain tensors only"
                 )
@@ -117,15 +118,12 @@ class Legality:
                     continue
                 if _is_deferrable(node, user, match.nodes, returned):
                     continue
-                what, user = name_of(op_name(node)), _reader(user)
+                user = _reader(user)
                 if user.op == "output":
                     why = next((r.obstacle for r in returned if node in r.nodes), "")
                     why = why and f", and cannot be computed later: {why}"
-                    raise Reject(f"the value of `{what}` ({node.name}) is also returned{why}")
-                raise Reject(
-                    f"the value of `{what}` ({node.name}) is also used by "
-                    f"`{name_of(op_name(user))}` ({user.name})"
-                )
+                    raise Reject(f"the value of {named(node)} is also returned{why}")
+                raise Reject(f"the value of {named(node)} is also used by {named(user)}")
 
     def _inputs_in_time(self, match: Match) -> None:
         position, first = self.view.position, match.first
@@ -156,9 +154,9 @@ class Legality:
             if key in kept and key in self.handed_on:
                 raise Reject(f"the backward needs {kept[key]}, which later code may write to")
             for write in effects.writes.get(key, ()):
-                by = f"`{name_of(op_name(write))}` ({write.name})"
                 if write in match.nodes:
                     continue
+                by = named(write)
                 if not write < min(uses) and write < max(uses):
                     raise Reject(
                         f"{name} is written in place by {by} before `{name_of(op_name(last))}`"
@@ -236,8 +234,3 @@ def _stays(node: fx.Node, nodes: set[fx.Node]) -> bool:
     if op_name(node) not in ("reshape", "getitem", "cast"):
         return False
     return all(n not in nodes or _stays(n, nodes) for n in data_inputs(node))
-
-
-def _is_wrapper(value: torch.Tensor) -> bool:
-    """A DTensor, an NF4Tensor ...: a tensor that stands for other tensors."""
-    return hasattr(type(value), "__tensor_flatten__") or hasattr(value, "__tensor_flatten__")
