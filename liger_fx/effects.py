@@ -116,6 +116,17 @@ def written_values(node: fx.Node) -> list[fx.Node]:
     return list(found)
 
 
+def without_grad(graph: fx.Graph) -> set[fx.Node]:
+    """The calls that run without grad mode."""
+    found, grad = set(), torch.is_grad_enabled()
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            grad = bool(node.args[0])
+        elif not grad and node.op.startswith("call_"):
+            found.add(node)
+    return found
+
+
 # -- higher-order operators ------------------------------------------------------------------------
 
 

@@ -15,14 +15,13 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from liger_fx.canonical import View, fake, first_argument, op_name, storage_key
+from liger_fx.effects import without_grad
 from liger_fx.frame import goes_on
 from liger_fx.matcher import Match, Reject, data_inputs, interior, name_of, named
 from liger_fx.returned import ReturnedLogits
 
 if TYPE_CHECKING:
     from liger_fx.rewrite import Rewrite
-
-_GRAD_MODE = {torch._C._set_grad_enabled}
 
 
 @dataclass(eq=False)
@@ -43,8 +42,8 @@ class Legality:
         return View(self.gm.graph, self.counted)
 
     @functools.cached_property
-    def grad_mode(self) -> list[fx.Node]:
-        return [node for node in self.view.position if node.target in _GRAD_MODE]
+    def without_grad(self) -> set[fx.Node]:
+        return without_grad(self.gm.graph)
 
     @functools.cached_property
     def without_gradient(self) -> fx.Node | None:
@@ -87,7 +86,7 @@ class Legality:
             and after.is_floating_point()
             and storage_key(before) == storage_key(after)
             and op_name(node) != "detach"
-            and bool(self._grad_mode(node))
+            and node not in self.without_grad
         )
 
     def check_kept(self, match: Match) -> None:
@@ -188,12 +187,12 @@ class Legality:
 
     def _one_grad_mode(self, match: Match, constants: Sequence[str]) -> None:
         """An output that is computed without gradients is a constant, whatever is on its way."""
-        if not self.grad_mode:
+        if not self.without_grad:
             return
         constant = self._computed_of({match.bindings.get(name) for name in constants}, match)
-        for output in filter(self._grad_mode, match.outputs):
+        for output in set(match.outputs) - self.without_grad:
             nodes = interior(self.view, output, match.bindings) | {match.first}
-            if not all(map(self._grad_mode, nodes - constant)):
+            if (nodes - constant) & self.without_grad:
                 raise Reject("grad mode is switched in the middle of it")
 
     def _computed_of(self, constant: set[Any], match: Match) -> set[Any]:
@@ -203,11 +202,6 @@ class Legality:
             if inputs and constant.issuperset(inputs):
                 constant.add(node)
         return constant
-
-    def _grad_mode(self, node: fx.Node) -> Any:
-        """Is grad mode on where the node runs?"""
-        before = [s for s in self.grad_mode if self.view.position[s] < self.view.position[node]]
-        return before[-1].args[0] if before else torch.is_grad_enabled()
 
 
 def _is_deferrable(

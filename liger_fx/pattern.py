@@ -148,17 +148,10 @@ def _term(node: fx.Node, terms: dict[fx.Node, Term]) -> Term:
     return Op(*as_power(op, tuple(sub(a) for a in positional(node))))
 
 
-_CAST_METHODS = {
-    "float": torch.float32,
-    "half": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "double": torch.float64,
-}
-
-
 def _cast_dtype(node: fx.Node, sub: Callable[[Any], Term]) -> torch.dtype | Binding | Op:
-    if node.target in _CAST_METHODS:
-        return _CAST_METHODS[str(node.target)]
+    named = getattr(torch, str(node.target), None)
+    if isinstance(named, torch.dtype):  # x.float(), x.half()
+        return named
     wanted = sub(node.args[1] if len(node.args) > 1 else node.kwargs["dtype"])
     if not isinstance(wanted, torch.dtype | Binding | Op):
         raise TypeError(f"a pattern casts to a dtype or to that of a value, not to {wanted!r}")
