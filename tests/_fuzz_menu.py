@@ -235,9 +235,9 @@ WEIGHT_WRITES = [
 class Generator:
     """Makes one program: `build`. Its methods append to the lines of the program."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, attempt: int = 0) -> None:
         self.seed = seed
-        self.random = random.Random(seed)
+        self.random = random.Random(f"{seed}/{attempt}" if attempt else seed)
         self.inputs: list[str] = []
         self.body: list[str] = []
         self.outputs: list[str] = []

@@ -126,6 +126,59 @@ def test_what_differs_is_named(change, kind):
     assert fuzz.verdict(program, different).kind == kind
 
 
+@pytest.mark.parametrize(
+    "factor, eagerly, kind",
+    [
+        (1, 1, "reference wrong"),
+        (3, 1, "both wrong"),
+        (3, 3, "values"),  # without AOTAutograd as well
+    ],
+)
+def test_a_reference_that_is_wrong(monkeypatch, factor, eagerly, kind):
+    """One that doubles the output, unless its inner compiler is eager."""
+
+    def times(factor):
+        return lambda gm, _: lambda *args: [output * factor for output in gm.forward(*args)]
+
+    def reference(program):
+        return fuzz.Arm(program, times(1 if program.inner == "eager" else 2))
+
+    def candidate(program):
+        return fuzz.Arm(program, times(eagerly if program.inner == "eager" else factor)).run()
+
+    monkeypatch.setattr(fuzz, "reference", reference)
+    program = Program(0, "", ("x0 = torch.randn(2, 3)",), ("x1 = x0 + 2",), ("x1",))
+    assert fuzz.verdict(program, candidate).kind == kind
+
+
+@pytest.mark.parametrize(
+    "body, kind", [("x0 + 2", "reference wrong"), ("x0 @ x0", "does not raise")]
+)
+@pytest.mark.parametrize("right", [True, False])
+def test_a_reference_that_raises(monkeypatch, body, kind, right):
+    """The program that is not compiled decides: it may raise as well."""
+
+    def refuses(gm, _):
+        raise NotImplementedError("no kernel")
+
+    def candidate(program):
+        other = dataclasses.replace(program, body=("x1 = x0 + 2" if right else "x1 = x0 + 3",))
+        return fuzz.Arm(other, fuzz._plain("eager")).run()
+
+    monkeypatch.setattr(fuzz, "reference", lambda program: fuzz.Arm(program, refuses))
+    program = Program(0, "", ("x0 = torch.randn(2, 3)",), (f"x1 = {body}",), ("x1",))
+    wanted = kind if right or "+" not in body else "values"
+    assert fuzz.verdict(program, candidate).kind == wanted
+
+
+def test_a_program_that_proves_nothing_is_drawn_anew(monkeypatch):
+    kinds = iter(["both raise", "both wrong", "ok"])
+    monkeypatch.setattr(fuzz, "verdict", lambda program, _: fuzz.Verdict(next(kinds)))
+    found = fuzz.Check()(7)
+    assert found.kind == "ok" and found.program == fuzz.program(7, attempt=2)
+    assert len({fuzz.program(7, attempt).text for attempt in range(fuzz.ATTEMPTS)}) == fuzz.ATTEMPTS
+
+
 def test_the_second_call_has_another_size_where_shapes_are_dynamic():
     body = ("x1 = x0 * x0.shape[1]",)
     program = Program(0, "", ("x0 = torch.randn(2, s)",), body, ("x1",), dynamic=True)
