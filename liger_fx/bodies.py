@@ -27,23 +27,18 @@ _CONTEXT_FN = "_checkpoint_context_fn"
 _ENTERED = (tag_activation_checkpoint, invoke_subgraph)
 
 
-def entered(gm: fx.GraphModule) -> dict[fx.GraphModule, bool]:
-    """The bodies in one graph that are matched, each once; true for those that a checkpoint runs
-    again in its backward."""
-    return {
-        body: node.target is tag_activation_checkpoint
-        for node in gm.graph.nodes
-        if node.target in _ENTERED
-        for body in bodies(node)
-    }
-
-
 def with_bodies(
     gm: fx.GraphModule, recomputed: bool = False
 ) -> Iterator[tuple[fx.GraphModule, bool]]:
     """``gm`` and the bodies that are matched, at any depth, the innermost first, and whether a
     checkpoint runs the graph again."""
-    for body, in_checkpoint in entered(gm).items():
+    again = {  # each once
+        body: node.target is tag_activation_checkpoint
+        for node in gm.graph.nodes
+        if node.target in _ENTERED
+        for body in bodies(node)
+    }
+    for body, in_checkpoint in again.items():
         yield from with_bodies(body, recomputed or in_checkpoint)
     yield gm, recomputed
 

@@ -31,7 +31,15 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.operator_schemas import normalize_function
 
-from liger_fx.effects import Effects, fake, first_argument, inplace_flag, parameters, storage_key
+from liger_fx.effects import (
+    Effects,
+    fake,
+    first_argument,
+    inplace_flag,
+    nodes_in,
+    parameters,
+    storage_key,
+)
 
 Target = Callable[..., Any] | str
 
@@ -203,14 +211,8 @@ class View:
         ea, eb = self.expr(a), self.expr(b)
         if ea.op not in _REPEATABLE or ea.op != eb.op or not _same_shape(fake(a), fake(b)):
             return False
-        values = (a, b, *_nodes(ea.args), *_nodes(eb.args))
+        values = (a, b, *nodes_in((ea.args, eb.args)))
         return not any(map(self.effects.written, values)) and self.same(ea.args, eb.args)
-
-
-def _nodes(arg: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg(arg, found.append)
-    return found
 
 
 def as_power(op: Target, args: tuple[Any, ...]) -> tuple[Target, tuple[Any, ...]]:

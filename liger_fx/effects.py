@@ -36,6 +36,12 @@ def fake(node: Any) -> Any:
     return node.meta.get("example_value") if isinstance(node, fx.Node) else node
 
 
+def nodes_in(arg: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(arg, found.append)
+    return found
+
+
 def storage_key(node: Any) -> int | None:
     """A number that all views of one memory share; None for a value that is no tensor."""
     value = fake(node)
@@ -111,9 +117,7 @@ def written_values(node: fx.Node) -> list[fx.Node]:
         return _written_by_bodies(node)
     if not _is_known(node):
         return node.all_input_nodes
-    found: dict[fx.Node, None] = {}
-    fx.node.map_arg(_written_arguments(node), found.setdefault)
-    return list(found)
+    return list(dict.fromkeys(nodes_in(_written_arguments(node))))
 
 
 def without_grad(graph: fx.Graph) -> set[fx.Node]:
@@ -205,7 +209,9 @@ def _name(node: fx.Node) -> str:
 def _by_schema(overloads: Iterable[torch._ops.OpOverload], node: fx.Node) -> list[Any]:
     """The union over ``overloads`` of the arguments that the schema says are written to."""
     return [
-        node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        node.kwargs.get(argument.name)
+        if argument.kwarg_only or i >= len(node.args)
+        else node.args[i]
         for overload in overloads
         for i, argument in enumerate(overload._schema.arguments)
         if argument.is_write
@@ -219,13 +225,12 @@ def _overloads(packet: torch._ops.OpOverloadPacket) -> tuple[torch._ops.OpOverlo
     return tuple(overload for overload in found if overload._schema.is_mutable)
 
 
-_IN_PLACE_OPERATORS = frozenset(
-    f"i{name}"
-    for name in (
-        *("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"),
-        *("and", "or", "xor", "lshift", "rshift", "concat"),
-    )
-) | {"setitem", "delitem"}
+_IN_PLACE_OPERATORS = {"setitem", "delitem"}
+_IN_PLACE_OPERATORS |= {  # iadd, as there is add; but not index, invert
+    name
+    for name in operator.__all__
+    if name.startswith("i") and hasattr(operator, f"__{name[1:]}__")
+}
 
 
 def _works_in_place(name: str) -> bool:

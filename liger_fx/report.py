@@ -38,9 +38,10 @@ class Place:
         return " at ".join(part for part in (self.module, self.source) if part)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Placed:
-    place: Place = Place()
+    rewrite: str
+    place: Place = field(default=Place(), kw_only=True)
 
     @property
     def module(self) -> str:
@@ -56,7 +57,6 @@ class Replacement(_Placed):
     """A subgraph that was replaced. pattern: the spelling that matched. worth: on what evidence the
     policy allowed it, "" where a user asked for it."""
 
-    rewrite: str
     pattern: str
     worth: str = ""
 
@@ -65,7 +65,6 @@ class Replacement(_Placed):
 class Rejection(_Placed):
     """A subgraph that matched, and was left alone for ``reason``."""
 
-    rewrite: str
     reason: str
 
 
@@ -73,7 +72,6 @@ class Rejection(_Placed):
 class NearMiss(_Placed):
     """How near a rewrite came that matched nowhere in the graph."""
 
-    rewrite: str
     pattern: str
     matched: int
     total: int

@@ -138,8 +138,7 @@ class _Application:
     def run(self, graphs: Sequence[Legality]) -> list[Legality]:
         """What is known of the graphs afterwards."""
         known = list(map(self._run, graphs))
-        named = {r.rewrite for r in self.report.replacements}
-        named |= {r.rewrite for r in self.report.rejections}
+        named = {r.rewrite for r in (*self.report.replacements, *self.report.rejections)}
         if self.best is not None and self.rewrite.name not in named:
             self.report.near_misses.append(self.best)
         return known
