@@ -193,10 +193,10 @@ def _written_arguments(node: fx.Node) -> list[Any]:
         return _by_schema([node.target], node)
     if isinstance(node.target, torch._ops.OpOverloadPacket):
         return _by_schema(_overloads(node.target), node)
-    written = [node.kwargs.get("out")]
-    if _works_in_place(_name(node)) or inplace_flag(node):
+    name, written = _name(node), [node.kwargs.get("out")]
+    if _works_in_place(name) or inplace_flag(node):
         written.append(first_argument(node))
-    packet = getattr(torch.ops.aten, _name(node), None)
+    packet = getattr(torch.ops.aten, name, None)
     if isinstance(packet, torch._ops.OpOverloadPacket):  # _fused_adam_ writes to several
         written += _by_schema(_overloads(packet), node)
     return written
