@@ -2,7 +2,6 @@
 
 from liger_fx.deferred import DeferredLogits
 from liger_fx.dynamo import (
-    OptionError,
     RequirementError,
     backend,
     clear_reports,
@@ -11,6 +10,7 @@ from liger_fx.dynamo import (
     reports,
 )
 from liger_fx.matcher import Match
+from liger_fx.options import OptionError
 from liger_fx.pattern import chain, guard
 from liger_fx.report import NearMiss, Rejection, Replacement, Report
 from liger_fx.rewrite import Reject, Rewrite, rewrite_graph

@@ -10,18 +10,14 @@ checkpoint, so a selective-checkpointing policy keeps its outputs, by the mechan
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from liger_fx.canonical import View
 from liger_fx.effects import bodies, fake
@@ -32,23 +28,18 @@ _CONTEXT_FN = "_checkpoint_context_fn"
 _ENTERED = (tag_activation_checkpoint, invoke_subgraph)
 
 
-def entered(gm: fx.GraphModule) -> dict[fx.GraphModule, bool]:
-    """The bodies in one graph that are matched, each once; true for those that a checkpoint runs
-    again in its backward."""
-    return {
-        body: node.target is tag_activation_checkpoint
-        for node in gm.graph.nodes
-        if node.target in _ENTERED
-        for body in bodies(node)
-    }
-
-
 def with_bodies(
     gm: fx.GraphModule, recomputed: bool = False
 ) -> Iterator[tuple[fx.GraphModule, bool]]:
     """``gm`` and the bodies that are matched, at any depth, the innermost first, and whether a
     checkpoint runs the graph again."""
-    for body, in_checkpoint in entered(gm).items():
+    again = {  # each once
+        body: node.target is tag_activation_checkpoint
+        for node in gm.graph.nodes
+        if node.target in _ENTERED
+        for body in bodies(node)
+    }
+    for body, in_checkpoint in again.items():
         yield from with_bodies(body, recomputed or in_checkpoint)
     yield gm, recomputed
 
@@ -88,10 +79,11 @@ def keep_in_checkpoints(gm: fx.GraphModule, op_names: Sequence[str]) -> None:
 
     A body with a policy of its own keeps its policy: whoever wrote it can name the ops.
     """
-    names = frozenset(op_names)
     for body, recomputed in with_bodies(gm):
-        if recomputed and any(_op_name(node.target) in names for node in body.graph.nodes):
-            contexts = functools.partial(create_selective_checkpoint_contexts, saving_policy(names))
+        called = {n.target for n in body.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
+        kept = [op for op in called if op.name() in op_names]
+        if recomputed and kept:
+            contexts = functools.partial(create_selective_checkpoint_contexts, kept)
             body.meta.setdefault(_CONTEXT_FN, contexts)
 
 
@@ -110,18 +102,3 @@ def _checkpoint(body: fx.GraphModule, *args: Any, **options: Any) -> Any:
     if _CONTEXT_FN in body.meta:
         options["context_fn"] = body.meta[_CONTEXT_FN]
     return checkpoint(body, *args, **options)
-
-
-def saving_policy(names: frozenset[str]) -> Callable[..., CheckpointPolicy]:
-    """For ``create_selective_checkpoint_contexts``: keep what the ops of these names return
-    (``"aten::mm"``), and recompute the rest."""
-    return functools.partial(_policy, names)
-
-
-def _policy(saved: frozenset[str], ctx: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    kept = _op_name(op) in saved
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _op_name(target: Any) -> str:
-    return target.name() if isinstance(target, torch._ops.OpOverload) else ""

@@ -31,7 +31,15 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.operator_schemas import normalize_function
 
-from liger_fx.effects import Effects, fake, first_argument, inplace_flag, parameters, storage_key
+from liger_fx.effects import (
+    Effects,
+    fake,
+    first_argument,
+    inplace_flag,
+    nodes_in,
+    parameters,
+    storage_key,
+)
 
 Target = Callable[..., Any] | str
 
@@ -223,14 +231,8 @@ class View:
         ea, eb = self.expr(a), self.expr(b)
         if ea.op not in _REPEATABLE or ea.op != eb.op or not _same_shape(fake(a), fake(b)):
             return False
-        values = (a, b, *_nodes(ea.args), *_nodes(eb.args))
+        values = (a, b, *nodes_in((ea.args, eb.args)))
         return not any(map(self.effects.written, values)) and self.same(ea.args, eb.args)
-
-
-def _nodes(arg: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.node.map_arg(arg, found.append)
-    return found
 
 
 def as_power(op: Target, args: tuple[Any, ...]) -> tuple[Target, tuple[Any, ...]]:
@@ -273,15 +275,14 @@ def _only_inserts(index: Any) -> bool:
     return bool(added) and all(item is Ellipsis or item == slice(None) for item in rest)
 
 
-def _specialised_number(value: Any) -> float | int | bool | None:
+def _specialised_number(value: Any) -> float | None:
     """The number itself, or the constant behind a Sym value that Dynamo has specialised: its
     expression has no free symbol left. None for a number that may vary."""
-    if isinstance(value, int | float | bool):
-        return value
-    if not isinstance(value, torch.SymInt | torch.SymFloat) or value.node.expr.free_symbols:
-        return None
-    node = value.node
-    return node.maybe_as_float() if isinstance(value, torch.SymFloat) else node.maybe_as_int()
+    if isinstance(value, torch.SymInt):
+        return value.node.maybe_as_int()
+    if isinstance(value, torch.SymFloat):
+        return value.node.maybe_as_float()
+    return value if isinstance(value, int | float) else None
 
 
 # Builtins without a signature to read: parameters and defaults.
@@ -335,17 +336,10 @@ def positional(node: fx.Node) -> tuple[Any, ...]:
     target: Any = node.target
     if node.op == "call_method":
         target = getattr(torch, str(node.target), None)
-    if target in _SIGNATURES:
-        named = dict(zip(_SIGNATURES[target], args, strict=False)) | kwargs
-        return tuple((_SIGNATURES[target] | named).values())
-    fixed = parameters(target)
-    if fixed is not None:
-        named = dict(zip((p.name for p in fixed), args, strict=False)) | kwargs
-        return tuple(
-            named.get(p.name, None if p.default is p.empty else p.default)
-            for p in fixed
-            if p.name not in ("inplace", "_stacklevel")
-        )
+    defaults = _SIGNATURES.get(target) or _defaults(target)
+    if defaults is not None:
+        found = defaults | dict(zip(defaults, args, strict=False)) | kwargs
+        return tuple(v for name, v in found.items() if name not in ("inplace", "_stacklevel"))
     if kwargs and target is not None:
         try:
             normal = normalize_function(target, args, kwargs, normalize_to_only_use_kwargs=True)
@@ -354,3 +348,11 @@ def positional(node: fx.Node) -> tuple[Any, ...]:
         if normal is not None:
             return tuple(normal.kwargs.values())
     return args + tuple(kwargs[k] for k in sorted(kwargs))
+
+
+@functools.cache
+def _defaults(target: Any) -> dict[str, Any] | None:
+    fixed = parameters(target)
+    if fixed is None:
+        return None
+    return {p.name: None if p.default is p.empty else p.default for p in fixed}

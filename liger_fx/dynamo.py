@@ -7,40 +7,30 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from importlib.metadata import entry_points
 from typing import Any
 
 import torch
 from torch import fx
-
-# What Dynamo hands on to the user as it is (torch/_dynamo/output_graph.py: _call_user_compiler).
-from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.utils import counters
 
-from liger_fx.inner import compile_rewritten, environment, fingerprint
+from liger_fx import inner
 from liger_fx.measure import measured
-from liger_fx.options import Options, parse
-from liger_fx.policy import Judge, by_table, device_of, form_of, policy
-from liger_fx.report import Rejection, Report, internal_error, log_failure
+from liger_fx.options import ForTheUser, parse
+from liger_fx.passes import DEFAULT
+from liger_fx.policy import by_table, device_of, form_of, policy
+from liger_fx.report import Rejection, Report, internal_error
 from liger_fx.returned import Deferral, defer, returned_logits, returning
-from liger_fx.rewrite import Allow, BrokenGraph, Rewrite, rewrite_graph
+from liger_fx.rewrite import Allow, Rewrite, rewrite_graph
 
 log = logging.getLogger("liger_fx")
+
+_WITHOUT_CUDA = "liger_fx: on a CPU plain PyTorch ops stand in: Liger's Triton kernels need a GPU"
 
 _reports: deque[Report] = deque(maxlen=1000)
 
 
-class _ForTheUser(ShortenTraceback):
-    def __init__(self, message: str) -> None:
-        super().__init__(message, first_useful_frame=None)
-
-
-class OptionError(_ForTheUser, ValueError):
-    """An option is unknown, has no such value, or cannot apply together with another."""
-
-
-class RequirementError(_ForTheUser):
+class RequirementError(ForTheUser):
     """A rewrite named in ``require`` was not made in the compiled function that should have it."""
 
 
@@ -70,8 +60,7 @@ def backend(rewrites: Sequence[Rewrite] | None = None, **options: Any) -> Backen
     is Inductor's. ``policy="auto"`` applies rewrites of your own wherever they are legal. Raises
     OptionError, a ValueError, at once.
     """
-    mode = options.pop("mode", None)
-    return Backend(options, rewrites, mode)
+    return Backend(options, rewrites, options.pop("mode", None))
 
 
 class Backend:
@@ -89,23 +78,20 @@ class Backend:
         accept: Callable[[Report], None] | None = None,
         made: set[str] | None = None,
     ) -> None:
-        self.rewrites = _installed() if rewrites is None else list(rewrites)
-        self.options = parse_options(options, self.rewrites)
-        self.mode = mode
+        from torch._inductor import list_mode_options
+
+        self.rewrites = [*DEFAULT, *_of_packages()] if rewrites is None else list(rewrites)
+        given = {**(list_mode_options(mode) if mode else {}), **(options or {})}
+        self.options = parse(given, {r.name: r.settings for r in self.rewrites})
         self.accept = accept
         self.made = set() if made is None else made
-        if mode is not None and self.options.inner != "inductor":
-            raise OptionError(
-                f"mode={mode!r} is a mode of Inductor's, but inner={self.options.inner!r}: leave "
-                "out one of the two"
-            )
 
     def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         report, deferrals = self.rewrite(gm, example_inputs)
         if self.accept is not None:
             self.accept(report)
         self._publish(report)
-        compiled = compile_rewritten(gm, example_inputs, self.options, self.rewrites, self.mode)
+        compiled = inner.compile_rewritten(gm, example_inputs, self.options, self.rewrites)
         return returning(compiled, deferrals)
 
     def rewrite(
@@ -118,7 +104,7 @@ class Backend:
         deferrals: list[Deferral] = []
         try:
             if device_of(gm).type == "cpu":
-                _warn_without_cuda()
+                torch._logging.warning_once(log, _WITHOUT_CUDA)
             allow = self._policy(gm, example_inputs)
             returned = returned_logits(gm) if options.logits == "on_demand" else []
             report = rewrite_graph(
@@ -127,47 +113,20 @@ class Backend:
             deferrals = defer(gm, returned)
             report.deferred = [deferral.place for deferral in deferrals]
             report.note = _note()
-        except BrokenGraph:
-            raise
         except Exception as error:
-            if options.strict:
-                raise
-            log_failure("leaves a graph as it is")
-            report = Report(nodes=len(gm.graph.nodes))
-            report.rejections.append(Rejection("all", internal_error(error)))
+            reason = internal_error(error, "leaves a graph as it is", options.strict)
+            report = Report([], [Rejection("all", reason)], nodes=len(gm.graph.nodes))
         return report, deferrals
 
     def _policy(self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> Allow:
         try:
             judge = by_table(device_of(gm), self.options.inner, form_of(gm))
             if self.options.policy == "measure":
-                judge = self._measured(gm, example_inputs, judge)
+                judge = measured(gm, example_inputs, self.rewrites, self.options, judge)
         except Exception as error:  # such as a broken table
-            if self.options.strict:
-                raise
-            log_failure("cannot read its measurements")
-            why = internal_error(error)
+            why = internal_error(error, "cannot read its measurements", self.options.strict)
             judge = lambda rewrite, match: (False, why)  # noqa: E731
-        return policy(self.options, judge, [rewrite.name for rewrite in _default()])
-
-    def _measured(
-        self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None, table: Judge
-    ) -> Judge:
-        relevant = replace(self.options, require=(), strict=False)
-        if relevant.inner == "inductor":  # a CUDA graph would keep the copies of the inputs
-            relevant = replace(relevant, inductor=relevant.inductor | {"triton.cudagraphs": False})
-        return measured(
-            table,
-            self.options.strict,
-            gm,
-            [rewrite for rewrite in self.rewrites if rewrite.name not in relevant.disable],
-            example_inputs,
-            lambda form, inputs: compile_rewritten(
-                form, inputs, relevant, self.rewrites, self.mode
-            ),
-            relevant.settings,
-            f"{environment()} {fingerprint(self.rewrites)} {relevant} mode={self.mode}",
-        )
+        return policy(self.options, judge, [rewrite.name for rewrite in DEFAULT])
 
     def _publish(self, report: Report) -> None:
         """The report goes to `reports`, logs and traces. Raises RequirementError."""
@@ -186,10 +145,8 @@ class Backend:
                 payload_fn=report.to_json,
             )
         except Exception as error:
-            if self.options.strict:
-                raise
-            report.rejections.append(Rejection("report", internal_error(error)))
-            log_failure("could not report on a graph")
+            reason = internal_error(error, "could not report on a graph", self.options.strict)
+            report.rejections.append(Rejection("report", reason))
         self._check_required(report)
 
     def _check_required(self, report: Report) -> None:
@@ -202,31 +159,16 @@ class Backend:
             raise RequirementError(f"required but not made: {', '.join(missing)}\n{report}")
 
 
-# Of functions with a `require` among their options. torch.compile hands on the same object for all
-# graphs of one function; the environment's is one for the process.
-_made: list[tuple[Mapping[str, Any] | None, set[str]]] = []
+# Of functions with a `require` among their options, with the options: torch.compile hands on the
+# same object for all graphs of one function. The environment's (None) is one for the process.
+_made: dict[int, tuple[Mapping[str, Any] | None, set[str]]] = {}
 
 
 def _made_with(options: Mapping[str, Any] | None) -> set[str]:
     """The rewrites made in the graphs of the function that was compiled with ``options``."""
-    found = next((made for known, made in _made if known is options), None)
-    if found is not None:
-        return found
-    made: set[str] = set()
-    if options is None or "require" in options:
-        _made.append((options, made))
-    return made
-
-
-def parse_options(
-    options: Mapping[str, Any] | None, rewrites: Sequence[Rewrite] | None = None
-) -> Options:
-    """``options`` over the environment. Raises OptionError for what is unknown."""
-    known = _installed() if rewrites is None else rewrites
-    try:
-        return parse(options, {r.name: r.settings for r in known})
-    except ValueError as error:
-        raise OptionError(str(error)) from None
+    if options is not None and "require" not in options:
+        return set()
+    return _made.setdefault(id(options), (options, set()))[1]
 
 
 def reports() -> list[Report]:
@@ -286,24 +228,14 @@ def trace_without_kernels(
 # -- what is installed -----------------------------------------------------------------------------
 
 
-def _default() -> list[Rewrite]:
-    from liger_fx.passes import DEFAULT
-
-    return DEFAULT
-
-
-def _installed() -> list[Rewrite]:
-    return [*_default(), *_of_packages()]
-
-
 @functools.cache
 def _of_packages() -> tuple[Rewrite, ...]:
     found: list[Rewrite] = []
     for entry in entry_points(group="liger_fx.rewrites"):
         try:
             loaded = entry.load()
-        except Exception:
-            log_failure(f"cannot load the rewrites {entry.name} = {entry.value}")
+        except Exception as error:
+            internal_error(error, f"cannot load the rewrites {entry.name} = {entry.value}", False)
             continue
         found += [loaded] if isinstance(loaded, Rewrite) else loaded
     return tuple(found)
@@ -320,8 +252,3 @@ def _note() -> str | None:
             except Exception:
                 log.debug("liger_fx has no note on %s", entry.name, exc_info=True)
     return None
-
-
-@functools.cache
-def _warn_without_cuda() -> None:
-    log.warning("liger_fx: on a CPU plain PyTorch ops stand in: Liger's Triton kernels need a GPU")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -33,6 +34,12 @@ _MOVES = frozenset({"set_", "set_data", "resize_", "resize_as_"})
 def fake(node: Any) -> Any:
     """The ``example_value`` of a node; a literal stands for itself."""
     return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+def nodes_in(arg: Any) -> list[fx.Node]:
+    found: list[fx.Node] = []
+    fx.node.map_arg(arg, found.append)
+    return found
 
 
 def storage_key(node: Any) -> int | None:
@@ -110,9 +117,18 @@ def written_values(node: fx.Node) -> list[fx.Node]:
         return _written_by_bodies(node)
     if not _is_known(node):
         return node.all_input_nodes
-    found: dict[fx.Node, None] = {}
-    fx.node.map_arg(_written_arguments(node), found.setdefault)
-    return list(found)
+    return list(dict.fromkeys(nodes_in(_written_arguments(node))))
+
+
+def without_grad(graph: fx.Graph) -> set[fx.Node]:
+    """The calls that run without grad mode."""
+    found, grad = set(), torch.is_grad_enabled()
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            grad = bool(node.args[0])
+        elif not grad and node.op.startswith("call_"):
+            found.add(node)
+    return found
 
 
 # -- higher-order operators ------------------------------------------------------------------------
@@ -126,13 +142,9 @@ def bodies(node: fx.Node) -> list[fx.GraphModule]:
     """The graphs that a higher-order operator is called with."""
     if not _is_higher_order(node) or node.graph.owning_module is None:
         return []
-    named = (n.target for n in node.all_input_nodes if n.op == "get_attr")
-    found = (_attribute(node.graph.owning_module, str(name)) for name in named)
+    named = (str(n.target) for n in node.all_input_nodes if n.op == "get_attr")
+    found = (operator.attrgetter(name)(node.graph.owning_module) for name in named)
     return [module for module in found if isinstance(module, fx.GraphModule)]
-
-
-def _attribute(module: Any, name: str) -> Any:
-    return functools.reduce(lambda owner, part: getattr(owner, part, None), name.split("."), module)
 
 
 def _written_by_bodies(node: fx.Node) -> list[fx.Node]:
@@ -177,18 +189,16 @@ def _updates_statistics(node: fx.Node) -> bool:
 
 
 def _written_arguments(node: fx.Node) -> list[Any]:
-    args, kwargs = node.args, node.kwargs
     if isinstance(node.target, torch._ops.OpOverload):
-        return _by_schema([node.target], args, kwargs)
+        return _by_schema([node.target], node)
     if isinstance(node.target, torch._ops.OpOverloadPacket):
-        return _by_schema(_overloads(node.target), args, kwargs)
-    name = _name(node)
-    written = [kwargs.get("out")]
+        return _by_schema(_overloads(node.target), node)
+    name, written = _name(node), [node.kwargs.get("out")]
     if _works_in_place(name) or inplace_flag(node):
         written.append(first_argument(node))
     packet = getattr(torch.ops.aten, name, None)
     if isinstance(packet, torch._ops.OpOverloadPacket):  # _fused_adam_ writes to several
-        written += _by_schema(_overloads(packet), args, kwargs)
+        written += _by_schema(_overloads(packet), node)
     return written
 
 
@@ -196,18 +206,16 @@ def _name(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
-def _by_schema(
-    overloads: Iterable[torch._ops.OpOverload], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> list[Any]:
-    """The union over ``overloads`` of the arguments whose alias annotation says that they are
-    written to."""
-    written = []
-    for overload in overloads:
-        for i, argument in enumerate(overload._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given = args[i : i + 1] if not argument.kwarg_only else ()
-                written.append(given[0] if given else kwargs.get(argument.name))
-    return written
+def _by_schema(overloads: Iterable[torch._ops.OpOverload], node: fx.Node) -> list[Any]:
+    """The union over ``overloads`` of the arguments that the schema says are written to."""
+    return [
+        node.kwargs.get(argument.name)
+        if argument.kwarg_only or i >= len(node.args)
+        else node.args[i]
+        for overload in overloads
+        for i, argument in enumerate(overload._schema.arguments)
+        if argument.is_write
+    ]
 
 
 @functools.cache
@@ -217,13 +225,12 @@ def _overloads(packet: torch._ops.OpOverloadPacket) -> tuple[torch._ops.OpOverlo
     return tuple(overload for overload in found if overload._schema.is_mutable)
 
 
-_IN_PLACE_OPERATORS = frozenset(
-    f"i{name}"
-    for name in (
-        *("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow"),
-        *("and", "or", "xor", "lshift", "rshift", "concat"),
-    )
-) | {"setitem", "delitem"}
+_IN_PLACE_OPERATORS = {"setitem", "delitem"}
+_IN_PLACE_OPERATORS |= {  # iadd, as there is add; but not index, invert
+    name
+    for name in operator.__all__
+    if name.startswith("i") and hasattr(operator, f"__{name[1:]}__")
+}
 
 
 def _works_in_place(name: str) -> bool:

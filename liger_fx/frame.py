@@ -16,6 +16,8 @@ from typing import Any
 from torch import fx
 from torch._dynamo.backends.distributed import DDPOptimizer, SubmodCompiler
 
+from liger_fx.effects import nodes_in
+
 _PART = (
     "the graph is a part of a larger one (split by DDPOptimizer? "
     "torch._dynamo.config.optimize_ddp = False leaves it whole)"
@@ -38,10 +40,8 @@ def goes_on(gm: Any, value: fx.Node) -> str:
     return "the function goes on after this graph" if reason.graph_break else ""
 
 
-def outputs(graph: fx.Graph) -> list[Any]:
-    found: list[Any] = []
-    fx.node.map_arg(graph.output_node().args, found.append)
-    return found
+def outputs(graph: fx.Graph) -> list[fx.Node]:
+    return nodes_in(graph.output_node().args)
 
 
 def _only_returned(call: fx.Node, indices: set[int]) -> bool:

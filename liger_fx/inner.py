@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from liger_fx import ops
+from liger_fx import ops, passes
 from liger_fx.bodies import checkpoint_eagerly, keep_in_checkpoints
 from liger_fx.options import Options
 from liger_fx.rewrite import Rewrite
@@ -26,7 +25,6 @@ def compile_rewritten(
     example_inputs: Sequence[Any],
     options: Options,
     rewrites: Sequence[Rewrite],
-    mode: str | None = None,
 ) -> Callable[..., Any]:
     """Compile ``gm``, to which ``rewrites`` have been applied, with ``options.inner``."""
     keep_in_checkpoints(gm, [name for rewrite in rewrites for name in rewrite.save_ops])
@@ -35,15 +33,13 @@ def compile_rewritten(
         return gm.forward
     if options.inner == "aot_eager":
         return torch._dynamo.lookup_backend("aot_eager")(gm, list(example_inputs))
-    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = {**(list_mode_options(mode) if mode else {}), **options.inductor}
-    tag = ";".join(filter(None, [torch.compiler.config.cache_key_tag, fingerprint(rewrites)]))
+    tag = ";".join(filter(None, [torch.compiler.config.cache_key_tag, environment(rewrites)]))
     tagged = torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
-    with tagged, _cacheable_random_state(patches):
+    with tagged, _cacheable_random_state(options.inductor):
         return compile_fx(  # type: ignore[return-value]
-            gm, list(example_inputs), config_patches=patches
+            gm, list(example_inputs), config_patches=options.inductor
         )
 
 
@@ -63,19 +59,17 @@ def _cacheable_random_state(patches: Mapping[str, Any]) -> contextlib.AbstractCo
 # -- the cache key ---------------------------------------------------------------------------------
 
 
-def fingerprint(rewrites: Sequence[Rewrite]) -> str:
-    """What a cached result depends on and the compile caches cannot see: they see the rewritten
-    graph, but not the backward of an op (https://github.com/pytorch/pytorch/issues/144344). A hash
-    over the source of our ops and rewrites and of the files of a user's, and Liger's version."""
-    own = sorted(_file_of(r.replace) for r in rewrites if r.replace.__module__.split(".")[0] != _US)
-    return ";".join([_FINGERPRINT, *dict.fromkeys(own)])
-
-
-_US = "liger_fx"
+def environment(rewrites: Sequence[Rewrite] = ()) -> str:
+    """What decides, beside the options, what a graph becomes, and what the compile caches cannot
+    see: they see the rewritten graph, but not the backward of an op
+    (https://github.com/pytorch/pytorch/issues/144344). The versions of torch and Liger, and hashes
+    over the source of liger_fx's ops and rewrites and of the files that define ``rewrites``."""
+    own = sorted(_defined_in(r.replace) for r in rewrites)
+    return ";".join([f"torch={torch.__version__}", _FINGERPRINT, *dict.fromkeys(own)])
 
 
 @functools.cache
-def _file_of(function: Callable[..., Any]) -> str:
+def _defined_in(function: Callable[..., Any]) -> str:
     """A hash of the file that defines ``function``, or of its code where there is no file."""
     try:
         source = Path(inspect.getfile(function)).read_bytes()
@@ -85,21 +79,10 @@ def _file_of(function: Callable[..., Any]) -> str:
 
 
 def _own_fingerprint() -> str:
-    source = hashlib.sha256()
-    rewrites = importlib.util.find_spec("liger_fx.passes")
-    assert rewrites is not None
-    for folder in (
-        Path(ops.__file__).parent,
-        *map(Path, rewrites.submodule_search_locations or ()),
-    ):
-        for path in sorted(folder.glob("*.py")):
-            source.update(path.read_bytes())
-    return f"liger_fx={source.hexdigest()[:16]};liger_kernel={version('liger_kernel')}"
+    folders = [Path(folder) for package in (ops, passes) for folder in package.__path__]
+    source = b"".join(path.read_bytes() for f in folders for path in sorted(f.glob("*.py")))
+    liger = version("liger_kernel")
+    return f"liger_fx={hashlib.sha256(source).hexdigest()[:16]};liger_kernel={liger}"
 
 
 _FINGERPRINT = _own_fingerprint()  # of what has just been imported: an editor may save later
-
-
-def environment() -> str:
-    """What decides, beside options and rewrites, what a graph becomes."""
-    return f"torch={torch.__version__};{_FINGERPRINT}"

@@ -3,63 +3,82 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 # Whose wrappers the values of torch.func are (torch/_functorch/pyfunctorch.py).
 from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from liger_fx.canonical import View, fake, first_argument, op_name, storage_key
+from liger_fx.effects import without_grad
 from liger_fx.frame import goes_on
-from liger_fx.matcher import Match, Reject, data_inputs, interior, name_of
+from liger_fx.matcher import Match, Reject, data_inputs, interior, name_of, named
 from liger_fx.returned import ReturnedLogits
 
-_GRAD_MODE = {torch._C._set_grad_enabled}
+if TYPE_CHECKING:
+    from liger_fx.rewrite import Rewrite
 
 
+@dataclass(eq=False)
 class Legality:
-    """The facts about one graph that decide whether a match may be replaced at all."""
+    """The facts about one graph, until it changes, that decide whether a match may be replaced.
 
-    def __init__(self, view: View, returned: Sequence[ReturnedLogits] = ()) -> None:
-        self.view, self.returned = view, returned
-        self.grad_mode = [node for node in view.position if node.target in _GRAD_MODE]
-        self.without_gradient = next(filter(self._loses_gradient, view.position), None)
+    recomputed: a checkpoint runs the graph again in its backward. counted: as for `Effects`.
+    returned: as for `rewrite_graph`. callers: as for `View`.
+    """
+
+    gm: fx.GraphModule
+    recomputed: bool
+    counted: Mapping[int, int]
+    returned: Sequence[ReturnedLogits] = ()
+    callers: list[tuple[Callable[[], View], fx.Node]] = field(default_factory=list)
+
+    @property
+    def operands(self) -> int:
+        """How many operands the calls of the graph have."""
+        return sum(len(call.args) for _, call in self.callers)
+
+    @functools.cached_property
+    def view(self) -> View:
+        return View(self.gm.graph, self.counted, self.callers)
+
+    @functools.cached_property
+    def without_grad(self) -> set[fx.Node]:
+        return without_grad(self.gm.graph)
+
+    @functools.cached_property
+    def without_gradient(self) -> fx.Node | None:
+        return next(filter(self._loses_gradient, self.view.position), None)
 
     @functools.cached_property
     def handed_on(self) -> set[int | None]:
         """The memory of what is returned to code of the compiled function after a graph break."""
-        graph = self.view.graph
-        if not hasattr(graph.owning_module, "compile_subgraph_reason"):
+        if not hasattr(self.gm, "compile_subgraph_reason"):
             return set()  # a body, whose values the graph around it knows
-        returned = graph.output_node().all_input_nodes
-        return {storage_key(node) for node in returned if goes_on(graph.owning_module, node)}
+        returned = self.gm.graph.output_node().all_input_nodes
+        return {storage_key(node) for node in returned if goes_on(self.gm, node)}
 
-    def check(
-        self,
-        match: Match,
-        constants: Sequence[str] = (),
-        saved: Sequence[str] | None = None,
-        head: bool = False,
-    ) -> None:
-        """Raise `Reject` if somebody could notice that the interior values are gone.
-
-        constants: names of bindings to which the replacement gives no gradient. saved: names of
-        bindings that the replacement keeps for its backward, "output" among them for what it
-        returns; None for all. head: the match takes a loss of logits, whose return may be deferred.
-        """
+    def check(self, match: Match, rewrite: Rewrite) -> None:
+        """Raise `Reject` if somebody could notice that the interior values are gone."""
         if self.without_gradient is not None:
             raise Reject(
                 f"{self.without_gradient.name} is a view of a tensor with a gradient, and Dynamo "
                 "says that it has none: what needs a gradient in this graph is not known"
             )
+        saved = rewrite.saved(match) if callable(rewrite.saved) else rewrite.saved
         self._plain_tensors(match)
-        self._no_escape(match, self.returned if head else ())
+        # A rewrite with a gain takes a loss of logits, whose return may be deferred.
+        self._no_escape(match, self.returned if rewrite.gain is not None else ())
         self._inputs_in_time(match)
         self._unwritten(match, saved)
-        self._one_grad_mode(match, constants)
+        self._one_grad_mode(match, rewrite.constants)
+        if rewrite.save_ops:
+            self.check_kept(match)
 
     def _loses_gradient(self, node: fx.Node) -> bool:
         """Is the node a view without a gradient of a value with one? Dynamo's fake tensors forget
@@ -73,7 +92,7 @@ class Legality:
             and after.is_floating_point()
             and storage_key(before) == storage_key(after)
             and op_name(node) != "detach"
-            and bool(self._grad_mode(node))
+            and node not in self.without_grad
         )
 
     def check_kept(self, match: Match) -> None:
@@ -92,7 +111,7 @@ class Legality:
                 if isinstance(value, torch.Tensor) and is_functorch_wrapped_tensor(value):
                     raise Reject("it runs inside of torch.func, for which the ops have no rules")
         for name, value in match.values.items():
-            if isinstance(value, torch.Tensor) and _is_wrapper(value):
+            if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
                 raise Reject(
                     f"{name} is a {type(value).__name__}; the kernels take plain tensors only"
                 )
@@ -104,15 +123,12 @@ class Legality:
                     continue
                 if _is_deferrable(node, user, match.nodes, returned):
                     continue
-                what, user = name_of(op_name(node)), _reader(user)
+                user = _reader(user)
                 if user.op == "output":
                     why = next((r.obstacle for r in returned if node in r.nodes), "")
                     why = why and f", and cannot be computed later: {why}"
-                    raise Reject(f"the value of `{what}` ({node.name}) is also returned{why}")
-                raise Reject(
-                    f"the value of `{what}` ({node.name}) is also used by "
-                    f"`{name_of(op_name(user))}` ({user.name})"
-                )
+                    raise Reject(f"the value of {named(node)} is also returned{why}")
+                raise Reject(f"the value of {named(node)} is also used by {named(user)}")
 
     def _inputs_in_time(self, match: Match) -> None:
         position, first = self.view.position, match.first
@@ -143,9 +159,9 @@ class Legality:
             if key in kept and key in self.handed_on:
                 raise Reject(f"the backward needs {kept[key]}, which later code may write to")
             for write in effects.writes.get(key, ()):
-                by = f"`{name_of(op_name(write))}` ({write.name})"
                 if write in match.nodes:
                     continue
+                by = named(write)
                 if not write < min(uses) and write < max(uses):
                     raise Reject(
                         f"{name} is written in place by {by} before `{name_of(op_name(last))}`"
@@ -177,12 +193,12 @@ class Legality:
 
     def _one_grad_mode(self, match: Match, constants: Sequence[str]) -> None:
         """An output that is computed without gradients is a constant, whatever is on its way."""
-        if not self.grad_mode:
+        if not self.without_grad:
             return
         constant = self._computed_of({match.bindings.get(name) for name in constants}, match)
-        for output in filter(self._grad_mode, match.outputs):
+        for output in set(match.outputs) - self.without_grad:
             nodes = interior(self.view, output, match.bindings) | {match.first}
-            if not all(map(self._grad_mode, nodes - constant)):
+            if (nodes - constant) & self.without_grad:
                 raise Reject("grad mode is switched in the middle of it")
 
     def _computed_of(self, constant: set[Any], match: Match) -> set[Any]:
@@ -192,11 +208,6 @@ class Legality:
             if inputs and constant.issuperset(inputs):
                 constant.add(node)
         return constant
-
-    def _grad_mode(self, node: fx.Node) -> Any:
-        """Is grad mode on where the node runs?"""
-        before = [s for s in self.grad_mode if self.view.position[s] < self.view.position[node]]
-        return before[-1].args[0] if before else torch.is_grad_enabled()
 
 
 def _is_deferrable(
@@ -223,8 +234,3 @@ def _stays(node: fx.Node, nodes: set[fx.Node]) -> bool:
     if op_name(node) not in ("reshape", "getitem", "cast"):
         return False
     return all(n not in nodes or _stays(n, nodes) for n in data_inputs(node))
-
-
-def _is_wrapper(value: torch.Tensor) -> bool:
-    """A DTensor, an NF4Tensor ...: a tensor that stands for other tensors."""
-    return hasattr(type(value), "__tensor_flatten__") or hasattr(value, "__tensor_flatten__")

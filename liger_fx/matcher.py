@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -82,15 +82,12 @@ class Match:
         self.nodes |= other.nodes
 
 
-@dataclass(frozen=True)
-class Miss:
-    """How far a pattern got: ``matched`` of ``total`` operations, then ``found`` for ``wanted``."""
+class Miss(NamedTuple):
+    """How far a pattern got: ``matched`` operations, then ``found`` in the place of ``wanted``."""
 
-    pattern: Pattern
-    matched: int
-    total: int
-    wanted: str
-    found: fx.Node | Any
+    matched: int = 0
+    wanted: str = ""
+    found: Any = None
 
 
 # A pattern that got no further than these was not near anything.
@@ -111,7 +108,7 @@ def size(term: Term) -> int:
 
 @dataclass
 class _State:
-    bindings: dict[str, Any] = field(default_factory=dict)
+    bindings: dict[str, Any]
     chains: dict[str, list[fx.Node]] = field(default_factory=dict)
     sources: dict[str, Any] = field(default_factory=dict)
     dtypes: list[tuple[Binding | Op, torch.dtype]] = field(default_factory=list)  # what casts say
@@ -124,99 +121,98 @@ class _State:
 
 
 class Matcher:
-    """Tries one pattern at one root. After a failure, ``miss`` says where it was nearest."""
+    """Tries one pattern at one root. After a failure, ``miss`` says where it was nearest; nothing
+    has matched where it was nowhere near."""
 
     def __init__(self, view: View, pattern: Pattern) -> None:
         self.view = view
         self.pattern = pattern
-        self.miss: Miss | None = None
+        self.miss = Miss()
 
     def at(self, root: fx.Node, bindings: dict[str, Any] | None = None) -> Match | None:
         """The match that ends in ``root``. bindings: what some parameters are to be."""
-        state = self._match(self.pattern.term, root, _State(dict(bindings or {})))
-        if state is None or not self._dtypes_agree(state):
+        self.state = _State(dict(bindings or {}))
+        if not self._match(self.pattern.term, root) or not self._dtypes_agree():
             return None
         # An optional parameter that the pattern never uses binds nothing; the rest are all bound.
+        state = self.state
         nodes = interior(self.view, root, state.bindings)
         outputs = (root, *(state.values[id(term)] for term in self.pattern.also))
         return Match(
             self.view, self.pattern, outputs, state.bindings, state.chains, state.sources, nodes
         )
 
-    def _match(self, term: Term, value: Any, state: _State) -> _State | None:
+    def _match(self, term: Term, value: Any) -> bool:
         if isinstance(term, Binding):
-            return self._bind(term, value, state)
+            return self._bind(term, value)
         if isinstance(term, Cast):
-            return self._match_cast(term, value, state)
+            return self._match_cast(term, value)
         if isinstance(term, Chain):
-            return self._match_chain(term, value, state)
+            return self._match_chain(term, value)
         if isinstance(term, Guard):
-            if not isinstance(fake(value), torch.Tensor) or not term.holds(fake(value)):
-                return self._missed(term.wanted, value, state)
-            return self._match(term.source, value, state)
+            holds = isinstance(fake(value), torch.Tensor) and term.holds(fake(value))
+            return self._match(term.source, value) if holds else self._missed(term.wanted, value)
         if isinstance(term, Op):
-            return self._match_op(term, value, state)
+            return self._match_op(term, value)
         if isinstance(term, tuple | list):
-            return self._match_all(tuple(term), value, state)
+            return self._match_all(tuple(term), value)
         if isinstance(term, slice) and isinstance(value, slice):
-            return self._match_all(ends(term), ends(value), state)
-        if not isinstance(value, fx.Node) and type(value) in _LITERALS and value == term:
-            return state
-        return self._missed(repr(term), value, state)
+            return self._match_all(ends(term), ends(value))
+        equal = not isinstance(value, fx.Node) and type(value) in _LITERALS and value == term
+        return equal or self._missed(repr(term), value)
 
-    def _bind(self, term: Binding, value: Any, state: _State) -> _State | None:
-        if term.name not in state.bindings:
-            state.bindings[term.name] = value
-        elif not self.view.same(state.bindings[term.name], value):
-            return self._missed(f"the same {term.name} as before", value, state)
-        return state
+    def _match_all(self, terms: tuple[Term, ...], values: Any) -> bool:
+        if not isinstance(values, tuple) or len(values) != len(terms):
+            return self._missed(f"{len(terms)} values", values)
+        return all(map(self._match, terms, values))
 
-    def _match_op(self, term: Op, value: Any, state: _State) -> _State | None:
+    def _match_either(self, first: tuple[Term, Any], second: tuple[Term, Any]) -> bool:
+        before = self.state.copy()
+        if self._match(*first):
+            return True
+        self.state = before
+        return self._match(*second)
+
+    def _bind(self, term: Binding, value: Any) -> bool:
+        bound = self.state.bindings.setdefault(term.name, value)
+        same = bound is value or self.view.same(bound, value)
+        return same or self._missed(f"the same {term.name} as before", value)
+
+    def _match_op(self, term: Op, value: Any) -> bool:
         expr = self.view.expr(value) if isinstance(value, fx.Node) else None
         if expr is None or expr.op != term.op or len(expr.args) != len(term.args):
             if term.op == "reshape":  # a reshape that does nothing may be missing from the graph
-                return self._match(term.args[0], value, state)
-            return self._missed(name_of(term.op), value, state)
+                return self._match(term.args[0], value)
+            return self._missed(name_of(term.op), value)
+        state = self.state
         if state.values.get(id(term)) is value:  # used twice, and matched already
             state.matched += size(term)
-            return state
+            return True
         state.matched += 1
         state.near |= term.op not in _EVERYWHERE
         state.values[id(term)] = value
         if term.commutative:
-            swapped = self._match_all(term.args, expr.args, state.copy())
-            return swapped or self._match_all(term.args, expr.args[::-1], state)
-        return self._match_all(term.args, expr.args, state)
+            return self._match_either((term.args, expr.args), (term.args, expr.args[::-1]))
+        return self._match_all(term.args, expr.args)
 
-    def _match_all(self, terms: tuple[Term, ...], values: Any, state: _State) -> _State | None:
-        if not isinstance(values, tuple) or len(values) != len(terms):
-            return self._missed(f"{len(terms)} values", values, state)
-        current: _State | None = state
-        for term, value in zip(terms, values, strict=True):
-            if current is None:
-                return None
-            current = self._match(term, value, current)
-        return current
-
-    def _match_cast(self, term: Cast, value: Any, state: _State) -> _State | None:
+    def _match_cast(self, term: Cast, value: Any) -> bool:
         if not isinstance(value, fx.Node) or not isinstance(fake(value), torch.Tensor):
-            return self._missed("a tensor", value, state)
+            return self._missed("a tensor", value)
         dtype = fake(value).dtype
         if isinstance(term.dtype, Binding | Op):
-            state.dtypes.append((term.dtype, dtype))
+            self.state.dtypes.append((term.dtype, dtype))
         elif term.dtype != dtype:
-            return self._missed(f"a cast to {term.dtype}", value, state)
+            return self._missed(f"a cast to {term.dtype}", value)
         expr = self.view.expr(value)
         if expr.op == "cast":
-            through = self._match(term.source, expr.args[0], state.copy())
-            if through is not None:
-                return through
-        return self._match(term.source, value, state)
+            return self._match_either((term.source, expr.args[0]), (term.source, value))
+        return self._match(term.source, value)
 
-    def _match_chain(self, term: Chain, value: Any, state: _State) -> _State | None:
+    def _match_chain(self, term: Chain, value: Any) -> bool:
+        state = self.state
         if id(term) in state.values:  # used twice: on one value
             same = self.view.same(state.values[id(term)], value)
-            return state if same else self._missed(f"the same {term.name} as before", value, state)
+            return same or self._missed(f"the same {term.name} as before", value)
         state.values[id(term)] = value
         passed: list[fx.Node] = []
         others: list[fx.Node] = []
@@ -229,22 +225,20 @@ class Matcher:
         state.sources[term.name] = value
         for i, node in enumerate(others):
             state.bindings[f"{term.name}[{i}]"] = self.view.resolve(node)
-        return self._match(term.source, value, state)
+        return self._match(term.source, value)
 
-    def _dtypes_agree(self, state: _State) -> bool:
-        for term, dtype in state.dtypes:
-            node = (
-                state.bindings[term.name] if isinstance(term, Binding) else state.values[id(term)]
-            )
-            if not isinstance(fake(node), torch.Tensor) or fake(node).dtype != dtype:
-                return False
-        return True
+    def _dtypes_agree(self) -> bool:
+        bindings, values = self.state.bindings, self.state.values
+        return all(
+            dtype == getattr(fake(node), "dtype", None)
+            for term, dtype in self.state.dtypes
+            for node in [bindings[term.name] if isinstance(term, Binding) else values[id(term)]]
+        )
 
-    def _missed(self, wanted: str, found: Any, state: _State) -> _State | None:
-        if state.near and (self.miss is None or state.matched > self.miss.matched):
-            total = size(self.pattern.term)
-            self.miss = Miss(self.pattern, state.matched, total, wanted, found)
-        return None
+    def _missed(self, wanted: str, found: Any) -> bool:
+        if self.state.near and self.state.matched > self.miss.matched:
+            self.miss = Miss(self.state.matched, wanted, found)
+        return False
 
 
 _LITERALS = (int, float, bool, str, type(None), torch.dtype, type(Ellipsis))
@@ -307,3 +301,7 @@ def data_inputs(node: fx.Node) -> list[fx.Node]:
 
 def name_of(op: Any) -> str:
     return op if isinstance(op, str) else getattr(op, "__name__", str(op))
+
+
+def named(node: fx.Node) -> str:
+    return f"`{name_of(op_name(node))}` ({node.name})"

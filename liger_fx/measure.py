@@ -22,7 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,10 @@ from torch import Tensor, fx
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses import FakeTensor
 
+from liger_fx import inner
 from liger_fx.canonical import fake, hint
 from liger_fx.matcher import Match
+from liger_fx.options import Options
 from liger_fx.policy import Judge, Measurement, device_of, pays
 from liger_fx.rewrite import Rewrite, rewrite_graph
 
@@ -43,23 +45,30 @@ log = logging.getLogger("liger_fx")
 WARMUP, FEWEST, MOST = 2, 5, 50  # laps
 SECONDS = 0.5  # for the laps of one form of the graph, within the limits above
 
-Compile = Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]
-
 
 class NotMeasured(Exception):
     """Nothing can be measured here; the message says why."""
 
 
-def measured(table: Judge, strict: bool, gm: fx.GraphModule, *arguments: Any) -> Judge:
-    """``policy="measure"``: decides by `measure` of ``gm`` and ``arguments``. table: decides where
-    nothing can be measured, or where that fails, unless ``strict``. A rewrite that is not among
-    what was measured cannot be made here; it is tried, for the report to say why."""
+def measured(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any] | None,
+    rewrites: Sequence[Rewrite],
+    options: Options,
+    table: Judge,
+) -> Judge:
+    """``policy="measure"``: decides by what `measure` finds. table: decides where nothing can be
+    measured, or where that fails, unless ``options.strict``. A rewrite that is not among what was
+    measured cannot be made here; it is tried, for the report to say why."""
+    relevant = replace(options, require=(), strict=False)
+    if relevant.inner == "inductor":  # a CUDA graph would keep the copies of the inputs
+        relevant = replace(relevant, inductor=relevant.inductor | {"triton.cudagraphs": False})
     try:
-        found = measure(gm, *arguments)
+        found = measure(gm, example_inputs, rewrites, relevant)
     except NotMeasured as reason:
         why = str(reason)
     except Exception as failure:
-        if strict:
+        if options.strict:
             raise
         log.warning("liger_fx could not measure a graph, the table decides", exc_info=True)
         why = f"{type(failure).__name__}: {failure}".splitlines()[0]
@@ -83,21 +92,18 @@ def _said(found: Measurement | None, machine: str) -> tuple[bool, str]:
 
 def measure(
     gm: fx.GraphModule,
-    rewrites: Sequence[Rewrite],
     example_inputs: Sequence[Any] | None,
-    compile_graph: Compile,
-    settings: Mapping[str, dict[str, Any]],
-    conditions: str,
+    rewrites: Sequence[Rewrite],
+    options: Options,
 ) -> dict[str, Measurement]:
     """What each of ``rewrites`` without a gain of its own changes in ``gm``, which stays as it is.
 
-    The remembered answer, or else a new one, which is remembered. Rewrites that cannot be made in
-    this graph are not in it. example_inputs: None where nothing may run. settings: as for
-    `rewrite_graph`. conditions: what the answer depends on beside graph and device. Raises
+    The remembered answer, or else a new one, which is remembered. Rewrites that are disabled or
+    cannot be made in this graph are not in it. example_inputs: None where nothing may run. Raises
     NotMeasured, and whatever compiling and running the graph raises.
     """
     device = device_of(gm)
-    path = _path(gm, device, conditions)
+    path = _path(gm, device, f"{inner.environment(rewrites)} {options}")
     if path.exists():
         return {name: Measurement(**found) for name, found in json.loads(path.read_text()).items()}
     if example_inputs is None:
@@ -106,15 +112,20 @@ def measure(
         raise NotMeasured("the inputs are fake or meta tensors")
     if _processes() > 1:
         raise NotMeasured("each of several processes could get an answer of its own")
-    without, forms = _forms(gm, rewrites, dict(settings))
+    candidates = [rewrite for rewrite in rewrites if rewrite.name not in options.disable]
+    without, forms = _forms(gm, candidates, options.settings)
     measured: dict[str, Measurement] = {}
     if forms:
         log.info("liger_fx measures %s", ", ".join(forms))
         with _undisturbed(device):
             bench = _Bench(example_inputs, device)
-            base = compile_graph(without, bench.data.inputs)
+
+            def compiled(form: fx.GraphModule) -> Callable[..., Any]:
+                return inner.compile_rewritten(form, bench.data.inputs, options, rewrites)
+
+            base = compiled(without)
             for name, form in forms.items():
-                measured[name] = bench.compare(base, compile_graph(form, bench.data.inputs))
+                measured[name] = bench.compare(base, compiled(form))
     _remember(path, measured)
     return measured
 

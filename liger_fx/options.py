@@ -10,9 +10,21 @@ from typing import Any
 
 import torch
 
+# What Dynamo hands on to the user as it is (torch/_dynamo/output_graph.py: _call_user_compiler).
+from torch._dynamo.exc import ShortenTraceback
+
 POLICIES = ("auto", "measure", "all")
 INNER = ("inductor", "aot_eager", "eager")
 LOGITS = ("on_demand", "keep")
+
+
+class ForTheUser(ShortenTraceback):
+    def __init__(self, message: str) -> None:
+        super().__init__(message, first_useful_frame=None)
+
+
+class OptionError(ForTheUser, ValueError):
+    """An option is unknown, has no such value, or cannot apply together with another."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ def parse(
 ) -> Options:
     """Read ``given`` over the environment. known: the settings of each rewrite, by its name.
 
-    Raises ValueError, listing what is known, for a name or a value that is not.
+    Raises OptionError, a ValueError, listing what is known, for a name or a value that is not.
     """
     defaults = {f"{r}.{s}": default for r, ss in known.items() for s, default in ss.items()}
     ours: dict[str, Any] = {}
@@ -71,7 +83,7 @@ def parse(
         elif key in defaults:
             settings.setdefault(rewrite, {})[setting] = _like(key, defaults[key], value)
         elif rewrite in known or not _is_inductor_key(key):
-            raise ValueError(
+            raise OptionError(
                 f"unknown option {key!r}; liger_fx knows {', '.join((*_OURS, *defaults))}, and "
                 "every key of torch._inductor.config"
             )
@@ -79,7 +91,10 @@ def parse(
             inductor[key] = value
     options = Options(**ours, settings=settings, inductor=inductor)
     if inductor and options.inner != "inductor":
-        raise ValueError(f"{', '.join(inductor)} are Inductor options, but inner={options.inner!r}")
+        raise OptionError(
+            f"{', '.join(inductor)} are Inductor options, given by name or by mode=, but "
+            f"inner={options.inner!r}: leave out one of the two"
+        )
     return options
 
 
@@ -89,7 +104,7 @@ def _from(environ: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
         variable: text for variable, text in environ.items() if variable.startswith("LIGER_FX_")
     }
     for variable in found.keys() - variables.keys():
-        raise ValueError(
+        raise OptionError(
             f"unknown environment variable {variable}; known are {', '.join(sorted(variables))}"
         )
     return {variables[variable]: text for variable, text in found.items()}
@@ -103,12 +118,12 @@ def _value(key: str, value: Any, known: Collection[str]) -> Any:
     if isinstance(value, str) and value in choices:
         return value
     if choices and key != "policy":
-        raise ValueError(f"{key} is one of {', '.join(choices)}, not {value!r}")
+        raise OptionError(f"{key} is one of {', '.join(choices)}, not {value!r}")
     names = tuple(n for n in value.split(",") if n) if isinstance(value, str) else tuple(value)
     for name in names:
         if name not in known:
             also = f"; or one of {', '.join(choices)}" if choices else ""
-            raise ValueError(f"{key}: no rewrite {name!r}; known are {', '.join(known)}{also}")
+            raise OptionError(f"{key}: no rewrite {name!r}; known are {', '.join(known)}{also}")
     return names
 
 
@@ -124,7 +139,7 @@ def _like(key: str, default: Any, value: Any) -> Any:
             value = number if isinstance(value, str) or number == value else value
     if type(value) is not type(default):
         wanted = _EXAMPLES.get(type(default), type(default).__name__)
-        raise ValueError(f"{key} takes {wanted}, not {value!r}")
+        raise OptionError(f"{key} takes {wanted}, not {value!r}")
     return value
 
 

@@ -10,7 +10,7 @@ matches any value, or any literal, and the same one wherever it is used.
 
 from __future__ import annotations
 
-import inspect
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -82,11 +82,7 @@ def chain(name: str, step: Step) -> Callable[[Any], Any]:
     first; ``x`` is its ``sources[name]``; their other inputs are bound as ``name[0]`` and so on.
     """
 
-    def wildcard(x: fx.Proxy) -> fx.Proxy:
-        return x.tracer.create_proxy("call_function", wildcard, (x,), {})
-
-    wildcard.chain = (name, step)  # type: ignore[attr-defined]
-    return wildcard
+    return _marked(functools.partial(Chain, name, step))
 
 
 def guard(wanted: str, holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
@@ -98,15 +94,21 @@ def guard(wanted: str, holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
     which says why it refuses.
     """
 
-    def guarded(x: fx.Proxy) -> fx.Proxy:
-        return x.tracer.create_proxy("call_function", guarded, (x,), {})
+    return _marked(functools.partial(Guard, wanted, holds))
 
-    guarded.guard = (wanted, holds)  # type: ignore[attr-defined]
-    return guarded
+
+def _marked(term: Callable[[Term], Term]) -> Callable[[Any], Any]:
+    """A function whose calls in a pattern become ``term`` of their argument."""
+
+    def mark(x: fx.Proxy) -> fx.Proxy:
+        return x.tracer.create_proxy("call_function", mark, (x,), {})
+
+    mark.term = term  # type: ignore[attr-defined]
+    return mark
 
 
 class Pattern:
-    """One spelling: ``term`` is its root, ``parameters`` the names that it binds.
+    """One spelling: ``term`` is its root.
 
     A function that returns several values, ``return norm(s), s``, has its first as the root;
     ``also`` are the others: values on the way to the root that are outputs as well.
@@ -114,10 +116,8 @@ class Pattern:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.name = function.__name__
-        self.parameters = tuple(inspect.signature(function).parameters)
-        traced = fx.symbolic_trace(function).graph
         terms: dict[fx.Node, Term] = {}
-        for node in traced.nodes:
+        for node in fx.symbolic_trace(function).graph.nodes:
             if node.op == "output":
                 outputs = node.args[0]
                 first, *rest = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -125,9 +125,6 @@ class Pattern:
                 self.also: tuple[Term, ...] = tuple(terms[value] for value in rest)
             else:
                 terms[node] = _term(node, terms)
-
-    def __repr__(self) -> str:
-        return f"Pattern({self.name}({', '.join(self.parameters)}))"
 
 
 def _term(node: fx.Node, terms: dict[fx.Node, Term]) -> Term:
@@ -138,16 +135,11 @@ def _term(node: fx.Node, terms: dict[fx.Node, Term]) -> Term:
 
     if node.op == "placeholder":
         return Binding(str(node.target))
-    wildcard = getattr(node.target, "chain", None)
-    if wildcard is not None:
-        name, step = wildcard
-        return Chain(name, step, sub(node.args[0]))
-    condition = getattr(node.target, "guard", None)
-    if condition is not None:
-        wanted, holds = condition
-        return Guard(wanted, holds, sub(node.args[0]))
     if node.target is getattr and node.args[1] == "dtype":
-        return _DtypeOf(sub(node.args[0]))
+        return sub(node.args[0])  # what a cast takes as well: ``x.type_as(y)``
+    marked = getattr(node.target, "term", None)
+    if marked is not None:
+        return marked(sub(node.args[0]))
     op = op_name(node)
     if op == "cast":
         return Cast(sub(node.args[0]), _cast_dtype(node, sub))
@@ -156,25 +148,11 @@ def _term(node: fx.Node, terms: dict[fx.Node, Term]) -> Term:
     return Op(*as_power(op, tuple(sub(a) for a in positional(node))))
 
 
-@dataclass(frozen=True)
-class _DtypeOf:
-    source: Binding | Op
-
-
-_CAST_METHODS = {
-    "float": torch.float32,
-    "half": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "double": torch.float64,
-}
-
-
 def _cast_dtype(node: fx.Node, sub: Callable[[Any], Term]) -> torch.dtype | Binding | Op:
-    if node.target in _CAST_METHODS:
-        return _CAST_METHODS[str(node.target)]
+    named = getattr(torch, str(node.target), None)
+    if isinstance(named, torch.dtype):  # x.float(), x.half()
+        return named
     wanted = sub(node.args[1] if len(node.args) > 1 else node.kwargs["dtype"])
-    if isinstance(wanted, _DtypeOf):  # x.to(other.dtype)
-        wanted = wanted.source
-    if not isinstance(wanted, torch.dtype | Binding | Op):  # x.type_as(other): other itself
+    if not isinstance(wanted, torch.dtype | Binding | Op):
         raise TypeError(f"a pattern casts to a dtype or to that of a value, not to {wanted!r}")
     return wanted

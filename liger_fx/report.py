@@ -8,14 +8,13 @@ import logging
 import re
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
-from liger_fx.canonical import op_name
-from liger_fx.matcher import name_of
+from liger_fx.matcher import BrokenGraph, named
 
 log = logging.getLogger("liger_fx")
 
@@ -39,9 +38,10 @@ class Place:
         return " at ".join(part for part in (self.module, self.source) if part)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Placed:
-    place: Place = Place()
+    rewrite: str
+    place: Place = field(default=Place(), kw_only=True)
 
     @property
     def module(self) -> str:
@@ -57,7 +57,6 @@ class Replacement(_Placed):
     """A subgraph that was replaced. pattern: the spelling that matched. worth: on what evidence the
     policy allowed it, "" where a user asked for it."""
 
-    rewrite: str
     pattern: str
     worth: str = ""
 
@@ -66,7 +65,6 @@ class Replacement(_Placed):
 class Rejection(_Placed):
     """A subgraph that matched, and was left alone for ``reason``."""
 
-    rewrite: str
     reason: str
 
 
@@ -74,25 +72,28 @@ class Rejection(_Placed):
 class NearMiss(_Placed):
     """How near a rewrite came that matched nowhere in the graph."""
 
-    rewrite: str
     pattern: str
     matched: int
     total: int
     reason: str
 
 
-def internal_error(error: Exception) -> str:
-    """The reason of a `Rejection` after an exception that no rewrite should raise."""
+def internal_error(error: Exception, what: str, strict: bool, logged: Collection[str] = ()) -> str:
+    """The reason of a `Rejection` after an exception that none of liger_fx should raise.
+
+    The exception is raised if ``strict``, or if the graph is broken. Else it is logged with its
+    stack, unless its reason is among those ``logged`` before. The log itself may be what failed.
+    """
+    if strict or isinstance(error, BrokenGraph):
+        raise error
     first_line = next(iter(str(error).splitlines()), "")
-    return f"internal error: {type(error).__name__}: {first_line}"
-
-
-def log_failure(what: str) -> None:
-    """Log the current exception with its stack. The log itself may be what failed."""
-    try:
-        log.exception("liger_fx %s; please report this", what)
-    except Exception:
-        print(f"liger_fx {what}, and its log fails as well", file=sys.stderr)
+    reason = f"internal error: {type(error).__name__}: {first_line}"
+    if reason not in logged:
+        try:
+            log.exception("liger_fx %s; please report this", what)
+        except Exception:
+            print(f"liger_fx {what}, and its log fails as well", file=sys.stderr)
+    return reason
 
 
 @dataclass
@@ -130,7 +131,7 @@ class Report:
         """One report over several graphs."""
         whole = Report(note=next((r.note for r in reports if r.note), None))
         for report in reports:
-            for name in _SUMMED:
+            for name in vars(whole).keys() - {"note"}:
                 setattr(whole, name, getattr(whole, name) + getattr(report, name))
         return whole
 
@@ -174,9 +175,6 @@ class Report:
         return "\n".join([head, *text, *([f"  {self.note}"] if self.note else [])])
 
 
-_SUMMED = ("replacements", "rejections", "near_misses", "skipped", "deferred", "nodes", "seconds")
-
-
 def _counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {n}" for name, n in counts.items())
 
@@ -215,7 +213,7 @@ def describe(found: Any) -> str:
             f"`{found.name}`, an input of this graph: what computes it was traced elsewhere, "
             "or runs eagerly"
         )
-    return f"`{name_of(op_name(found))}` ({found.name})"
+    return named(found)
 
 
 _WRAPPERS = re.compile(r"\.__dict__\['_modules'\]|\['_checkpoint_wrapped_module'\]")

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from liger_fx.canonical import fake, only_slices, op_name, positional, same_sizes
 from liger_fx.deferred import DeferredLogits, Head
-from liger_fx.effects import Effects, storage_key
+from liger_fx.effects import Effects, storage_key, without_grad
 from liger_fx.frame import goes_on, outputs
 from liger_fx.matcher import BrokenGraph
 from liger_fx.report import Place
@@ -96,7 +96,8 @@ def _obstacle(nodes: Sequence[fx.Node], effects: Effects) -> str:
         if effects.written(node):
             return f"{node.name} is written in this graph"
     memory = set(map(storage_key, (hidden, *nodes)))
-    for node in _without_grad(hidden.graph):
+    # AOTAutograd gives such a view a gradient where the view is returned.
+    for node in without_grad(hidden.graph) if torch.is_grad_enabled() else ():
         if storage_key(node) in memory:
             return f"{node.name} is a view that was made without grad mode"
     value = nodes[-1]
@@ -108,18 +109,6 @@ def _obstacle(nodes: Sequence[fx.Node], effects: Effects) -> str:
         if other is not value and storage_key(other) == storage_key(value):
             return f"{value.name} and {other.name} are returned in the same memory"
     return ""
-
-
-def _without_grad(graph: fx.Graph) -> list[fx.Node]:
-    """The nodes that run without grad mode: AOTAutograd gives their views a gradient where they are
-    returned."""
-    found, grad = [], torch.is_grad_enabled()
-    for node in graph.nodes:
-        if node.target is torch._C._set_grad_enabled:
-            grad = bool(node.args[0])
-        elif not grad and node.op.startswith("call_"):
-            found.append(node)
-    return found if torch.is_grad_enabled() else []
 
 
 def _operands(projection: fx.Node) -> list[fx.Node]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import time
@@ -21,7 +22,7 @@ from liger_fx.bodies import skipped, with_bodies
 from liger_fx.canonical import View, fake, same_sizes
 from liger_fx.effects import bodies, known_writes, storage_key
 from liger_fx.legality import Legality
-from liger_fx.matcher import BrokenGraph, Match, Matcher, Miss, Reject, candidates
+from liger_fx.matcher import BrokenGraph, Match, Matcher, Miss, Reject, candidates, size
 from liger_fx.pattern import Pattern
 from liger_fx.report import (
     NearMiss,
@@ -31,7 +32,6 @@ from liger_fx.report import (
     Report,
     describe,
     internal_error,
-    log_failure,
 )
 from liger_fx.returned import ReturnedLogits
 
@@ -83,18 +83,6 @@ class Rewrite:
     gain: str | None = None
     save_ops: Sequence[str] = ()
 
-    @functools.cached_property
-    def spellings(self) -> list[Pattern]:
-        return list(map(Pattern, self.patterns))
-
-    @functools.cached_property
-    def twins(self) -> list[tuple[Pattern, str]]:
-        return [(Pattern(function), reason) for function, reason in self.refuses]
-
-    @functools.cached_property
-    def beside(self) -> list[Pattern]:
-        return list(map(Pattern, self.companions))
-
 
 Allow = Callable[[Rewrite, Match], str]
 
@@ -123,90 +111,72 @@ def rewrite_graph(
     start = time.perf_counter()
     report = Report(nodes=len(gm.graph.nodes))
     counted = known_writes(gm)
-    graphs = [_Graph(graph, recomputed, counted, returned) for graph, recomputed in with_bodies(gm)]
-    by_module = {graph.gm: graph for graph in graphs}
-    for graph in graphs:
-        _require_example_values(graph.gm)
-        for node in graph.gm.graph.nodes:
-            for body in filter(by_module.__contains__, bodies(node)):
-                by_module[body].callers.append((graph, node))
+    known = {graph: Legality(graph, again, counted, returned) for graph, again in with_bodies(gm)}
+    for graph in known:
+        _require_example_values(graph)
+        for node in graph.graph.nodes:
+            for body in filter(known.__contains__, bodies(node)):
+                known[body].callers.append((functools.partial(_view_of, known, graph), node))
     for rewrite in rewrites:
         chosen = rewrite.settings | dict((settings or {}).get(rewrite.name, {}))
-        _Application(rewrite, chosen, allow or (lambda *_: ""), strict, report).run(graphs)
+        _Application(rewrite, chosen, allow or (lambda *_: ""), strict, report, known).run()
     report.skipped = [(what, Place.of(node)) for what, node in skipped(gm)]
     report.seconds = time.perf_counter() - start
     return report
 
 
-class _Graph:
-    """A graph and what is known of it, until it changes. recomputed: in a checkpoint's backward.
-    counted: as for `Effects`. returned: as for `rewrite_graph`."""
-
-    def __init__(
-        self,
-        gm: fx.GraphModule,
-        recomputed: bool,
-        counted: Mapping[int, int],
-        returned: Sequence[ReturnedLogits],
-    ) -> None:
-        self.gm, self.recomputed, self.counted, self.returned = gm, recomputed, counted, returned
-        self.callers: list[tuple[_Graph, fx.Node]] = []
-
-    @functools.cached_property
-    def legality(self) -> Legality:
-        callers = [(lambda outer=outer: outer.legality.view, call) for outer, call in self.callers]
-        return Legality(View(self.gm.graph, self.counted, callers), self.returned)
-
-    @property
-    def operands(self) -> int:
-        return sum(len(call.args) for _, call in self.callers)
-
-    def changed(self, by: Rewrite, operands: int) -> None:
-        """``by`` changed the graph, whose calls had so many ``operands`` before."""
-        if self.operands != operands:
-            for outer, _ in self.callers:
-                outer.changed(by, -1)
-        vars(self).pop("legality", None)
-        try:
-            self.gm.graph.lint()
-            self.gm.recompile()
-        except Exception as error:
-            raise BrokenGraph(f"{by.name} broke the graph: {error}") from error
+def _view_of(known: Mapping[fx.GraphModule, Legality], graph: fx.GraphModule) -> View:
+    return known[graph].view
 
 
+_pattern = functools.cache(Pattern)  # a function is traced once
+
+
+@dataclass
 class _Application:
-    """One rewrite over all graphs."""
+    """One rewrite over all graphs. known: what is known of each, until it changes."""
 
-    def __init__(
-        self,
-        rewrite: Rewrite,
-        settings: dict[str, Any],
-        allow: Allow,
-        strict: bool,
-        report: Report,
-    ) -> None:
-        self.rewrite = rewrite
-        self.settings = settings
-        self.allow = allow
-        self.strict = strict
-        self.report = report
-        self.best: NearMiss | None = None
-        self.seen = False  # a match was found, made or not
+    rewrite: Rewrite
+    settings: dict[str, Any]
+    allow: Allow
+    strict: bool
+    report: Report
+    known: dict[fx.GraphModule, Legality]
+    best: NearMiss | None = None
 
-    def run(self, graphs: Sequence[_Graph]) -> None:
-        for graph in graphs:
-            matches: list[Match] = []
-            with self._costs_only(None):
-                matches = self._legal(graph)
-            renamed: dict[fx.Node, fx.Node] = {}
+    def run(self) -> None:
+        touched: set[fx.GraphModule | None] = set()  # by a body that got further operands
+        for gm, graph in list(self.known.items()):
+            if gm in touched:
+                graph = self._changed(gm)
             operands = graph.operands
-            for match in matches:
-                if not match.nodes & renamed.keys():  # else part of what has been replaced already
-                    self._apply(graph.gm.graph, match, renamed)
-            if renamed:
-                graph.changed(self.rewrite, operands)
-        if not self.seen and self.best is not None:
+            if self._run(graph):
+                self._changed(gm)
+            if graph.operands != operands:
+                touched.update(call.graph.owning_module for _, call in graph.callers)
+        named = {r.rewrite for r in (*self.report.replacements, *self.report.rejections)}
+        if self.best is not None and self.rewrite.name not in named:
             self.report.near_misses.append(self.best)
+
+    def _run(self, graph: Legality) -> bool:
+        """Did it change the graph?"""
+        matches: list[Match] = []
+        with self._costs_only(None):
+            matches = self._legal(graph)
+        renamed: dict[fx.Node, fx.Node] = {}
+        for match in matches:
+            if not match.nodes & renamed.keys():  # else part of what has been replaced already
+                self._apply(match, renamed)
+        return bool(renamed)
+
+    def _changed(self, gm: fx.GraphModule) -> Legality:
+        try:
+            gm.graph.lint()
+            gm.recompile()
+        except Exception as error:
+            raise BrokenGraph(f"{self.rewrite.name} broke the graph: {error}") from error
+        self.known[gm] = dataclasses.replace(self.known[gm])
+        return self.known[gm]
 
     @contextlib.contextmanager
     def _costs_only(self, node: fx.Node | None) -> Iterator[None]:
@@ -216,51 +186,47 @@ class _Application:
         except Reject as reject:
             self._reject(node, str(reject))
         except Exception as error:
-            if self.strict:
-                raise
-            reason = internal_error(error)
-            if not any(r.reason == reason for r in self.report.rejections):  # once for all layers
-                log_failure(f"failed in {self.rewrite.name}")
-            self._reject(node, reason)
+            logged = {r.reason for r in self.report.rejections}  # once for all layers
+            failed = f"failed in {self.rewrite.name}"
+            self._reject(node, internal_error(error, failed, self.strict, logged))
 
-    def _legal(self, graph: _Graph) -> list[Match]:
-        found = self._find(graph)
-        matches = [match for match in found if self._is_legal(match, graph.legality)]
+    def _legal(self, graph: Legality) -> list[Match]:
+        matches = [match for match in self._find(graph) if self._is_legal(match, graph)]
         if self.rewrite.combine is None:
             return matches
         combined = matches
         with self._costs_only(None):
-            combined = self.rewrite.combine(graph.legality.view, matches)
+            combined = self.rewrite.combine(graph.view, matches)
         return [
             match
             for match in combined
-            if match in matches or self._is_legal(match, graph.legality, checked=True)
+            if match in matches or self._is_legal(match, graph, checked=True)
         ]
 
-    def _find(self, graph: _Graph) -> list[Match]:
-        view, found = graph.legality.view, dict[fx.Node, Match]()
-        for pattern in self.rewrite.spellings:
+    def _find(self, graph: Legality) -> list[Match]:
+        view, found = graph.view, dict[fx.Node, Match]()
+        for pattern in map(_pattern, self.rewrite.patterns):
             for node in candidates(view, pattern):
                 if node not in found:
                     with self._costs_only(node):
                         matcher = Matcher(view, pattern)
                         match = matcher.at(node)
                         if match is None:
-                            self._note_miss(matcher.miss, node)
+                            self._note_miss(pattern, matcher.miss, node)
                         else:
                             self._complete(match, graph)
                             found[node] = match
-        for twin, reason in self.rewrite.twins:
+        for function, reason in self.rewrite.refuses:
+            twin = _pattern(function)
             for node in candidates(view, twin):
                 with self._costs_only(node):
                     if node not in found and Matcher(view, twin).at(node) is not None:
                         self._reject(node, reason)
-        self.seen |= bool(found)
         return sorted(_outermost(list(found.values())), key=lambda m: view.position[m.root])
 
-    def _complete(self, match: Match, graph: _Graph) -> None:
+    def _complete(self, match: Match, graph: Legality) -> None:
         match.settings, match.recomputed = self.settings, graph.recomputed
-        for pattern in self.rewrite.beside:
+        for pattern in map(_pattern, self.rewrite.companions):
             others = (
                 Matcher(match.view, pattern).at(node, match.bindings)
                 for node in candidates(match.view, pattern)
@@ -275,40 +241,37 @@ class _Application:
         if self.rewrite.variant is not None:
             match.variant = self.rewrite.variant(match)
 
-    def _note_miss(self, miss: Miss | None, node: fx.Node) -> None:
-        if miss is not None and (self.best is None or miss.matched > self.best.matched):
+    def _note_miss(self, pattern: Pattern, miss: Miss, node: fx.Node) -> None:
+        if miss.matched > (self.best.matched if self.best else 0):
             reason = f"wanted {miss.wanted}, found {describe(miss.found)}"
-            name, spelling, place = self.rewrite.name, miss.pattern.name, Place.of(node)
-            self.best = NearMiss(name, spelling, miss.matched, miss.total, reason, place=place)
+            name, total, place = self.rewrite.name, size(pattern.term), Place.of(node)
+            self.best = NearMiss(name, pattern.name, miss.matched, total, reason, place=place)
 
-    def _is_legal(self, match: Match, legality: Legality, checked: bool = False) -> bool:
+    def _is_legal(self, match: Match, graph: Legality, checked: bool = False) -> bool:
+        check = self.rewrite.check
         with self._costs_only(match.root):
             match.worth = self.allow(self.rewrite, match)
-            saved = (
-                self.rewrite.saved(match) if callable(self.rewrite.saved) else self.rewrite.saved
-            )
-            head = self.rewrite.gain is not None
-            legality.check(match, self.rewrite.constants, saved, head)
-            if self.rewrite.save_ops:
-                legality.check_kept(match)
-            if self.rewrite.check is not None and not checked:
-                self.rewrite.check(match, **_wanted(self.rewrite.check, match.values))
+            graph.check(match, self.rewrite)
+            if check is not None and not checked:
+                check(match, **_wanted(check, match.values))
             return True
         return False
 
-    def _apply(self, graph: fx.Graph, match: Match, renamed: dict[fx.Node, fx.Node]) -> None:
+    def _apply(self, match: Match, renamed: dict[fx.Node, fx.Node]) -> None:
+        """renamed: what has become of nodes that were replaced before."""
         news: list[fx.Node] = []
         with self._costs_only(match.root):
             place = Place.of(match.root)
-            news = _record(graph, match, self.rewrite.replace, renamed)
+            news = _record(match, self.rewrite.replace, renamed)
         if news:
-            _commit(graph, match, news)
-            renamed.update(zip(match.outputs, news, strict=True))
+            for old, new in zip(match.outputs, news, strict=True):
+                old.replace_all_uses_with(new)
+                renamed[old] = new
+            _erase(match.nodes)
             made = Replacement(self.rewrite.name, match.spelling, match.worth, place=place)
             self.report.replacements.append(made)
 
     def _reject(self, node: fx.Node | None, reason: str) -> None:
-        self.seen = True
         place = Place() if node is None else Place.of(node)
         self.report.rejections.append(Rejection(self.rewrite.name, reason, place=place))
 
@@ -337,92 +300,89 @@ def _wanted(function: Callable[..., Any], values: dict[str, Any]) -> dict[str, A
 _COPIED_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "recompute", "ac_graph_id")
 
 
+class _Recorder(GraphAppendingTracer):
+    """Records new nodes into a graph and evaluates each on fake tensors, in the fake mode and grad
+    mode of ``like``, a node that they stand in for."""
+
+    def __init__(self, graph: fx.Graph, like: fx.Node) -> None:
+        super().__init__(graph)
+        self.value = fake(like)
+        self.meta = {key: like.meta[key] for key in _COPIED_META if key in like.meta}
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        gone = [n.name for n in node.all_input_nodes if n._erased]
+        if gone:
+            raise RuntimeError(f"the replacement reads {gone[0]}, which was replaced before")
+        node.meta.update(self.meta)
+        node.meta["example_value"] = self._evaluate(node)
+        return node
+
+    def _evaluate(self, node: fx.Node) -> Any:
+        """A layer may be compiled in its first forward, under the hooks of a checkpoint or of
+        offloading: these must not see what is saved here."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), fake)
+        with (
+            _disable_saved_tensors_hooks_during_tracing(),
+            self.value.fake_mode,
+            torch.set_grad_enabled(self.value.requires_grad),
+        ):
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
 def _record(
-    graph: fx.Graph,
-    match: Match,
-    replace: Callable[..., Any],
-    renamed: Mapping[fx.Node, fx.Node],
+    match: Match, replace: Callable[..., Any], renamed: Mapping[fx.Node, fx.Node]
 ) -> list[fx.Node]:
-    """The nodes of the replacement, recorded where the first output stands and evaluated on fake
-    tensors, one for each output. The rest of the graph does not know them yet; after an exception
-    they are gone. renamed: what has become of nodes that were replaced before.
+    """The nodes of the replacement, recorded where the first output stands, one for each output.
+    The rest of the graph does not know them yet; after an exception they are gone. renamed: what
+    has become of nodes that were replaced before.
     """
-    tracer = GraphAppendingTracer(graph)
+    anchor, graph = match.first, match.first.graph
+    before = anchor.prev
+    like = next((node for node in match.outputs if fake(node).requires_grad), match.root)
+    tracer = _Recorder(graph, like)
     proxies = {
         name: fx.Proxy(renamed.get(value, value), tracer) if isinstance(value, fx.Node) else value
         for name, value in match.bindings.items()
     }
-    anchor = match.first
-    before = anchor.prev
-    like = next((node for node in match.outputs if fake(node).requires_grad), match.root)
     try:
         with graph.inserting_before(anchor):
             made = replace(match, **_wanted(replace, proxies))
             made = made if isinstance(made, tuple) else (made,)
-            _annotate(before.next, anchor, like)
-            _require_alive(before.next, anchor)
-            return [
-                _as_before(new.node, old, anchor)
-                for new, old in zip(made, match.outputs, strict=True)
-            ]
+            return [_as_before(*pair) for pair in zip(made, match.outputs, strict=True)]
     except BaseException:
         while anchor.prev is not before:
             graph.erase_node(anchor.prev)
         raise
 
 
-def _commit(graph: fx.Graph, match: Match, news: Sequence[fx.Node]) -> None:
-    """Let the users of the outputs use the replacement, and erase what nobody uses any more."""
-    for old, new in zip(match.outputs, news, strict=True):
-        old.replace_all_uses_with(new)
-    _erase(graph, match.nodes)
-
-
-def _annotate(node: fx.Node, end: fx.Node, like: fx.Node) -> None:
-    """Metadata for the nodes from ``node`` up to ``end``, as for ``like``."""
-    meta = {key: like.meta[key] for key in _COPIED_META if key in like.meta}
-    while node is not end:
-        if "example_value" not in node.meta:
-            node.meta.update(meta)
-            node.meta["example_value"] = _evaluate(node, like)
-        node = node.next
-
-
-def _require_alive(node: fx.Node, end: fx.Node) -> None:
-    while node is not end:
-        gone = [n.name for n in node.all_input_nodes if n._erased]
-        if gone:
-            raise RuntimeError(f"the replacement reads {gone[0]}, which was replaced before")
-        node = node.next
-
-
-def _as_before(new: fx.Node, old: fx.Node, anchor: fx.Node) -> fx.Node:
+def _as_before(new: fx.Proxy, old: fx.Node) -> fx.Node:
     """``new``, without a gradient if ``old`` has none, and in its memory layout: a ``view`` further
     on may depend on it. Raises `Reject` where the layout cannot be had, or where a view in the
     place of a tensor of its own cannot be returned, RuntimeError if ``new`` is another kind of
     tensor, which is a mistake in the rewrite."""
-    got, wanted = fake(new), fake(old)
+    got, wanted = fake(new.node), fake(old)
     if got.dtype != wanted.dtype or not same_sizes(got.shape, wanted.shape):
         raise RuntimeError(
             f"the replacement of {old.name} is {got.dtype} {list(got.shape)}, "
             f"expected {wanted.dtype} {list(wanted.shape)}"
         )
     if got.requires_grad and not wanted.requires_grad:
-        new = new.graph.call_method("detach", (new,))
-        _annotate(new, anchor, old)
+        new = new.detach()
     if not _same_layout(got, wanted) and wanted.is_contiguous():
-        new = new.graph.call_method("contiguous", (new,))
-        _annotate(new, anchor, old)
-    if not _same_layout(fake(new), wanted):
+        new = new.contiguous()
+    if not _same_layout(fake(new.node), wanted):
         raise Reject(
             f"{old.name} has the strides {list(wanted.stride())}; the op gives {list(got.stride())}"
         )
-    if fake(new)._base is not None and wanted._base is None and _is_returned_twice(old):
+    if fake(new.node)._base is not None and wanted._base is None and _is_returned_twice(old):
         raise Reject(
             f"{old.name} and a view of it are returned: AOTAutograd cannot return both where the "
             "op gives a view as well"
         )
-    return new
+    return new.node
 
 
 def _is_returned_twice(node: fx.Node) -> bool:
@@ -437,33 +397,13 @@ def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     return all(str(size) == "1" or str(x) == str(y) for size, x, y in strides)
 
 
-def _evaluate(node: fx.Node, like: fx.Node) -> Any:
-    """The fake value of a new node, in the fake mode and grad mode of the node it stands in for.
-
-    A layer may be compiled in its first forward, under the hooks of a checkpoint or of offloading:
-    these must not see what is saved here.
-    """
-    value = fake(like)
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), fake)
-    with (
-        _disable_saved_tensors_hooks_during_tracing(),
-        value.fake_mode,
-        torch.set_grad_enabled(value.requires_grad),
-    ):
-        if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-
-
-def _erase(graph: fx.Graph, nodes: set[fx.Node]) -> None:
+def _erase(nodes: set[fx.Node]) -> None:
     """Erase the matched nodes, and the no-ops above the inputs that only they used."""
     todo = list(nodes)
     while todo:
         node = todo.pop()
         if node.users or node.op not in ("call_function", "call_method") or node.is_impure():
             continue
-        if node._erased:
-            continue
-        inputs = node.all_input_nodes
-        graph.erase_node(node)
-        todo += inputs
+        if not node._erased:
+            todo += node.all_input_nodes
+            node.graph.erase_node(node)

@@ -164,9 +164,9 @@ def _check_op(match: Match, says: Mask, query: Any, key: Any, value: Any) -> Non
     if match.values["dropout_p"] not in (0, 0.0):
         raise Reject("dropout; the kernels for windows, documents and padding drop nothing")
     size = query.shape[-1]
-    if match.values["scale"] is None and isinstance(size, torch.SymInt):
-        if size.node.expr.free_symbols:
-            raise Reject(f"the size of a head, {size}, may vary, and with it the scale")
+    varies = isinstance(size, torch.SymInt) and size.node.expr.free_symbols
+    if match.values["scale"] is None and varies:
+        raise Reject(f"the size of a head, {size}, may vary, and with it the scale")
     for source in filter(None, (says.documents, says.valid)):
         rows, given = query.shape[:1], fake(source.node).shape
         batch = list(given[:-1]) or [1]

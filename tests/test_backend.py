@@ -114,7 +114,7 @@ def test_unknown_options_are_errors(model, args):
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_options_that_cannot_apply_are_errors(inner, model, args, monkeypatch):
-    cannot = f"^mode='max-autotune' is a mode of Inductor's, but inner='{inner}'"
+    cannot = f"^max_autotune.* are Inductor options, given .* by mode=, but inner='{inner}'"
     with pytest.raises(ValueError, match=cannot):
         liger_fx.backend(mode="max-autotune", inner=inner)
     monkeypatch.setenv("LIGER_FX_INNER", inner)

@@ -121,6 +121,12 @@ def test_attention_that_is_told_more_is_another_expression():
     assert scaled.args[3:] == (None, 0.0, False, 0.5, False)
 
 
+def test_an_argument_by_another_name_is_not_lost():
+    view, nodes = traced(lambda x, w: (torch.sum(x), torch.sum(x, axis=1), x.sum(axis=1)), X, W)
+    whole, *others = map(view.expr, nodes)
+    assert whole not in others
+
+
 def test_specialised_numbers_are_literals():
     norm = torch.nn.RMSNorm(4, eps=1e-5)
     view, (y,) = traced(lambda x: norm(x), X, dynamic=True)

@@ -55,6 +55,7 @@ def effects_of(fn, *args):
         (lambda x, y: F.batch_norm(x, y[0], y[1]), ""),
         (lambda x, y: F.instance_norm(x[None], y[0, :3], y[1, :3]), "getitem getitem_1 getitem_2"),
         (lambda x, y: x * y, ""),
+        (lambda x, y: torch.max(x, y), ""),  # the second of an overload is `out`, by name only
         (lambda x, y: F.relu(x, inplace=False), ""),
         (lambda x, y: x.__add__(y), ""),
         (lambda x, y: torch.ops.aten.mul(x, y), ""),

@@ -114,7 +114,7 @@ class AtOneRoot:
 
 
 def in_matching(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    spellings = {pattern.name for pattern in norm_rewrite().spellings}
+    spellings = {pattern.__name__ for pattern in norm_rewrite().patterns}
     match, raise_at_one = liger_fx.matcher.Matcher.at, AtOneRoot(at)
 
     def unlucky(self: Any, root: Any, *rest: Any, **named: Any) -> Any:

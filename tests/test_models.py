@@ -37,6 +37,7 @@ from torchtune import training
 
 import liger_fx
 import liger_fx.dynamo
+import liger_fx.inner
 from liger_fx import DeferredLogits, Report
 from liger_fx.deferred import materialized
 
@@ -198,7 +199,7 @@ def test_what_auto_decides_on_a_gpu(monkeypatch):
     for name, value in dict(POLICY="auto", INNER="inductor").items():
         monkeypatch.setenv(f"LIGER_FX_{name}", value)
     monkeypatch.setattr(liger_fx.dynamo, "device_of", lambda gm: torch.device("meta"))
-    monkeypatch.setattr(liger_fx.dynamo, "compile_rewritten", lambda gm, *_: gm.forward)
+    monkeypatch.setattr(liger_fx.inner, "compile_rewritten", lambda gm, *_: gm.forward)
     decided: dict[str, list[str]] = {}
     for row in FAMILIES:
         found = run(row, 2, "liger_fx").report.counts

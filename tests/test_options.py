@@ -101,7 +101,7 @@ def test_errors_list_what_is_known():
     )
     assert_expected_inline(
         error({"inner": "eager", "max_autotune": True}),
-        """max_autotune are Inductor options, but inner='eager'""",
+        """max_autotune are Inductor options, given by name or by mode=, but inner='eager': leave out one of the two""",
     )
 
 

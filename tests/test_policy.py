@@ -19,7 +19,7 @@ from liger_fx.passes import DEFAULT
 from torch.utils.checkpoint import checkpoint
 
 import liger_fx
-import liger_fx.dynamo
+import liger_fx.inner
 import liger_fx.measure
 from liger_fx import policy
 from liger_fx.policy import Entry, Measurement, Row, pays
@@ -239,8 +239,8 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def compiles():
     """Counts the calls of the inner compiler."""
-    inner = liger_fx.dynamo.compile_rewritten
-    with mock.patch.object(liger_fx.dynamo, "compile_rewritten", side_effect=inner) as counted:
+    inner = liger_fx.inner.compile_rewritten
+    with mock.patch.object(liger_fx.inner, "compile_rewritten", side_effect=inner) as counted:
         yield counted
 
 
@@ -397,7 +397,7 @@ def test_hooks_on_saved_tensors_see_the_call_only():
 
 def test_autocast_and_no_grad_are_as_in_the_call():
     states = []
-    inner = liger_fx.dynamo.compile_rewritten
+    inner = liger_fx.inner.compile_rewritten
 
     def spy(gm, *rest):
         call = inner(gm, *rest)
@@ -409,7 +409,7 @@ def test_autocast_and_no_grad_are_as_in_the_call():
         return watched
 
     with (
-        mock.patch.object(liger_fx.dynamo, "compile_rewritten", spy),
+        mock.patch.object(liger_fx.inner, "compile_rewritten", spy),
         torch.no_grad(),
         torch.autocast(DEVICE, torch.bfloat16),
     ):

@@ -578,8 +578,9 @@ def _attention(
     query: [b, h, s, d], bfloat16 or float16, d a multiple of 8 and at most 256; elsewhere than on
     CUDA any floating dtype. key, value: [b, h / r, s, d], each head for r queries in a row.
     segments, rows, after, facts: of `document_plan` or `padding_plan`; None where every token is
-    valid and of one document. window: a query sees so many keys, its own included; None for all. scale: of
-    the scores. Returns [b, h, s, d], in memory as [b, s, h, d]; zeros for a query that sees no key.
+    valid and of one document. window: a query sees so many keys, its own included; None for all.
+    scale: of the scores. Returns [b, h, s, d], in memory as [b, s, h, d]; zeros for a query that
+    sees no key.
     """
     return _Attention.apply(query, key, value, segments, rows, after, facts, window, scale)
 

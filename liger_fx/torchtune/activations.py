@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
-
-from liger_fx.bodies import saving_policy
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 KEPT = (
     "aten::mm",
@@ -26,16 +28,21 @@ KEPT = (
     "aten::_scaled_dot_product_flash_attention",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",
+    "liger_fx::attention_forward",
     "liger_fx::swiglu_mlp_forward",
     "liger_fx::geglu_mlp_forward",
 )
 
+
+def _policy(ctx: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+    kept = isinstance(op, torch._ops.OpOverload) and op.name() in KEPT
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
 _keeping = functools.partial(
     checkpoint,
     use_reentrant=False,
-    context_fn=functools.partial(
-        create_selective_checkpoint_contexts, saving_policy(frozenset(KEPT))
-    ),
+    context_fn=functools.partial(create_selective_checkpoint_contexts, _policy),
 )
 
 

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torchtune import rlhf, training, utils
 
 import liger_fx
-from liger_fx.dynamo import parse_options
+from liger_fx.dynamo import Backend
 from liger_fx.inner import environment
 from liger_fx.report import Report
 from liger_fx.torchtune import activations
@@ -110,7 +110,7 @@ class LayersRecipe(abc.ABC):
     def setup(self, cfg: Any) -> None:
         self._settings = flatten(cfg.get("liger_fx", {}) or {})
         memory_gib = self._settings.pop("memory_gib", None)
-        parse_options(self._settings)  # a mistake should show now, not in the first step
+        Backend(self._settings)  # a mistake should show now, not in the first step
         if _batches_are_padded(cfg) and not _chosen(self._settings, "tiled_mlp", "skip_padding"):
             self._settings["tiled_mlp.skip_padding"] = True
         self._compiles = bool(cfg.get("compile", False))
@@ -329,7 +329,7 @@ def _check_ranks_agree(compiles: bool, settings: Mapping[str, Any]) -> None:
     world, _ = utils.get_world_size_and_rank()
     if world == 1:
         return
-    mine = f"compile={compiles}, {parse_options(settings)}, {environment()}"
+    mine = f"compile={compiles}, {Backend(settings).options}, {environment()}"
     ranks: list[Any] = [None] * world
     torch.distributed.all_gather_object(ranks, mine)
     if len(set(ranks)) > 1:
@@ -366,7 +366,7 @@ def _batches_are_padded(cfg: Any) -> bool:
 
 def _chosen(settings: Mapping[str, Any], rewrite: str, setting: str) -> bool:
     """Did the user set ``<rewrite>.<setting>``, in the config or by an environment variable?"""
-    return setting in parse_options(settings).settings.get(rewrite, {})
+    return setting in Backend(settings).options.settings.get(rewrite, {})
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
