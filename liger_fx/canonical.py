@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +77,7 @@ def op_name(node: fx.Node) -> Target:
     ends in ``_``, however it is told to. Other callables stand for themselves.
     """
     if node.op == "call_method":
-        name: Target = str(node.target)
+        name: Target = re.sub(r"^__(\w+)__$", r"\1", str(node.target))  # of an operator: __eq__
     elif node.op == "call_function":
         name = _function_name(node.target)
     else:

@@ -598,8 +598,8 @@ class _Conjunction:
         positions = _positions(self.documents)
         if positions is None:
             return None
-        dims = fake(positions).dim()
-        here = self.reader.element(self.documents.view, positions, (B, Q)[2 - dims :])
+        at = _broadcast(fake(positions), (B, Q))
+        here = self.reader.element(self.documents.view, positions, at)
         calls = {c for c in part.atoms(sympy.Function) if c.func in self.reader.sources}
         if not calls <= {here, here.subs(Q, K)}:
             return None

@@ -1,0 +1,114 @@
+"""The masks of real Hugging Face models: without one, beside padding and over packed documents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import liger_fx
+
+BATCH, SEQ, WINDOW = 2, 16, 6
+SMALL = dict(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    pad_token_id=0,
+)
+FULL, WINDOWED = [""], [f"window {WINDOW}"]
+MODELS = {  # and the windows of their layers
+    "llama": ({}, FULL),
+    "mistral": ({"sliding_window": WINDOW}, WINDOWED),
+    "mistral without a window": ({"sliding_window": None}, FULL),
+    "qwen2": ({}, FULL),
+    "qwen3": ({}, FULL),
+    "gemma3_text": (
+        {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]},
+        [*FULL, *WINDOWED],
+    ),
+    "phi3": ({}, FULL),
+    "olmo2": ({}, FULL),
+    "smollm3": ({}, FULL),
+}
+MODES = {"without": "causal", "padded": "causal, padding", "packed": "causal, documents"}
+
+
+def build(name):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name.split()[0], **SMALL | MODELS[name][0])
+    config._attn_implementation = "sdpa"
+    return AutoModelForCausalLM.from_config(config).train()
+
+
+def batch(mode):
+    """What Trainer's collators give: padding on the right of one row, on the left of the other."""
+    tokens = torch.randint(1, 64, (BATCH, SEQ), generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": tokens, "labels": tokens, "use_cache": False}
+    if mode == "padded":
+        mask = torch.ones(BATCH, SEQ, dtype=torch.int64)
+        mask[0, 11:], mask[1, :4] = 0, 0
+        return given | {"attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
+    if mode == "packed":
+        positions = torch.cat([torch.arange(n) for n in (5, 1, 10)])
+        return given | {"position_ids": positions.expand(BATCH, -1)}
+    return given
+
+
+def wanted(name, mode):
+    says = MODES[mode]
+    return {
+        ", ".join(filter(None, [says.split(", ")[0], window, *says.split(", ")[1:]]))
+        for window in MODELS[name][1]
+    }
+
+
+def read(report):
+    found = [r.pattern for r in report.replacements if r.rewrite == "attention"]
+    return {pattern.split(", ", 1)[1] for pattern in found}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_is_read(name, mode):
+    report = liger_fx.explain(build(name), kwargs=batch(mode), options={"policy": ["attention"]})
+    assert report.counts == {"attention": 2}
+    assert read(report) == wanted(name, mode)
+
+
+@pytest.mark.parametrize("checkpoints", [False, True], ids=["", "checkpoints"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_equals_eager(name, mode, checkpoints):
+    torch._dynamo.reset()
+    model, given = build(name), batch(mode)
+    if checkpoints:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = []
+    options = {"policy": ["attention"], "inner": "aot_eager", "strict": True}
+    for function in (model, torch.compile(model, backend="liger_fx", options=options)):
+        out = function(**given)
+        found.append([out.loss, out.logits, *torch.autograd.grad(out.loss, model.parameters())])
+    assert read(liger_fx.reports()[-1]) == wanted(name, mode)
+    for expected, actual in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_packed_documents_equal_the_same_apart():
+    """As ``DataCollatorWithFlattening`` packs them: one row, and positions that start anew."""
+    torch._dynamo.reset()
+    model = build("llama")
+    documents = [torch.randint(1, 64, (1, n)) for n in (5, 9, 2)]
+    apart = [model(input_ids=d, use_cache=False).logits for d in documents]
+    packed = {
+        "input_ids": torch.cat(documents, 1),
+        "position_ids": torch.cat([torch.arange(d.shape[1]) for d in documents])[None],
+    }
+    options = {"policy": ["attention"], "inner": "aot_eager"}
+    compiled = torch.compile(model, backend="liger_fx", options=options)
+    together = compiled(**packed, use_cache=False).logits
+    assert read(liger_fx.reports()[-1]) == {"causal, documents"}
+    torch.testing.assert_close(together, torch.cat(apart, 1))
