@@ -55,6 +55,13 @@ def masked(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa):
     )
 
 
+def planned(query, key, value, segments, rows, after, facts, window, scale):
+    """``liger_fx::attention``, as the recipes call it for packed data."""
+    return ops.attention(
+        query, _repeated(key), _repeated(value), segments, rows, after, facts, window, scale
+    )
+
+
 def _repeated(x):
     return x.reshape(-1).expand(-1).reshape(-1)  # `check` looks at the shapes
 
@@ -62,8 +69,10 @@ def _repeated(x):
 _given = guard("a mask", lambda value: True)
 
 
-def check(match: Match, query, key, value, mask, dropout_p, is_causal, scale):
+def check(match: Match, query, key, value, mask=None):
     _check_heads(match, query, key, value)
+    if match.pattern.name == "planned":
+        return
     says = _predicates(match)
     if says is None:
         return
@@ -83,7 +92,7 @@ def _check_heads(match: Match, query: Any, key: Any, value: Any) -> None:
             raise Reject(f"{shapes}: other heads")
     if match.pattern.name == "masked":
         return
-    heads = 1 if match.pattern.name == "heads_first" else 2
+    heads = 2 if match.pattern.name == "heads_second" else 1
     for name, node in zip(("key", "value"), keys, strict=True):
         _check_repeat(name, match.values[name], node, heads)
     if not same_sizes(key.shape[heads : heads + 1], value.shape[heads : heads + 1]):
@@ -212,33 +221,46 @@ def _no_flash(dtype: torch.dtype, query: torch.Tensor, value: torch.Tensor) -> s
 # -- the replacement -------------------------------------------------------------------------------
 
 
-def replace(match: Match, query, key, value, mask, dropout_p, is_causal, scale):
-    says = _predicates(match)
+def replace(
+    match: Match,
+    query,
+    key,
+    value,
+    scale,
+    mask=None,
+    dropout_p=0.0,
+    is_causal=False,
+    segments=None,
+    rows=None,
+    after=None,
+    facts=None,
+    window=None,
+):
+    if match.pattern.name == "planned":
+        return ops.attention(query, key, value, segments, rows, after, facts, window, scale)
     given = {"query": query, "key": key, "value": value}
     query, key, value = cast_as_autocast(match, match.output.dtype, given)
     if match.pattern.name == "heads_second":
         key, value = key.transpose(1, 2), value.transpose(1, 2)
+    says = _predicates(match)
     if says is not None and _needs_op(says):
         plan = _plan(match, says, query.tracer)
         scale = int(match.values["query"].shape[-1]) ** -0.5 if scale is None else scale
         return ops.attention(query, key, value, *plan, says.window, scale)
-    if says is None:
-        causal = is_causal
-    else:
-        mask, causal = None, says.causal
-    grouped = match.pattern.name != "masked" or match.values["enable_gqa"]
-    if grouped and match.pattern.name != "masked" and _ungrouped(match):
+    if says is not None:
+        mask, is_causal = None, says.causal
+    grouped = match.values.get("enable_gqa", True)
+    if match.pattern.name != "masked" and _ungrouped(match):
         grouped = False
-        repeated = (fx.Proxy(node, query.tracer) for node in positional(match.root)[1:3])
-        key, value = repeated
+        key, value = (fx.Proxy(node, query.tracer) for node in positional(match.root)[1:3])
     options = {"enable_gqa": True} if grouped else {}
     return F.scaled_dot_product_attention(
-        query, key, value, mask, dropout_p, causal, scale=scale, **options
+        query, key, value, mask, dropout_p, is_causal, scale=scale, **options
     )
 
 
 def _plan(match: Match, says: Mask, tracer: Any) -> tuple[Any, ...]:
-    """segments, rows, after and facts, computed once where the documents or the padding are known."""
+    """segments, rows, after and facts, computed once where documents or padding are known."""
     if says.documents is not None:
         found = _computed(ops.document_plan, says.documents)
     elif says.valid is not None:
@@ -275,7 +297,7 @@ def _computed(op: Callable[..., Any], source: Source) -> list[fx.Node]:
 
 def variant(match: Match) -> str:
     """What the mask says, if one is given and can be read."""
-    if match.values["mask"] is None:
+    if match.values.get("mask") is None:
         return ""
     try:
         says = _predicates(match)
@@ -286,7 +308,7 @@ def variant(match: Match) -> str:
 
 attention = Rewrite(
     name="attention",
-    patterns=[heads_first, heads_second, masked],
+    patterns=[heads_first, heads_second, masked, planned],
     check=check,
     replace=replace,
     variant=variant,

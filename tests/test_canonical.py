@@ -167,6 +167,14 @@ def test_names():
     assert op_name(a) == op_name(b) == "div"
 
 
+def test_operators_recorded_as_methods():
+    """torch 2.11 records ``a == b`` of tensors so."""
+    graph = torch.fx.Graph()
+    a, b = graph.placeholder("a"), graph.placeholder("b")
+    assert op_name(graph.call_method("__eq__", (a, b))) == "eq"
+    assert op_name(graph.call_method("__iadd__", (a, b))) == "add_"
+
+
 def test_expressions_are_compared_without_a_guard_on_their_sizes():
     """A guard such as "the sequence is not as long as the weight" compiles the model again."""
 

@@ -23,8 +23,8 @@ log = logging.getLogger("liger_fx")
 
 _LIBRARY = torch.library.Library("liger_fx", "FRAGMENT")
 
-# What each kernel does on CUDA, by its name: ``launchers[name](module, *arguments)``. Tests run it
-# in Triton's interpreter, benchmarks with kernels that do nothing.
+# What each kernel of Triton's does on CUDA, by its name: ``launchers[name](module, *arguments)``.
+# Tests run it in Triton's interpreter, benchmarks with kernels that do nothing.
 launchers: dict[str, Callable[..., Any]] = {}
 
 
@@ -54,7 +54,8 @@ def kernel(
         return cuda(module, first, *rest)
 
     name = _define(schema)
-    launchers[name] = cuda
+    if liger is not None:
+        launchers[name] = cuda
     _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")  # all devices but those below
     _LIBRARY.impl(name, launch, "CUDA")
     torch.library.register_fake(f"liger_fx::{name}", fake, lib=_LIBRARY)

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,7 +17,9 @@ import torchtune
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader
 from torchtune import rlhf, training, utils
+from torchtune.utils._import_guard import _SUPPORTS_FLEX_ATTENTION
 
 import liger_fx
 from liger_fx.dynamo import Backend
@@ -36,6 +38,7 @@ from liger_fx.torchtune.heads import (
     fuse_log_probs,
     movable_head,
 )
+from liger_fx.torchtune.packing import attend_over_documents
 from liger_fx.torchtune.parts import compile_layers, compile_loss, layers_of
 
 log = utils.get_logger("INFO")  # torchtune's: what a recipe says, its user sees
@@ -105,6 +108,7 @@ class LayersRecipe(abc.ABC):
     _policy_model: nn.Module
     _loss_fn: Any
     _device: torch.device
+    _dtype: torch.dtype
     _output_dir: str
 
     def setup(self, cfg: Any) -> None:
@@ -119,22 +123,33 @@ class LayersRecipe(abc.ABC):
         if not self._compiles:
             utils.log_rank_zero(log, UNTOUCHED, logging.WARNING)
             return
+        models = [m for m in vars(self).values() if isinstance(m, nn.Module) and any(layers_of(m))]
         # Offloading packs what a checkpoint saves, flex attention breaks the graph of a layer,
         # which a checkpoint cannot hold, and AOTAutograd (torch 2.13) takes no DTensors in it:
         # there it stays around the layer, as torchtune puts it.
         inside = not (
             cfg.get("enable_activation_offloading")
-            or _uses_flex_attention(cfg)
+            or self._uses_flex_attention(cfg, models)
             or cfg.get("tensor_parallel_dim", 1) > 1
         )
-        for value in list(vars(self).values()):
-            if isinstance(value, nn.Module) and any(layers_of(value)):
-                compile_layers(value, self._settings, checkpoint_inside=inside)
+        for model in models:
+            compile_layers(model, self._settings, checkpoint_inside=inside)
         if memory_gib is not None:
             self._keep_within(float(memory_gib))
         self._compile_losses()
         # When the first loss is there, all there is has been compiled.
         self._waiting = self._loss_fn.register_forward_hook(self._report)
+
+    def _uses_flex_attention(self, cfg: Any, models: Sequence[nn.Module]) -> bool:
+        """Packed sequences are attended over by their documents, where the models allow that."""
+        if not _packs(cfg):
+            return False
+        loaders = [value for value in vars(self).values() if isinstance(value, DataLoader)]
+        reason = attend_over_documents(models, loaders, self._dtype)
+        if reason:
+            how = "flex attention" if _SUPPORTS_FLEX_ATTENTION else "a mask of [s, s]"
+            utils.log_rank_zero(log, f"packed data goes through {how}: {reason}", logging.WARNING)
+        return bool(reason) and _SUPPORTS_FLEX_ATTENTION
 
     def _keep_within(self, gib: float) -> None:
         """Raises ValueError where no layer can keep more, or nobody can tell what that takes."""
@@ -338,13 +353,6 @@ def _check_ranks_agree(compiles: bool, settings: Mapping[str, Any]) -> None:
             "the ranks disagree about what is compiled. Give every node the same config, "
             f"LIGER_FX_* variables and versions:\n{others}"
         )
-
-
-def _uses_flex_attention(cfg: Any) -> bool:
-    """torchtune attends over packed sequences with flex attention where the GPU supports it."""
-    from torchtune.utils._import_guard import _SUPPORTS_FLEX_ATTENTION
-
-    return _SUPPORTS_FLEX_ATTENTION and _packs(cfg)
 
 
 def _packs(cfg: Any) -> bool:
