@@ -287,8 +287,10 @@ def _by_recomputing(
     """The gradients of hidden states and parameters, of the gradient of logits that ``node``
     computes. Each chunk of logits is computed anew. index: the row of hidden states for each row of
     ``node``, None for all in order; the gradients of hidden states [n, H] are in this order."""
-    hidden, *parameters = (t.detach().requires_grad_(n) for t, n in zip(inputs, needs, strict=True))
-    hidden = hidden.reshape(-1, hidden.shape[-1])
+    hidden, *parameters = (t.detach() for t in inputs)
+    hidden = hidden.reshape(-1, hidden.shape[-1])  # before it is trained: a copy would not be
+    for tensor, need in zip((hidden, *parameters), needs, strict=True):
+        tensor.requires_grad_(need)
     # A sum over chunks in bf16 would lose what a chunk adds to it.
     sums: list[Any] = [
         torch.zeros_like(p, dtype=_wide(p.dtype)) if p.requires_grad else None for p in parameters

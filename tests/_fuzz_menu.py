@@ -113,6 +113,38 @@ class Program:
         return Program(**{**self.__dict__, "inputs": tuple(kept)})
 
 
+_INDICES = """\
+$mq = torch.arange({q}.shape[2])[:, None]
+$mk = torch.arange({q}.shape[2])[None]
+"""
+_DOCUMENTS = "$md = (torch.diff({d}, prepend={d}[:, :1] - 1, dim=-1) != 1).cumsum(-1)\n"
+PADDING = [
+    "torch.ones(2, s, dtype=torch.long)",
+    "(torch.arange(s) < torch.tensor([[s], [s - 2]])).long()",
+    "(torch.arange(s) >= torch.tensor([[2], [0]])).long()",
+    "(torch.arange(s) != 1).long().repeat(2, 1)",
+]
+# Which keys a query sees. Of the last three nothing is made.
+MASKS = {
+    "causal": _INDICES + "$m = $mk <= $mq",
+    "triangle": "$m = torch.ones({q}.shape[2], {q}.shape[2], dtype=torch.bool).tril()",
+    "additive": _INDICES + "$m = torch.where($mk <= $mq, 0.0, float('-inf')).to({q}.dtype)",
+    "window": _INDICES + "$m = ($mk <= $mq) & ($mk > $mq - 3)",
+    "padding": _INDICES + "$m = ($mk <= $mq) & {p}.bool()[:, None, None, :]",
+    "padding in a window": _INDICES
+    + "$m = ($mk <= $mq) & ($mk > $mq - 2) & {p}.bool()[:, None, None]",
+    "documents": _INDICES
+    + _DOCUMENTS
+    + "$m = ($md[:, None, :, None] == $md[:, None, None]) & ($mk <= $mq)",
+    "documents by position": _INDICES
+    + _DOCUMENTS
+    + "$m = ($md[:, None, :, None] == $md[:, None, None])"
+    + " & ({d}[:, None, None] <= {d}[:, None, :, None])",
+    "one ahead": _INDICES + "$m = $mk <= $mq + 1",
+    "positions alone": "$m = {d}[:, None, None] <= {d}[:, None, :, None]",
+    "padded queries": _INDICES + "$m = ($mk <= $mq) & {p}.bool()[:, None, :, None]",
+}
+
 # -- the menu -------------------------------------------------------------------------------------
 
 NORMS = {
@@ -362,11 +394,29 @@ class Generator:
         v = self.emit("$x = {x}.transpose(1, 2)", x=v)
         repeat = "$k = {k}[:, :, None].expand(-1, -1, 2, -1, -1).reshape({q}.shape)"
         k, v = (self.emit(repeat, k=each, q=q) for each in (k, v))
+        mask = self.mask(q)
         a = self.emit(
-            "$a = F.scaled_dot_product_attention({q}, {k}, {v}, is_causal=True)", q=q, k=k, v=v
+            f"$a = F.scaled_dot_product_attention({{q}}, {{k}}, {{v}}, {mask})", q=q, k=k, v=v
         )
         merged = "$o = {x} + F.linear({a}.transpose(1, 2).flatten(2), {w})"
         return self.emit(merged, x=x, a=a, w=self.weight(H, 4 * 4))
+
+    def mask(self, q: str) -> str:
+        """The arguments that say which keys a query sees. Drawn apart from the rest, which has been
+        drawn alike since there were no masks."""
+        apart = random.Random(self.seed)
+        if apart.random() < 0.4:
+            return "is_causal=True"
+        padding, positions = self.name("m"), self.name("m")
+        self.inputs.append(f"{padding} = {apart.choice(PADDING)}")
+        self.inputs.append(
+            f"{positions} = torch.tensor([0, 1, 0, 0, 1, 2, 3, 4, 5])[:s].repeat(2, 1)"
+        )
+        template = MASKS[apart.choice(list(MASKS))]
+        mask = self.emit(template, q=q, p=padding, d=positions)
+        if apart.random() < 0.1:
+            self.emit(apart.choice(["{m}[..., 0] = True", "{p}[:, 0] = 0"]), m=mask, p=padding)
+        return f"attn_mask={mask}"
 
     def angles(self) -> tuple[str, str]:
         """cos and sin, [1, 1, s, 4], as inputs, whose halves are equal or not."""

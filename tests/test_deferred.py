@@ -286,6 +286,20 @@ def test_a_detached_read_computes_for_all(case):
     assert materialized() - before == 1
 
 
+def test_hidden_states_with_the_sequence_first_in_memory(case):
+    """As Megatron's are: their rows are a copy."""
+    case.leaf = torch.randn(S, B, H).transpose(0, 1).requires_grad_()
+    case.weight.requires_grad_(False)
+    (actual,), (expected,) = (
+        torch.autograd.grad(softly(), case.leaf)
+        for softly in (
+            lambda: case.deferred().float().pow(2).sum(),
+            lambda: case.eager().pow(2).sum(),
+        )
+    )
+    torch.testing.assert_close(actual, expected)
+
+
 def test_gradients_beside_other_uses(case):
     def use(logits_of: Callable[[Tensor], Any]) -> tuple[Tensor, ...]:
         hidden = case.leaf * 2
