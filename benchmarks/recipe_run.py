@@ -259,7 +259,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", choices=VOCABULARY, default="llama3_2_1b")
     parser.add_argument("--batch", type=int, nargs="+", default=[128], help="sequences a GPU")
     parser.add_argument("--seq", type=int, default=512)
-    parser.add_argument("--packed", action="store_true", help="flex attention over documents")
+    parser.add_argument("--packed", action="store_true", help="documents packed into sequences")
     parser.add_argument("--ignored", type=float, default=0.0, help="share of labels")
     parser.add_argument("--steps", type=int, default=8, help=f"after {WARM_UP} of warm-up")
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS))
