@@ -22,6 +22,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import _common  # noqa: E402
+import attention  # noqa: E402
 import compile_time  # noqa: E402
 import host_time  # noqa: E402
 import huggingface_step  # noqa: E402
@@ -214,6 +215,30 @@ def test_preference_and_distillation(run: Run, children_here: None, picture: Pat
         assert second["first_loss"] == pytest.approx(first["first_loss"], rel=1e-3)
     assert f"{rows[5]['ms']:.1f}" in table(printed, "distillation", "0%", "liger_fx_recipe")
     assert picture.exists()
+
+
+def test_attention(run: Run, picture: Path) -> None:
+    small = ["--device", "cpu", "--shape", "2", "32", "4", "2", "16", "--laps", "2"]
+    printed, rows = run(attention, *small, "--arms", "dense", "liger_fx", "--picture", str(picture))
+    assert [row["mask"] for row in rows[::2]] == list(attention.MASKS)
+    assert all(row["ms"] > 0 and "error" not in row for row in rows) and picture.exists()
+    assert all(row["plan_ms"] for row in rows if row["arm"] == "liger_fx" and "p" in row["mask"][0])
+    assert "documents" in printed
+
+
+@pytest.mark.parametrize("data", [["--padded", "0.4"], ["--packed", "6"]])
+def test_huggingface_step_of_collated_data(
+    data: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ["--device", "cpu", "--batch", "2", "--seq", "16", "--steps", "1", "--warmup", "1"]
+    command = ["step", *small, *data, "--model", "tiny", "--arm", "eager"]
+    monkeypatch.setattr(sys, "argv", command)
+    args = huggingface_step.parse_args()
+    (given,) = huggingface_step.collated(args).values()
+    assert given.shape == (2, 16) and given.dtype == torch.int64
+    with mock.patch.object(sys, "stdin", io.StringIO("\n")):
+        _, row = huggingface_step.measure(args)
+    assert row["losses"][0] > 0
 
 
 def test_huggingface_step(run: Run, monkeypatch: pytest.MonkeyPatch, picture: Path) -> None:
