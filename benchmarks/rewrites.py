@@ -48,6 +48,7 @@ from _common import (
     draw,
     lap_times,
     markdown,
+    padding,
     peak_bytes,
     print_header,
     reset_peak,
@@ -100,6 +101,17 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     ),
     "tiny": partial(llama, "tiny"),
 }
+# What a model computes in its graph of a causal mask and of [b, s]: which keys a query sees.
+MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "causal": lambda seen, _: seen,
+    "padding": lambda seen, tokens: seen & (tokens != 0)[:, None, :],
+    "documents": lambda seen, tokens: seen & _same((tokens == 0).cumsum(1)),
+}
+
+
+def _same(documents: Tensor) -> Tensor:
+    return documents[:, :, None] == documents[:, None, :]
+
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 Build = Callable[[Compile], Callable[[], object]]  # a forward and backward, some of it compiled
@@ -110,10 +122,12 @@ class Case(NamedTuple):
     form: str
     checkpoint: bool
     inner: str
+    mask: str = ""
 
     def __str__(self) -> str:
         checkpoint = "checkpoint" if self.checkpoint else "no checkpoint"
-        return f"{self.model}, {self.form}, {checkpoint}, {self.inner}"
+        mask = [f"{self.mask} mask"] if self.mask else []
+        return ", ".join([self.model, self.form, checkpoint, self.inner, *mask])
 
 
 def cases(models: Sequence[str], inners: Sequence[str]) -> list[Case]:
@@ -126,6 +140,12 @@ def cases(models: Sequence[str], inners: Sequence[str]) -> list[Case]:
         for form in (("step", "layers") if inner == "inductor" else ("layers",))
         for model, checkpoint in itertools.product(models, (True, False))
     ]
+    if "inductor" in inners:  # of several layers: they share a mask
+        of_masks = [name for name in models if not name.startswith("Gemma2")]  # no such attention
+        found += [
+            Case(model, "step", checkpoint, "inductor", mask)
+            for model, checkpoint, mask in itertools.product(of_masks, (True, False), MASKS)
+        ]
     return found + [Case(name, "loss", False, inner) for name in logits for inner in inners]
 
 
@@ -152,19 +172,33 @@ def decoder(case: Case, args: argparse.Namespace) -> Build:
     size = (args.batch, args.seq, model.tok_embeddings.embedding_dim)
     hidden = torch.randn(size, dtype=torch.bfloat16, device=args.device, requires_grad=True)
     trained = [hidden, *layers.parameters()]
+    tokens = of_mask(case.mask, args)
 
     def build(compiled: Compile) -> Callable[[], object]:
         each = [compiled(layer) for layer in layers] if case.form == "layers" else layers
 
         def run(x: Tensor) -> Tensor:
+            given = {}
+            if case.mask:
+                at = torch.arange(args.seq, device=x.device)
+                causal = (at <= at[:, None]).expand(args.batch, -1, -1)
+                given = {"mask": MASKS[case.mask](causal, tokens)}
             for layer in each:
-                x = layer(x)
+                x = layer(x, **given)
             return x
 
         whole = compiled(run) if case.form == "step" else run
         return forward_and_backward(whole, trained, hidden)
 
     return build
+
+
+def of_mask(mask: str, args: argparse.Namespace) -> Tensor:
+    """[b, s]: positions of documents, or zero for the padding on the right."""
+    tokens = torch.arange(args.seq).remainder(max(args.seq // 4, 1)).expand(args.batch, -1)
+    if mask == "padding":
+        tokens = (~padding(tokens, 0.4)).long()
+    return tokens.to(args.device)
 
 
 def loss_on_logits(case: Case, args: argparse.Namespace) -> Build:
@@ -210,6 +244,8 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     build = (loss_on_logits if case.form == "loss" else decoder)(case, args)
     arms = {"none": build(compiled_with([], case.inner))}
     spellings = possible(build)
+    if case.mask:
+        spellings = {name: found for name, found in spellings.items() if name == "attention"}
     arms |= {name: build(compiled_with([name], case.inner)) for name in spellings}
     for call in arms.values():
         lap_times(call, args.device, 2)  # compiles the backward, and Triton's kernels
