@@ -77,7 +77,7 @@ def op_name(node: fx.Node) -> Target:
     ends in ``_``, however it is told to. Other callables stand for themselves.
     """
     if node.op == "call_method":
-        name: Target = re.sub(r"^__(\w+)__$", r"\1", str(node.target))  # of an operator: __eq__
+        name: Target = _method_name(node)
     elif node.op == "call_function":
         name = _function_name(node.target)
     else:
@@ -89,6 +89,11 @@ def op_name(node: fx.Node) -> Target:
     if name in _RESHAPES:
         return "reshape"
     return f"{name}_" if inplace_flag(node) else _ALIASES.get(name, name)
+
+
+def _method_name(node: fx.Node) -> str:
+    """Without the underscores of an operator, ``__eq__``."""
+    return re.sub(r"^__(\w+)__$", r"\1", str(node.target))
 
 
 @functools.cache
@@ -336,7 +341,7 @@ def positional(node: fx.Node) -> tuple[Any, ...]:
     # transpose, chunk, mean ... have their twin in torch.*, with the same parameters.
     target: Any = node.target
     if node.op == "call_method":
-        target = getattr(torch, str(node.target), None)
+        target = getattr(torch, _method_name(node), None)
     defaults = _SIGNATURES.get(target) or _defaults(target)
     if defaults is not None:
         found = defaults | dict(zip(defaults, args, strict=False)) | kwargs

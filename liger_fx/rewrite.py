@@ -351,7 +351,11 @@ def _record(
         with graph.inserting_before(anchor):
             made = replace(match, **_wanted(replace, proxies))
             made = made if isinstance(made, tuple) else (made,)
-            return [_as_before(*pair) for pair in zip(made, match.outputs, strict=True)]
+            news = [_as_before(*pair) for pair in zip(made, match.outputs, strict=True)]
+        for new, old in zip(news, match.outputs, strict=True):
+            if before < new:  # views of the old value, and writes to them, are now of the new one
+                new.meta["example_value"] = fake(old)
+        return news
     except BaseException:
         while anchor.prev is not before:
             graph.erase_node(anchor.prev)

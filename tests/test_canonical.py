@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from _util import capture
 
-from liger_fx.canonical import View, op_name
+from liger_fx.canonical import View, op_name, positional
 
 
 def traced(fn, *args, dynamic=None):
@@ -171,7 +171,8 @@ def test_operators_recorded_as_methods():
     """torch 2.11 records ``a == b`` of tensors so."""
     graph = torch.fx.Graph()
     a, b = graph.placeholder("a"), graph.placeholder("b")
-    assert op_name(graph.call_method("__eq__", (a, b))) == "eq"
+    equal = graph.call_method("__eq__", (a, b))
+    assert op_name(equal) == "eq" and positional(equal) == (a, b)
     assert op_name(graph.call_method("__iadd__", (a, b))) == "add_"
 
 
