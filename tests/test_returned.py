@@ -343,16 +343,20 @@ def test_refuses_what_it_cannot_compute_later(tokens):
         """the value of `linear` (logits) is also returned, and cannot be computed later: mul_1 is computed in this graph""",
     )
     assert_expected_inline(
+        refusal(written, tokens),
+        """the value of `linear` (logits) is also used by `clamp_` (clamp_)""",
+    )
+
+
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="aot_eager raises for such views as well")
+def test_refuses_views_made_without_grad_mode(tokens):
+    assert_expected_inline(
         refusal(view_without_grad, tokens),
         """the value of `linear` (logits) is also returned, and cannot be computed later: h is a view that was made without grad mode""",
     )
     assert_expected_inline(
         refusal(viewed_without_grad, tokens),
         """the value of `linear` (logits) is also returned, and cannot be computed later: view_2 is a view that was made without grad mode""",
-    )
-    assert_expected_inline(
-        refusal(written, tokens),
-        """the value of `linear` (logits) is also used by `clamp_` (clamp_)""",
     )
 
 

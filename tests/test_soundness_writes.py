@@ -421,9 +421,9 @@ def test_a_view_of_a_value_that_was_replaced_is_one_of_the_new_value():
     """With frozen weights eager keeps no input of the MLP, which the tiled MLP would keep."""
 
     def fn(x: Tensor, gain: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        h = F.rms_norm(x.float(), (H,), gain, EPS).to(x.dtype)
+        h = F.rms_norm(x, (H,), gain, EPS)
         out = F.linear(F.silu(F.linear(h, gate)) * F.linear(h, up), down)
-        increase(h.detach())
+        h.detach().mul_(2)
         return out.pow(2).sum()
 
     torch._dynamo.reset()
@@ -431,7 +431,6 @@ def test_a_view_of_a_value_that_was_replaced_is_one_of_the_new_value():
     given = x, torch.rand(H), torch.randn(6, H), torch.randn(6, H), torch.randn(H, 6)
     fused = torch.compile(fn, backend=liger_fx.backend(policy="all", inner="aot_eager"))
     actual, expected = (torch.autograd.grad(f(*given), x) for f in (fused, fn))
-    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=1e-3)
     report = liger_fx.reports()[-1]
-    assert report.counts == {"rms_norm": 1}
-    assert "writes to later" in report.why_not("tiled_mlp")
+    assert report.counts["rms_norm"] == 1 and "writes to later" in report.why_not("tiled_mlp")
