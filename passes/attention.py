@@ -5,7 +5,8 @@ Matches      ``scaled_dot_product_attention`` under a mask of which every part i
              padding. And over heads repeated by unsqueeze, expand and reshape: torchtune and
              Hugging Face on [b, h, s, d], torchtitan on [b, s, h, d].
 Becomes      ``scaled_dot_product_attention(is_causal=True, enable_gqa=True)``, or
-             ``liger_fx::attention`` where that has no word for the mask.
+             ``liger_fx::attention`` where that has no word for the mask, or may run in cuDNN: what
+             ran under a mask did not, and cuDNN's gradient is wrong for some layouts (torch 2.11).
 Leaves alone masks with an unknown part; masks that are not causal; dropout under a mask that
              PyTorch has no word for; on a GPU float32 that is not plainly causal, and sizes that no
              fused kernel takes; heads repeated in another order.
@@ -80,6 +81,8 @@ def check(match: Match, query, key, value, mask=None):
         _check_op(match, says, query, key, value)
     elif mask is None:
         _require(_ungrouped(match))
+    elif not says.causal and _becomes_cudnn(match):
+        raise Reject("the mask hides no key; the kernel is for causal attention")
 
 
 def _check_heads(match: Match, query: Any, key: Any, value: Any) -> None:
@@ -167,6 +170,19 @@ def _needs_op(says: Mask) -> bool:
     return says != Mask() and says != Mask(causal=True)
 
 
+def _becomes_cudnn(match: Match) -> bool:
+    """May cuDNN run without the mask, and a gradient be asked of it?"""
+    query, value = match.values["query"], match.values["value"]
+    return (
+        query.device.type == "cuda"
+        and match.values["mask"] is not None
+        and match.output.requires_grad
+        and match.values["dropout_p"] in (0, 0.0)
+        and not query.shape[-1] % 8
+        and not _no_flash(match.output.dtype, query, value)
+    )
+
+
 def _check_op(match: Match, says: Mask, query: Any, key: Any, value: Any) -> None:
     if says.documents is not None and says.valid is not None:
         raise Reject("the mask tells of documents and of padding; no kernel takes both")
@@ -243,7 +259,7 @@ def replace(
     if match.pattern.name == "heads_second":
         key, value = key.transpose(1, 2), value.transpose(1, 2)
     says = _predicates(match)
-    if says is not None and _needs_op(says):
+    if says is not None and (_needs_op(says) or _becomes_cudnn(match)):
         plan = _plan(match, says, query.tracer)
         scale = int(match.values["query"].shape[-1]) ** -0.5 if scale is None else scale
         return ops.attention(query, key, value, *plan, says.window, scale)

@@ -17,9 +17,9 @@ DTYPE = torch.bfloat16 if CUDA else torch.float32
 INF = float("inf")
 
 
-def operands(size=S):
+def operands(size=S, device=DEVICE, dtype=DTYPE):
     torch.manual_seed(0)
-    made = [torch.randn(B, size, HEADS, D, device=DEVICE, dtype=DTYPE) for _ in range(3)]
+    made = [torch.randn(B, size, HEADS, D, device=device, dtype=dtype) for _ in range(3)]
     return [t.transpose(1, 2).requires_grad_() for t in made]
 
 
@@ -210,9 +210,9 @@ READ = {
 }
 
 
-def under(make, size=S):
+def under(make, size=S, device=DEVICE):
     """Attention under the mask that ``make`` computes."""
-    given = tokens(size)
+    given = {name: value.to(device) for name, value in tokens(size).items()}
 
     def attend(q, k, v):
         q, k, v = (t.view(*t.shape[:-1], D) for t in (q, k, v))  # the size of a head never varies
@@ -262,8 +262,12 @@ def test_numerics(make):
         assert relative_error(a, e) <= 1.1 * relative_error(b, e) + (2e-3 if CUDA else 3e-7)
 
 
+def on_a_cpu():
+    return operands(device="cpu", dtype=torch.float32)
+
+
 def test_fires_graph_documents():
-    found = only(attention)(under(counted_documents), *operands())
+    found = only(attention)(under(counted_documents, device="cpu"), *on_a_cpu())
     text = show(found.graphs[0])
     assert_expected_inline(
         "\n".join(text.splitlines()[-9:]),
@@ -282,7 +286,7 @@ def test_fires_graph_documents():
 
 def test_fires_graph_causal():
     assert_expected_inline(
-        show(only(attention)(under(triangle), *operands()).graphs[0]),
+        show(only(attention)(under(triangle), *on_a_cpu()).graphs[0]),
         """\
 def forward(self, L_q_: "f32[2, 3, 12, 8]", L_k_: "f32[2, 3, 12, 8]", L_v_: "f32[2, 3, 12, 8]"):
     l_q_ = L_q_
@@ -530,6 +534,7 @@ def test_refuses(make):
     assert report.counts == {} and len(report.rejections) == 1
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="other names of nodes")
 def test_reasons():
     said = []
     for make in TWINS:

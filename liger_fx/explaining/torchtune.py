@@ -157,7 +157,9 @@ def _facts(cfg: Any, kinds: int, layers: int) -> list[str]:
         "the loss, as the recipes of liger_fx compile them; counts and bytes are for all layers."
     ]
     if "packed: true" in OmegaConf.to_yaml(cfg.get("dataset") or {}).lower():
-        facts.append("The data set is packed: the recipes attend over documents, which is not traced here.")
+        facts.append(
+            "The data set is packed: the recipes attend over documents, which is not traced here."
+        )
     if "teacher_model" in cfg or "rlhf" in cfg.loss._component_:
         facts.append("The layers of a teacher or a reference model are not listed.")
     return facts

@@ -233,8 +233,11 @@ def _forward_cuda(
     if not query.numel():  # for which PyTorch's attention has no kernel on CUDA
         return _sequence_first(query), _empty_logsumexp(query, facts)
     call = _Call(query, (segments, rows, after, facts), window, scale)
+    out, found = call.forward(query, key, value)
+    if facts is None:
+        return _sequence_first(out), found.contiguous().unsqueeze(0)
     logsumexp = _empty_logsumexp(query, facts)
-    out, logsumexp[0] = call.forward(query, key, value)
+    logsumexp[0] = found
     if call.hides_rows:
         out = out * (call.rows != Row.BEFORE)
     out = _sequence_first(out)
@@ -263,6 +266,8 @@ def _backward_cuda(
     if not query.numel():
         return tuple(_sequence_first(torch.zeros_like(x)) for x in (query, key, value))  # type: ignore[return-value]
     call = _Call(query, (segments, rows, after, facts), window, scale)
+    # In another layout than the output's the gradient of cuDNN's is wrong (torch 2.11, H100).
+    grad = _sequence_first(grad)
     first_call = call.after is not None or call.hides_rows
     own = grad * (call.rows == Row.VALID) if first_call else grad
     of_query, of_key, of_value = map(
