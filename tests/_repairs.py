@@ -135,7 +135,7 @@ REPAIRS: dict[str, Repair] = {
         "a tensor stays in its memory",
         lambda: mock.patch.object(effects, "_MOVES", frozenset()),
     ),
-    "halves": Repair("C6", 0, "both halves of cos and sin are equal", _first_half_for_both),
+    "halves": Repair("C6", 2, "both halves of cos and sin are equal", _first_half_for_both),
     "random_state": Repair(
         "C7",
         11,
@@ -186,12 +186,6 @@ REPAIRS: dict[str, Repair] = {
         66,
         "what Dynamo says of gradients is right",
         lambda: _returning(legality.Legality, "_loses_gradient", False),
-    ),
-    "escapes": Repair(
-        "rule",
-        540,
-        "nobody else reads what is inside",
-        lambda: _returning(legality.Legality, "_no_escape", None),
     ),
     "in_time": Repair(
         "rule",
