@@ -636,7 +636,7 @@ def _bound(part: Any) -> tuple[bool, int] | None:
 def _never_decreases(documents: Source) -> bool:
     """Are the documents numbered by a sum over the starts of documents so far?"""
     view, node = documents.view, documents.node
-    if op_name(node) != "cumsum":
+    if op_name(node) != "cumsum" or fake(node).dtype not in _INTEGERS:  # an int8 may overflow
         return False
     source = view.resolve(first_argument(node))
     dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")

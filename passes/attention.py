@@ -94,6 +94,11 @@ def _check_heads(match: Match, query: Any, key: Any, value: Any) -> None:
             shapes = f"queries are {list(query.shape)}, {repeated}keys {list(wanted)}"
             raise Reject(f"{shapes}: other heads")
     if match.pattern.name == "masked":
+        out = [*query.shape[:3], value.shape[-1]]
+        alike = key.dim() == value.dim() == 4 and same_sizes(key.shape[:3], value.shape[:3])
+        alike = alike and same_sizes(query.shape[:1], key.shape[:1])
+        if not alike or not same_sizes(match.output.shape, out):
+            raise Reject("queries, keys, values or the mask are broadcast over each other")
         return
     heads = 2 if match.pattern.name == "heads_second" else 1
     for name, node in zip(("key", "value"), keys, strict=True):
@@ -193,10 +198,10 @@ def _check_op(match: Match, says: Mask, query: Any, key: Any, value: Any) -> Non
     if match.values["scale"] is None and varies:
         raise Reject(f"the size of a head, {size}, may vary, and with it the scale")
     for source in filter(None, (says.documents, says.valid)):
-        rows, given = query.shape[:1], fake(source.node).shape
-        batch = list(given[:-1]) or [1]
-        if not same_sizes(batch, rows):
-            raise Reject(f"{source.node.name} has {list(given)} for {rows[0]} rows of queries")
+        given = list(fake(source.node).shape)
+        wanted = [query.shape[0], query.shape[2]]
+        if not same_sizes(given if len(given) > 1 else [1, *given], wanted):
+            raise Reject(f"{source.node.name} is {given}, where queries are {wanted}")
     if query.device.type == "cuda":
         _require(_no_flash(match.output.dtype, query, value))
         if query.shape[-1] % 8:

@@ -500,6 +500,20 @@ def documents_and_padding(q, positions, valid, **_):
     return packed(q, positions) & valid.bool()[:, None, None, :]
 
 
+def a_longer_mask(q, valid, **_):
+    """Of keys that are to come."""
+    longer = torch.cat([valid, valid], 1).bool()
+    rows, columns = indices(q)
+    return (columns <= rows) & longer[:, None, None, : q.shape[2]]
+
+
+def documents_that_overflow(q, positions, **_):
+    documents = (positions == 0).cumsum(1, dtype=torch.int8)
+    rows, columns = indices(q)
+    same = documents[:, None, :, None] == documents[:, None, None, :]
+    return same & (columns <= rows)
+
+
 def written(q, **_):
     mask = triangle(q)
     mask[0, 5] = True
@@ -524,7 +538,14 @@ TWINS = [
     *(documents_of_anyone, other_documents, earlier_documents, documents_summed_over_the_batch),
     *(positions_without_documents, positions_of_other_documents, other_positions),
     *(window_of_the_data, negative_index, not_quite_minus_infinity, sloped, finite_for_padding),
-    *(documents_and_padding, written, written_padding, rounded_indices),
+    *(
+        a_longer_mask,
+        documents_that_overflow,
+        documents_and_padding,
+        written,
+        written_padding,
+        rounded_indices,
+    ),
 ]
 
 
@@ -567,6 +588,8 @@ negative_index: nothing is known of what getitem_3 lets a query see
 not_quite_minus_infinity: the mask where is torch.float32, and not zero or minus infinity
 sloped: the mask where is torch.float32, and not zero or minus infinity
 finite_for_padding: where is finite for padding: a query that sees no key attends to all of them
+a_longer_mask: longer is [2, 24], where queries are [2, 12]
+documents_that_overflow: nothing says that the documents in documents are in order
 documents_and_padding: the mask tells of documents and of padding; no kernel takes both
 written: mask is written in place
 written_padding: l_given_valid_ is written in place
@@ -618,6 +641,46 @@ def test_refuses_more_keys_than_queries():
 
     (report,) = only(attention)(attend, *operands()).reports
     assert_expected_inline(reasons(report), """there are 4 queries for 12 keys""")
+
+
+def test_a_region_of_two_layers():
+    """One body, which is called twice, gets the plan as a further operand of both calls."""
+    given = tokens(S)
+
+    @torch.compiler.nested_compile_region
+    def layer(q, k, v, mask):
+        return q + F.scaled_dot_product_attention(q.sin(), k, v, mask)
+
+    def run(q, k, v):
+        mask = padded(q, **given)
+        return layer(layer(q, k, v, mask), k, v, mask)
+
+    torch._dynamo.reset()
+    options = {"policy": ["attention"], "inner": "aot_eager", "strict": True}
+    compiled = torch.compile(run, backend="liger_fx", options=options)
+    tensors = operands()
+    for a, e in zip(
+        gradients(lambda *t: compiled(*t).sum(), *tensors),
+        gradients(lambda *t: run(*t).sum(), *tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, e, **({"atol": 0.1, "rtol": 2e-2} if CUDA else {}))
+    (made,) = liger_fx.reports()[-1].replacements
+    assert made.pattern == "masked, causal, padding"
+
+
+def test_refuses_a_region_that_is_called_with_two_masks():
+    given = tokens(S)
+
+    @torch.compiler.nested_compile_region
+    def layer(q, k, v, mask):
+        return q + F.scaled_dot_product_attention(q.sin(), k, v, mask)
+
+    def run(q, k, v):
+        return layer(layer(q, k, v, padded(q, **given)), k, v, packed(q, **given))
+
+    report = capture(run, *operands()).reports[0]
+    assert report.counts == {} and "nothing is known" in reasons(report)
 
 
 def test_a_mask_that_is_read_elsewhere_stays():
