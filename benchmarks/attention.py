@@ -101,7 +101,8 @@ def attend(arm: str, mask: Masked, scale: float, grouped: int) -> Callable[..., 
         return lambda q, k, v: ops.attention(q, k, v, *plan, window, scale)
     if arm == "flex":
         blocks = create_block_mask(
-            mask.seen, mask.batch, None, mask.size, mask.size, str(mask.device)
+            lambda b, h, q, k: mask.seen(b, h, q, k),  # a method is not taken
+            *(mask.batch, None, mask.size, mask.size, str(mask.device)),
         )
         compiled = torch.compile(flex_attention, dynamic=False)
         return lambda q, k, v: compiled(q, k, v, block_mask=blocks, scale=scale, enable_gqa=True)
