@@ -66,6 +66,9 @@ class Row(enum.IntEnum):
 # ends; with padding also those of the queries and of the keys of the second call. rows: int8
 # [b, s], of `Row`. after: int64, the tokens of the second call. facts: int64 [4] on the host.
 Plan = tuple[Tensor, Tensor, Tensor, Tensor]
+# A kernel takes the four, or None for each, then the window and the scale, and returns these.
+Forward = tuple[Tensor, Tensor]  # the output, and the logsumexp of each row of scores
+Gradients = tuple[Tensor, Tensor, Tensor]  # of queries, keys and values
 
 
 def _facts(kind: Kind, segments: Any, longest: Any, after: Any) -> Tensor:
@@ -151,52 +154,32 @@ def _window(window: int | None, size: int) -> int:
     return size if window is None else min(window, size)
 
 
-def _forward_torch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Tensor | None,
-    rows: Tensor | None,
-    after: Tensor | None,
-    facts: Tensor | None,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    seen = _seen(query, (segments, rows, after, facts), window)
+def _forward_torch(query: Tensor, key: Tensor, value: Tensor, *given: Any) -> Forward:
+    *plan, window, scale = given
     key, value = (_repeated(x, query) for x in (key, value))
+    seen = _seen(query, plan, window)
     out = F.scaled_dot_product_attention(query, key, value, seen, scale=scale)
-    return _sequence_first(out), _empty_logsumexp(query, facts)
+    return _sequence_first(out), _empty_logsumexp(query, plan)
 
 
 def _backward_torch(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    segments: Tensor | None,
-    rows: Tensor | None,
-    after: Tensor | None,
-    facts: Tensor | None,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *given: Any
+) -> Gradients:
     """Row by row of the batch, since it keeps the scores of one."""
-    plan = segments, rows, after, facts
+    *plan, window, scale = given
     hidden = ~_seen(query, plan, window).expand(len(query), -1, -1, -1)
     wide = torch.promote_types(query.dtype, torch.float32)
     grads = [torch.empty_like(x) for x in (query, key, value)]
     for i in range(len(query)):
         g, q = grad[i].to(wide), query[i].to(wide)
         k, v = (_repeated(x[i : i + 1], query)[0].to(wide) for x in (key, value))
-        scores = (q @ k.mT * scale).masked_fill_(hidden[i], float("-inf"))
+        scores = (q @ k.mT * scale).masked_fill_(hidden[i], -math.inf)
         weights = scores.softmax(-1).masked_fill_(hidden[i], 0.0)  # also where no key is seen
         of_weights = g @ v.mT
         of_scores = weights * (of_weights - (weights * of_weights).sum(-1, keepdim=True)) * scale
         found = of_scores @ k, of_scores.mT @ q, weights.mT @ g
-        for into, given in zip(grads, found, strict=True):
-            into[i] = given.unflatten(0, (into.shape[1], -1)).sum(1)
+        for into, made in zip(grads, found, strict=True):
+            into[i] = made.unflatten(0, (into.shape[1], -1)).sum(1)
     return tuple(map(_sequence_first, grads))  # type: ignore[return-value]
 
 
@@ -210,42 +193,33 @@ def _sequence_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _empty_logsumexp(query: Tensor, facts: Tensor | None) -> Tensor:
+def _empty_logsumexp(query: Tensor, plan: Sequence[Tensor | None]) -> Tensor:
     """One number for each row of scores; with a plan another for the second call."""
-    return query.new_zeros((1 if facts is None else 2, *query.shape[:3]), dtype=torch.float32)
+    calls = 1 if plan[0] is None else 2
+    return query.new_zeros((calls, *query.shape[:3]), dtype=torch.float32)
 
 
 # -- CUDA ------------------------------------------------------------------------------------------
 
 
-def _forward_cuda(
-    _: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segments: Tensor | None,
-    rows: Tensor | None,
-    after: Tensor | None,
-    facts: Tensor | None,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _forward_cuda(_: Any, query: Tensor, key: Tensor, value: Tensor, *given: Any) -> Forward:
+    *plan, window, scale = given
     if not query.numel():  # for which PyTorch's attention has no kernel on CUDA
-        return _sequence_first(query), _empty_logsumexp(query, facts)
-    call = _Call(query, (segments, rows, after, facts), window, scale)
+        return _sequence_first(query), _empty_logsumexp(query, plan)
+    call = _Call(query, plan, window, scale)
     out, found = call.forward(query, key, value)
-    if facts is None:
+    if plan[0] is None:
         return _sequence_first(out), found.contiguous().unsqueeze(0)
-    logsumexp = _empty_logsumexp(query, facts)
-    logsumexp[0] = found
+    lse = _empty_logsumexp(query, plan)
+    lse[0] = found
     if call.hides_rows:
         out = out * (call.rows != Row.BEFORE)
     out = _sequence_first(out)
     if call.after is not None:
         of_after, second = _after_forward(call, query, key, value)
-        logsumexp[1].view(-1)[: second.numel()] = second.flatten()
+        lse[1].view(-1)[: second.numel()] = second.flatten()
         _as_tokens(out).index_copy_(0, call.after, of_after)
-    return out, logsumexp
+    return out, lse
 
 
 def _backward_cuda(
@@ -255,30 +229,25 @@ def _backward_cuda(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    logsumexp: Tensor,
-    segments: Tensor | None,
-    rows: Tensor | None,
-    after: Tensor | None,
-    facts: Tensor | None,
-    window: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    lse: Tensor,
+    *given: Any,
+) -> Gradients:
+    *plan, window, scale = given
     if not query.numel():
         return tuple(_sequence_first(torch.zeros_like(x)) for x in (query, key, value))  # type: ignore[return-value]
-    call = _Call(query, (segments, rows, after, facts), window, scale)
+    call = _Call(query, plan, window, scale)
     # In another layout than the output's the gradient of cuDNN's is wrong (torch 2.11, H100).
     grad = _sequence_first(grad)
-    first_call = call.after is not None or call.hides_rows
-    own = grad * (call.rows == Row.VALID) if first_call else grad
-    of_query, of_key, of_value = map(
-        _sequence_first, call.backward(own, query, key, value, out, logsumexp[0])
-    )
+    padded = call.after is not None or call.hides_rows
+    own = grad * (call.rows == Row.VALID) if padded else grad
+    found = map(_sequence_first, call.backward(own, query, key, value, out, lse[0]))
+    of_query, of_key, of_value = found
     if call.after is not None:
-        second = logsumexp[1].view(-1)[: query.shape[1] * len(call.after)]
-        found = _after_backward(call, grad, query, key, value, out, second)
-        _as_tokens(of_query).index_copy_(0, call.after, found[0])
-        of_key += _as_heads(found[1], key)
-        of_value += _as_heads(found[2], value)
+        second = lse[1].view(-1)[: query.shape[1] * len(call.after)]
+        after = _after_backward(call, grad, query, key, value, out, second)
+        _as_tokens(of_query).index_copy_(0, call.after, after[0])
+        of_key += _as_heads(after[1], key)
+        of_value += _as_heads(after[2], value)
     return of_query, of_key, of_value
 
 
@@ -315,46 +284,38 @@ class _Call:
         return {"window_size_left": self.window - 1, "window_size_right": 0}
 
 
-def _every_token_forward(
-    call: _Call, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor]:
+def _every_token_forward(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Forward:
     if call.window is not None:
         size = query.shape[2]
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        out, logsumexp, *_ = aten._flash_attention_forward(
+        out, lse, *_ = aten._flash_attention_forward(
             q, k, v, None, None, size, size, 0.0, True, False, scale=call.scale, **call.window_sizes
         )
-        return out.transpose(1, 2), logsumexp
+        return out.transpose(1, 2), lse
     if _is_cudnn(query, key, value, call.scale):
-        out, logsumexp, *_ = aten._scaled_dot_product_cudnn_attention(
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, True, 0.0, True, False, scale=call.scale
         )
-        return out, logsumexp.view(query.shape[:3])
-    out, logsumexp, *_ = aten._scaled_dot_product_flash_attention(
+        return out, lse.view(query.shape[:3])
+    out, lse, *_ = aten._scaled_dot_product_flash_attention(
         query, key, value, 0.0, True, False, scale=call.scale
     )
-    return out, logsumexp
+    return out, lse
 
 
 def _every_token_backward(
-    call: _Call,
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    call: _Call, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+) -> Gradients:
     size, seed = query.shape[2], _no_seed(query)
     if call.window is None and _is_cudnn(query, key, value, call.scale):
         return aten._scaled_dot_product_cudnn_attention_backward(
-            *(grad, query, key, value, out, logsumexp.unsqueeze(-1), seed, seed),
+            *(grad, query, key, value, out, lse.unsqueeze(-1), seed, seed),
             *(None, None, None, size, size, 0.0, True),
             scale=call.scale,
         )
     grad, query, key, value, out = (x.transpose(1, 2) for x in (grad, query, key, value, out))
     found = aten._flash_attention_backward(
-        *(grad, query, key, value, out, logsumexp, None, None, size, size, 0.0, True, seed, seed),
+        *(grad, query, key, value, out, lse, None, None, size, size, 0.0, True, seed, seed),
         scale=call.scale,
         **call.window_sizes,
     )
@@ -369,32 +330,24 @@ def _is_cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
     return choice == SDPBackend.CUDNN_ATTENTION.value
 
 
-def _segments_forward(
-    call: _Call, query: Tensor, key: Tensor, value: Tensor
-) -> tuple[Tensor, Tensor]:
+def _segments_forward(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Forward:
     q, k, v = map(_as_tokens, (query, key, value))
     bounds, longest = call.segments[0], call.longest
-    out, logsumexp, *_ = aten._flash_attention_forward(
+    out, lse, *_ = aten._flash_attention_forward(
         *(q, k, v, bounds, bounds, longest, longest, 0.0, True, False),
         scale=call.scale,
         **call.window_sizes,
     )
     batch, heads, size, _ = query.shape
-    return _as_heads(out, query), logsumexp.view(heads, batch, size).transpose(0, 1)
+    return _as_heads(out, query), lse.view(heads, batch, size).transpose(0, 1)
 
 
 def _segments_backward(
-    call: _Call,
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    call: _Call, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+) -> Gradients:
     g, q, k, v, o = map(_as_tokens, (grad, query, key, value, out))
     bounds, longest, seed = call.segments[0], call.longest, _no_seed(query)
-    of_rows = logsumexp.transpose(0, 1).reshape(query.shape[1], -1)
+    of_rows = lse.transpose(0, 1).reshape(query.shape[1], -1)
     found = aten._flash_attention_backward(
         *(g, q, k, v, o, of_rows, bounds, bounds, longest, longest, 0.0, True, seed, seed),
         scale=call.scale,
@@ -403,26 +356,20 @@ def _segments_backward(
     return tuple(_as_heads(x, query) for x in found)  # type: ignore[return-value]
 
 
-def _after_forward(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _after_forward(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Forward:
     """The queries of the padding after a run, over all of the run: [tokens, h, d], [h, tokens]."""
     q, k, v = map(_as_tokens, (query, key, value))
     _, of_queries, of_keys = call.segments
     lengths = of_queries, of_keys, call.longest, 2 * call.longest
-    out, logsumexp, *_ = aten._flash_attention_forward(
+    out, lse, *_ = aten._flash_attention_forward(
         q[call.after], k, v, *lengths, 0.0, False, False, scale=call.scale
     )
-    return out, logsumexp
+    return out, lse
 
 
 def _after_backward(
-    call: _Call,
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    call: _Call, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+) -> Gradients:
     """Without a gradient no segment has queries: the kernel is done at once."""
     g, q, o = (_as_tokens(x)[call.after] for x in (grad, query, out))
     k, v = _as_tokens(key), _as_tokens(value)
@@ -431,7 +378,7 @@ def _after_backward(
     # The keys between two runs are padding after the one and before the other.
     lengths = of_queries * used, of_keys, call.longest, 2 * call.longest
     of_query, of_key, of_value = aten._flash_attention_backward(
-        *(g, q, k, v, o, logsumexp.view(query.shape[1], -1), *lengths, 0.0, False, seed, seed),
+        *(g, q, k, v, o, lse.view(query.shape[1], -1), *lengths, 0.0, False, seed, seed),
         scale=call.scale,
     )
     return torch.where(used, of_query, 0.0), of_key, of_value
@@ -451,28 +398,22 @@ def _as_heads(x: Tensor, query: Tensor) -> Tensor:
     return x.unflatten(0, (query.shape[0], query.shape[2])).transpose(1, 2)
 
 
-def _dense_forward(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def _dense_forward(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Forward:
     key, value = (_repeated(x, query) for x in (key, value))
-    out, logsumexp, *_ = aten._scaled_dot_product_efficient_attention(
+    out, lse, *_ = aten._scaled_dot_product_efficient_attention(
         query, key, value, _bias(call, query), True, 0.0, False, scale=call.scale
     )
-    return out, logsumexp[..., : query.shape[2]]
+    return out, lse[..., : query.shape[2]]
 
 
 def _dense_backward(
-    call: _Call,
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    call: _Call, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
+) -> Gradients:
     k, v = (_repeated(x, query) for x in (key, value))
-    logsumexp = F.pad(logsumexp, (0, -query.shape[2] % 32), value=math.inf)  # as the kernel gave it
+    lse = F.pad(lse, (0, -query.shape[2] % 32), value=math.inf)  # as the kernel gave it
     seed = torch.zeros((), dtype=torch.int64, device=query.device)
     of_query, *others, _ = aten._scaled_dot_product_efficient_attention_backward(
-        *(grad, query, k, v, _bias(call, query), out, logsumexp, seed, seed),
+        *(grad, query, k, v, _bias(call, query), out, lse, seed, seed),
         *(0.0, [True, True, True, False], False),
         scale=call.scale,
     )
@@ -520,10 +461,7 @@ def _fake_heads(x: Tensor) -> Tensor:
 
 _forward = kernel(
     f"attention_forward(Tensor query, Tensor key, Tensor value, {_PLAN}) -> (Tensor, Tensor)",
-    fake=lambda query, key, value, segments, rows, after, facts, window, scale: (
-        _fake_heads(query),
-        _empty_logsumexp(query, facts),
-    ),
+    fake=lambda query, key, value, *plan: (_fake_heads(query), _empty_logsumexp(query, plan)),
     plain=_forward_torch,
     cuda=_forward_cuda,
 )
@@ -554,17 +492,17 @@ def _backward_flops(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query, key, value, segments, rows, after, facts, window, scale):
-        out, logsumexp = _forward(query, key, value, segments, rows, after, facts, window, scale)
-        ctx.save_for_backward(query, key, value, out, logsumexp, segments, rows, after, facts)
-        ctx.window, ctx.scale = window, scale
+    def forward(ctx: Any, query, key, value, *given):
+        *plan, window, scale = given
+        out, lse = _forward(query, key, value, *given)
+        ctx.save_for_backward(query, key, value, out, lse, *plan)
+        ctx.how = window, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        found = _backward(grad, *ctx.saved_tensors, ctx.window, ctx.scale)
-        return *found, *[None] * 6
+        return *_backward(grad, *ctx.saved_tensors, *ctx.how), *[None] * 6
 
 
 def _attention(
