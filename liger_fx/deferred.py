@@ -19,6 +19,7 @@ Not seen     A parameter that is written through ``.data``, or filled anew by FS
 
 from __future__ import annotations
 
+import abc
 import logging
 import operator
 import sys
@@ -69,15 +70,15 @@ class Head:
 _Memo = dict[tuple[Any, int], tuple[Any, Any]]
 
 
-class _Node:
+class _Node(abc.ABC):
     def at(self, rows: Any, memo: _Memo) -> Any:
         key = self, id(rows)
         if key not in memo:
             memo[key] = rows, self.compute(rows, memo)  # rows stay alive, and so does their id
         return memo[key][1]
 
-    def compute(self, rows: Any, memo: _Memo) -> Any:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def compute(self, rows: Any, memo: _Memo) -> Any: ...
 
     def cast(self, dtype: torch.dtype) -> _Node:
         return _Op(aten._to_copy.default, (self,), {"dtype": dtype})

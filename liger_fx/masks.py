@@ -171,7 +171,9 @@ class _Reader:
         same = (f for f, s in self.sources.items() if s.view is view and view.same(s.node, node))
         function = next(same, None)
         if function is None:
-            function = sympy.Function(self._name(node), integer=True)
+            # Of a float nothing may follow from its being no integer; small integers may overflow.
+            exact = fake(node).dtype in (torch.bool, *_INTEGERS)
+            function = sympy.Function(self._name(node), integer=True if exact else None)
             self.sources[function] = Source(view, node)
         element = function(*index)
         return sympy.Ne(element, 0) if fake(node).dtype == torch.bool else element
@@ -397,6 +399,8 @@ def _expand(reader: _Reader, view: View, node: fx.Node, index: Index) -> Any:
 def _reshape(reader: _Reader, view: View, node: fx.Node, index: Index) -> Any:
     """Only dimensions of one element come or go."""
     source = first_argument(node)
+    if fake(source).dtype != fake(node).dtype:  # view(dtype) reads the bytes anew
+        return None
     before, after = fake(source).shape, fake(node).shape
     kept = [(n, i) for n, i in zip(after, index, strict=True) if not _is_one(n)]
     if not same_sizes([n for n in before if not _is_one(n)], [n for n, _ in kept]):
@@ -490,9 +494,10 @@ def _difference(reader: _Reader, view: View, node: fx.Node, index: Index) -> Any
 
 
 def _sum_so_far(reader: _Reader, view: View, node: fx.Node, index: Index) -> Any:
-    """Zero, where nothing is summed."""
-    source = first_argument(node)
-    return sympy.Integer(0) if reader.element(view, source, index) in (0, sympy.false) else None
+    """Zero, where nothing is summed anywhere."""
+    anywhere = sympy.symbols(f"i:{len(index)}", integer=True, nonnegative=True)
+    summed = reader.element(view, first_argument(node), anywhere)
+    return sympy.Integer(0) if summed in (0, sympy.false) else None
 
 
 _RULES: dict[Any, Rule] = {
@@ -503,7 +508,8 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _constant(0)),
     **dict.fromkeys(("full", "full_like", "new_full"), _constant(None)),
     **dict.fromkeys(("tensor", "scalar_tensor"), _scalar),
-    **dict.fromkeys(("clone", "detach", "move"), _same_element),
+    **dict.fromkeys(("clone", "detach"), _same_element),
+    **dict.fromkeys(("cast", "move"), _cast),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
     **dict.fromkeys(("transpose", "swapaxes", "permute"), _transpose),
     "le": _compare(sympy.Le),
@@ -521,7 +527,6 @@ _RULES: dict[Any, Rule] = {
     "tril": _triangle(lambda ahead, diagonal: sympy.Le(ahead, diagonal)),
     "triu": _triangle(lambda ahead, diagonal: sympy.Ge(ahead, diagonal)),
     "arange": _arange,
-    "cast": _cast,
     "reshape": _reshape,
     "getitem": _getitem,
     "diff": _difference,

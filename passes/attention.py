@@ -32,6 +32,7 @@ from liger_fx.pattern import guard
 from liger_fx.rewrite import Rewrite
 
 MAX_HEAD_SIZE = 256  # of PyTorch's flash attention
+_PLAN = "liger_fx_plan"  # in the meta of the nodes that make one
 
 
 def heads_first(query, key, value, mask, dropout_p, is_causal, scale):
@@ -298,7 +299,7 @@ def _computed(op: Callable[..., Any], source: Source) -> list[fx.Node]:
     """The outputs of ``op`` on the source, as nodes of its graph: those that are there already, or
     new ones right after the source."""
     graph, node = source.view.graph, source.node
-    call = next((user for user in node.users if user.target is op), None)
+    call = next((user for user in node.users if _PLAN in user.meta and user.target is op), None)
     if call is None:
         after = node
         while after.next.op == "placeholder":
@@ -307,6 +308,7 @@ def _computed(op: Callable[..., Any], source: Source) -> list[fx.Node]:
             call = graph.call_function(op, (node,))
         with fake(node).fake_mode, torch.no_grad():
             call.meta["example_value"] = op(fake(node))
+        call.meta[_PLAN] = True  # a user's own call may stand further down
     found = {user.args[1]: user for user in call.users}
     for i, value in enumerate(fake(call)):
         if i not in found:

@@ -197,7 +197,13 @@ def padded_in_a_window(q, valid, **_):
     return padded(q, valid) & window(q)
 
 
+def equal_to_a_fraction(q, valid, **_):
+    rows, columns = indices(q)
+    return (columns <= rows) & (valid.float() / 2 != 0.5)[:, None, None, :]
+
+
 READ = {
+    equal_to_a_fraction: "causal, padding",
     **dict.fromkeys(CAUSAL, "causal"),
     positions_in_order: "causal",
     whole_window: "causal",
@@ -316,6 +322,13 @@ def layers(make, wrap=lambda layer, *args: layer(*args)):
     return run
 
 
+def assert_same_gradients(compiled, run, tensors):
+    found = (gradients(lambda *t, f=f: f(*t).sum(), *tensors) for f in (compiled, run))
+    for actual, expected in zip(*found, strict=True):
+        tolerance = {"atol": 0.1, "rtol": 2e-2} if CUDA else {}
+        torch.testing.assert_close(actual, expected, **tolerance)
+
+
 def checkpointed(layer, *args):
     return checkpoint(layer, *args, use_reentrant=False)
 
@@ -338,12 +351,7 @@ def test_one_plan_for_all_layers(make, wrap, inner):
     assert plans is None or sum(f"liger_fx.{plans}.default" == t for t in targets) == 1
     options = {"policy": ["attention"], "inner": inner, "strict": True}
     compiled = torch.compile(run, backend="liger_fx", options=options)
-    for a, e in zip(
-        gradients(lambda *t: compiled(*t).sum(), *tensors),
-        gradients(lambda *t: run(*t).sum(), *tensors),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, e, **({"atol": 0.1, "rtol": 2e-2} if CUDA else {}))
+    assert_same_gradients(compiled, run, tensors)
 
 
 @pytest.mark.parametrize("make", [window, packed, padded], ids=by_name)
@@ -352,12 +360,7 @@ def test_by_inductor(make):
     run, tensors = layers(make, checkpointed), operands()
     options = {"policy": ["attention"], "strict": True}
     compiled = torch.compile(run, backend="liger_fx", options=options)
-    for a, e in zip(
-        gradients(lambda *t: compiled(*t).sum(), *tensors),
-        gradients(lambda *t: run(*t).sum(), *tensors),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, e, **({"atol": 0.1, "rtol": 2e-2} if CUDA else {}))
+    assert_same_gradients(compiled, run, tensors)
 
 
 # -- near twins, which are no such mask -----------------------------------------------------------
@@ -514,6 +517,20 @@ def documents_that_overflow(q, positions, **_):
     return same & (columns <= rows)
 
 
+def bytes_of_another_dtype(q, **_):
+    """The integer 1 is no 1.0: no key is seen."""
+    rows, columns = indices(q)
+    return (columns <= rows).to(torch.int32).view(torch.float32) == 1
+
+
+def a_sum_of_what_came_before(q, **_):
+    """Five everywhere, although nothing is added where it is read: no key is seen."""
+    size = q.shape[2]
+    rows, columns = indices(q)
+    so_far = (torch.arange(2 * size, device=q.device) < 5).cumsum(0)[5 : size + 5]
+    return (columns <= rows) & (so_far == 0)
+
+
 def written(q, **_):
     mask = triangle(q)
     mask[0, 5] = True
@@ -539,6 +556,8 @@ TWINS = [
     *(positions_without_documents, positions_of_other_documents, other_positions),
     *(window_of_the_data, negative_index, not_quite_minus_infinity, sloped, finite_for_padding),
     *(
+        bytes_of_another_dtype,
+        a_sum_of_what_came_before,
         a_longer_mask,
         documents_that_overflow,
         documents_and_padding,
@@ -588,12 +607,14 @@ negative_index: nothing is known of what getitem_3 lets a query see
 not_quite_minus_infinity: the mask where is torch.float32, and not zero or minus infinity
 sloped: the mask where is torch.float32, and not zero or minus infinity
 finite_for_padding: where is finite for padding: a query that sees no key attends to all of them
+bytes_of_another_dtype: nothing is known of what eq lets a query see
+a_sum_of_what_came_before: no kernel is made for a mask with Eq(cumsum(k + 5), 0), where nothing is known of cumsum
 a_longer_mask: longer is [2, 24], where queries are [2, 12]
-documents_that_overflow: nothing says that the documents in documents are in order
+documents_that_overflow: nothing is known of what same lets a query see
 documents_and_padding: the mask tells of documents and of padding; no kernel takes both
 written: mask is written in place
 written_padding: l_given_valid_ is written in place
-rounded_indices: no kernel is made for a mask with at(k) <= at(q), where nothing is known of at""",
+rounded_indices: nothing is known of what le lets a query see""",
     )
 
 
@@ -659,12 +680,7 @@ def test_a_region_of_two_layers():
     options = {"policy": ["attention"], "inner": "aot_eager", "strict": True}
     compiled = torch.compile(run, backend="liger_fx", options=options)
     tensors = operands()
-    for a, e in zip(
-        gradients(lambda *t: compiled(*t).sum(), *tensors),
-        gradients(lambda *t: run(*t).sum(), *tensors),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, e, **({"atol": 0.1, "rtol": 2e-2} if CUDA else {}))
+    assert_same_gradients(compiled, run, tensors)
     (made,) = liger_fx.reports()[-1].replacements
     assert made.pattern == "masked, causal, padding"
 
