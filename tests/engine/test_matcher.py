@@ -426,7 +426,7 @@ def test_a_graph_without_example_values_is_an_error():
 
 
 def test_the_example_of_a_custom_rewrite():
-    example = Path(__file__).parent.parent / "examples" / "custom_rewrite.py"
+    example = Path(__file__).parents[2] / "examples" / "custom_rewrite.py"
     done = subprocess.run([sys.executable, example], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = words(done.stdout)

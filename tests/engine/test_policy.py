@@ -309,7 +309,7 @@ def test_another_shape_setting_or_compiler_is_another_question(cache):
 
 SCRIPT = """
 import sys, torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {path!r}
 from test_policy import layer, liger_fx, tensors
 f = torch.compile(layer, backend="liger_fx", options=dict(policy="measure", inner="eager"))
 f(*tensors())
@@ -320,7 +320,7 @@ print(liger_fx.reports()[-1].to_json())
 def test_another_process_reads_the_answer(cache):
     _, report = measured(layer, *tensors())
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(tests=os.path.dirname(__file__))],
+        [sys.executable, "-c", SCRIPT.format(path=sys.path)],
         env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache.parent)},
         capture_output=True,
         text=True,
