@@ -1,3 +1,4 @@
+import gc
 import importlib
 import os
 
@@ -10,11 +11,21 @@ os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
 
 import pytest
 import torch
+import torch._dynamo.guards
 from _spellings import B, H, S, T, V
 from _util import DEVICE
 
 # cuBLAS may split the sum of a product as tiny as those here, and add up its parts in bf16.
 torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+# Dynamo flushes the processor's cache after each graph to time the guards, for its log alone.
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+
+
+def pytest_collection_finish() -> None:
+    """Modules stay: the garbage collector, which Dynamo calls after each graph, may pass them by."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
