@@ -20,10 +20,15 @@ from _models import (
     Law,
     Refused,
     Row,
+    autocast_inside,
+    autocast_outside,
     checkpoint_inside,
+    dynamic,
+    evaluation,
     families,
     model_in_place,
     modes,
+    packed,
     per_layer,
     second_length,
     whole_step,
@@ -151,7 +156,29 @@ def assert_deferred(actual: Outcome, expected: Outcome, tolerance: float) -> Non
     assert materialized() == before + 1
 
 
-@pytest.mark.parametrize("row", ROWS, ids=str)
+# Modes that are an error unless they are one graph, which is called once.
+ONE_CALL = [
+    whole_step,
+    checkpoint_inside,
+    packed,
+    autocast_outside,
+    autocast_inside,
+    dynamic,
+    evaluation,
+]
+# Whose mode or cells other rows have as well.
+SLOW = [
+    "torchtune-gemma2-dynamic",
+    "torchtune-phi3-second_length",
+    "transformers-Llama-second_length",
+]
+
+
+def marked(row: Row):
+    return pytest.param(row, id=str(row), marks=[pytest.mark.slow] if str(row) in SLOW else [])
+
+
+@pytest.mark.parametrize("row", map(marked, ROWS))
 def test_step(row, monkeypatch):
     monkeypatch.setenv("LIGER_FX_INNER", row.inner)
     expected = run_eagerly(row, layers=2)
@@ -164,7 +191,7 @@ def test_step(row, monkeypatch):
     if in_place:
         assert_deferred(actual, expected, row.tolerance)
     assert actual.compiled["graphs"] == row.graphs
-    if row.mode is not whole_step:  # which is one graph or an error
+    if row.mode not in ONE_CALL:
         assert actual.compiled == run(row, 2, "eager").compiled
 
 

@@ -122,6 +122,7 @@ class LikeEager:
         chosen = labels.get(metafunc.function.__name__, self.PROGRAMS)
         metafunc.parametrize("label", chosen)
 
+    @pytest.mark.slow  # without liger_fx: for the day on which `test_all` fails
     def test_aot_eager_alone_is_like_eager(self, label):
         """A program that this is not true of shows nothing about liger_fx."""
         program = self.PROGRAMS[label]

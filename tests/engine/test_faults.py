@@ -64,7 +64,6 @@ def norms_beside_a_transform(x: Tensor, *weights: Tensor) -> Any:
 
 
 PROGRAMS = {
-    "norms": norms,
     "norms in checkpoints": norms_in_checkpoints,
     "norms beside a transform": norms_beside_a_transform,
 }
