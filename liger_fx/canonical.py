@@ -241,6 +241,10 @@ class View:
         return not any(map(self.effects.written, values)) and self.same(ea.args, eb.args)
 
 
+# Operations that another one may be written as, for some arguments.
+WRITTEN_AS: dict[Target, tuple[str, ...]] = {"pow": ("square", "mul"), "logaddexp": ("logsumexp",)}
+
+
 def as_power(op: Target, args: tuple[Any, ...]) -> tuple[Target, tuple[Any, ...]]:
     """``square(x)`` and ``x * x`` as ``pow(x, 2)``; anything else as it is."""
     if op == "square" or (op == "mul" and len(args) == 2 and args[0] is args[1]):

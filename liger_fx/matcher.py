@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from liger_fx.canonical import View, fake, op_name
+from liger_fx.canonical import WRITTEN_AS, View, fake, op_name
 from liger_fx.pattern import Binding, Cast, Chain, Guard, Op, Pattern, Term
 
 
@@ -258,7 +258,10 @@ def root_ops(term: Term) -> set[Any]:
 
 
 def candidates(view: View, pattern: Pattern) -> list[fx.Node]:
-    found = [node for op in root_ops(pattern.term) for node in view.calls.get(op, ())]
+    ops = root_ops(pattern.term)
+    found = [node for op in ops for node in view.calls.get(op, ())]
+    others = {other for op in ops for other in WRITTEN_AS.get(op, ())} - ops
+    found += [n for op in others for n in view.calls.get(op, ()) if view.expr(n).op in ops]
     return sorted((n for n in found if not view.does_nothing(n)), key=view.position.__getitem__)
 
 

@@ -419,6 +419,28 @@ def test_an_error_halfway_leaves_the_match_as_it_was():
     torch.testing.assert_close(torch.compile(fn, backend=backend)(A, B), fn(A, B))
 
 
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        lambda x: F.relu(x).square(),
+        lambda x: torch.square(F.relu(x)),
+        lambda x: F.relu(x) ** 2,
+        lambda x: (r := F.relu(x)) * r,
+    ],
+)
+def test_a_pattern_may_end_in_a_power(spelling):
+    rewrite = Rewrite("relu_squared", [lambda x: F.relu(x) ** 2], lambda match, x: x.exp())
+    assert rewritten(spelling, A, rewrites=[rewrite]).report.counts == {"relu_squared": 1}
+
+
+def test_a_pattern_may_end_in_a_logaddexp():
+    rewrite = Rewrite(
+        "both", [lambda x, y: torch.logaddexp(x.sin(), y)], lambda match, x, y: torch.sub(x, y)
+    )
+    stacked = lambda x, y: torch.logsumexp(torch.stack([x.sin(), y]), 0)  # noqa: E731
+    assert rewritten(stacked, A, B, rewrites=[rewrite]).report.counts == {"both": 1}
+
+
 def test_a_graph_without_example_values_is_an_error():
     gm = torch.fx.symbolic_trace(lambda g, u: torch.mul(F.silu(g), u))
     with pytest.raises(ValueError, match="no meta\\['example_value'\\]"):
