@@ -56,7 +56,7 @@ class Benchmark:
             # A run that is cut off keeps what it has.
             write_json(args.json, self.finish(rows, args), header)
             for row in measured:
-                progress(str(row["error"]) if "error" in row else cells(row, self.columns))
+                progress(f"{cells(row, self.columns)} {row.get('error', '')}")
         rows = self.finish(rows, args)
         print(self.text(rows, args) if self.text else markdown(rows, self.columns))
         if args.picture:
@@ -86,17 +86,18 @@ HELP = {
 }
 
 
-def options(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+def options(
+    description: str | None, device: str = "cuda", **defaults: Any
+) -> argparse.ArgumentParser:
     """A parser with an option for each of ``defaults`` and those of all benchmarks. An option's
-    type is that of its default; a type alone is one without a default; a dictionary is what
-    `add_argument` gets."""
+    type is that of its default; a dictionary is what `add_argument` gets."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, default in defaults.items():
         how = {"help": HELP.get(name)} | _as_argument(default)
         parser.add_argument(f"--{name.replace('_', '-')}", **how)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--device", type=torch.device, default=torch.device(device))
     parser.add_argument("--json", type=Path, help="write every row")
     parser.add_argument("--picture", type=_picture, metavar="FILE.png", help="draw the result")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
@@ -111,8 +112,6 @@ def several(choices: Iterable[str], default: Sequence[str] = ()) -> dict[str, An
 def _as_argument(default: Any) -> dict[str, Any]:
     if isinstance(default, dict):
         return default
-    if isinstance(default, type):
-        return {"type": default}
     if isinstance(default, bool):
         return {"action": argparse.BooleanOptionalAction, "default": default}
     if isinstance(default, list):
