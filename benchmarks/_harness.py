@@ -38,7 +38,7 @@ class Benchmark:
     run: Callable[[Args], Iterable[list[Row]]]
     columns: Sequence[Column]
     title: str
-    panels: Sequence[Panel]
+    panels: Callable[[Args], Sequence[Panel]] | Sequence[Panel]
     measure: Callable[[Args], Iterable[Row]] | None = None
     finish: Callable[[list[Row], Args], list[Row]] = lambda rows, args: rows
     text: Callable[[list[Row], Args], str] | None = None
@@ -60,7 +60,8 @@ class Benchmark:
         rows = self.finish(rows, args)
         print(self.text(rows, args) if self.text else markdown(rows, self.columns))
         if args.picture:
-            draw(args.picture, self.title.format_map(vars(args)), self.panels, rows, header)
+            panels = self.panels(args) if callable(self.panels) else self.panels
+            draw(args.picture, self.title.format_map(vars(args)), panels, rows, header)
 
     def _measure_case(self, args: Args) -> None:
         """Print each row for the parent, or what went wrong."""

@@ -65,9 +65,12 @@ def columns(text: str) -> list[Column]:
 
 
 def markdown(rows: Sequence[Row], shown: Sequence[Column]) -> str:
-    """A table of the rows that were measured, and a list of those that were not."""
+    """A table of the rows that were measured, and a list of those that were not. A column without
+    a value is left out."""
+    measured = [row for row in rows if "error" not in row]
+    shown = [c for c in shown if any(row.get(c.key) is not None for row in measured)] or shown
     head = [line(c.title for c in shown), line("---:" if c.format else "---" for c in shown)]
-    body = [cells(row, shown) for row in rows if "error" not in row]
+    body = [cells(row, shown) for row in measured]
     return "\n".join([*head, *body, "", *failures(rows, shown)]).rstrip() + "\n"
 
 
@@ -138,7 +141,7 @@ def bars(panel: Panel, rows: Sequence[Row]) -> list[Bars]:
     keys = panel.keys if isinstance(panel.keys, dict) else {"": panel.keys}
     filled: dict[str, Bars] = {}
     for row, (name, key) in itertools.product(rows, keys.items()):
-        if "error" in row:
+        if "error" in row or key not in row:
             continue
         title, group, series = (
             text.format(key=name, **row) for text in (panel.title, panel.group, panel.series)
@@ -147,7 +150,7 @@ def bars(panel: Panel, rows: Sequence[Row]) -> list[Bars]:
         if group not in made.groups:
             made.groups.append(group)
         values = made.series.setdefault(series, {})
-        if row.get(key) is not None:
+        if row[key] is not None:
             values[group] = min(row[key], values.get(group, row[key]))
     if panel.series == "{arm}":
         for made, row in itertools.product(filled.values(), rows):
@@ -164,11 +167,11 @@ OTHERS = (
 
 
 def draw(
-    path: Path | None, title: str, panels: Sequence[Panel], rows: Sequence[Row], header: Header
+    path: Path, title: str, panels: Sequence[Panel], rows: Sequence[Row], header: Header
 ) -> None:
     """The panels side by side, each axis from 0, machine and date in the title."""
     filled = [made for panel in panels for made in bars(panel, rows)]
-    if not path or not filled:
+    if not filled:
         return
     from matplotlib.figure import Figure
 
