@@ -34,7 +34,7 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss, ForwardKLWithChunked
 from torchtune.rlhf import truncate_sequence_for_logprobs as of_answers
 from torchtune.rlhf.loss import DPOLoss
 
-from liger_fx.torchtune import Head, HeadTokenLogProbs, fuse_distillation, fuse_log_probs
+from liger_fx.torchtune import Head, HeadTokenLogProbs, Scores, fuse_distillation, fuse_log_probs
 
 BETA, RATIO = 0.1, 0.5  # of torchtune's configs
 DPO = DPOLoss(beta=BETA)
@@ -74,9 +74,9 @@ def stock_scores(model: TransformerDecoder, args: Args) -> Output:
     """As ``concatenated_forward`` of torchtune's recipes, which runs the head eagerly."""
     steps.stock_layers(model, args)
 
-    def scores(tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def scores(tokens: Tensor, labels: Tensor) -> Scores:
         logits = model(tokens)
-        return rlhf.get_batch_log_probs(logits, labels), logits.detach().mean((1, 2))
+        return Scores(rlhf.get_batch_log_probs(logits, labels), logits.detach().mean((1, 2)))
 
     return scores
 
@@ -87,10 +87,8 @@ def fused_scores(model: TransformerDecoder, args: Args) -> Output:
     return lambda tokens, labels: head(model(tokens), labels)
 
 
-def dpo_loss(policy: Any, frozen: Any, tokens: Tensor, labels: Tensor) -> Tensor:
-    pairs = len(tokens) // 2
-    (policy, _), (frozen, _) = policy, frozen  # without the mean logits, which recipes log
-    losses, *_ = DPO(policy[:pairs], policy[pairs:], frozen[:pairs], frozen[pairs:])
+def dpo_loss(policy: Scores, frozen: Scores, tokens: Tensor, labels: Tensor) -> Tensor:
+    losses, *_ = DPO(*policy.logprobs.chunk(2), *frozen.logprobs.chunk(2))  # chosen, rejected
     return losses.mean()
 
 
