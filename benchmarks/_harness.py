@@ -222,9 +222,9 @@ def compared(
     for row in rows:
         base = bases.get(group(row), {})
         for name, key in (speeds or {}).items():
-            if row.get(key) and base.get(key):
+            if key in row and key in base:
                 row[name] = base[key] / row[key]
         for name, key in (ratios or {}).items():
-            if row.get(key) and base.get(key):
-                row[name] = row[key] / base[key]
+            if key in row and key in base:
+                row[name] = row[key] and row[key] / base[key]  # a CPU counts no memory
     return sorted(rows, key=lambda row: groups.index(group(row)))

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from _harness import Args, Benchmark, compared, options, several
 from _measure import GIB, IGNORE, Unavailable, labels_like, lap_times, needs_cuda, reason, run_laps
-from _output import Column, Panel, Row, columns, failures, markdown
+from _output import Panel, Row, columns, failures, markdown
 from torch import Tensor, nn
 from torch._inductor import metrics
 
@@ -353,31 +353,14 @@ def text(rows: list[Row], args: Args) -> str:
     if not args.grid:
         return markdown(rows, COLUMNS)
     times = [row for row in rows if "exact" in row]
+    inexact = dict.fromkeys(row["arm"] for row in times if not row["exact"] and "ms" in row)
     parts = [
         markdown([row for row in rows if "exact" not in row], COLUMNS),
-        "Milliseconds; in parentheses arms whose gradients are less exact than Inductor's\n",
-        markdown(side_by_side(times, "ms"), arm_columns(times, ".1f")),
-        "GiB over inputs and gradients\n",
-        markdown(side_by_side(times, "extra_gib"), arm_columns(times, ".2f")),
+        f"Less exact than Inductor: {', '.join(inexact) or 'none'}\n",
+        markdown([row for row in times if row["arm"] == OURS], SUMMARY),
         *failures(times, COLUMNS),
-        "",
-        markdown([cell[OURS] for cell in by_cell(times) if OURS in cell], SUMMARY),
     ]
     return "\n".join(parts)
-
-
-def side_by_side(rows: Sequence[Row], key: str) -> list[Row]:
-    """A row for each cell, with the arms' values in columns."""
-    return [
-        {name: next(iter(cell.values()))[name] for name in PLACE_KEYS}
-        | {arm: row.get(key) for arm, row in cell.items()}
-        for cell in by_cell(rows)
-    ]
-
-
-def arm_columns(rows: Sequence[Row], form: str) -> list[Column]:
-    titles = {row["arm"]: row["arm"] if row["exact"] else f"({row['arm']})" for row in rows}
-    return [*PLACE, *(Column(title, arm, form) for arm, title in titles.items())]
 
 
 SHAPE = "{tokens:,} x {hidden:,} x {vocabulary:,}"

@@ -144,7 +144,11 @@ def distillation(model: TransformerDecoder, teacher: TransformerDecoder, args: A
         decoder.set_num_output_chunks(loss_fns[0].num_output_chunks)
         (steps.stock_layers if args.arm == "torchtune" else prepare_layers)(decoder, args)
     if args.arm == "torchtune":
-        losses = partial(stock_losses, *(training.compile_loss(f, verbose=False) for f in loss_fns))
+        of_classes, of_teacher = (training.compile_loss(f, verbose=False) for f in loss_fns)
+
+        def losses(hidden: Any, taught: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+            return of_classes(hidden, labels), of_teacher(hidden, taught, labels)
+
     else:
         how = require("linear_kl", args)
         losses = of_arm(fuse_distillation(model, teacher, *loss_fns, RATIO, how), args)
@@ -154,12 +158,6 @@ def distillation(model: TransformerDecoder, teacher: TransformerDecoder, args: A
         return (1 - RATIO) * class_loss + RATIO * kd_loss
 
     return joint_step(outputs_of(model), outputs_of(teacher), loss)
-
-
-def stock_losses(
-    loss_fn: nn.Module, kd_loss_fn: nn.Module, logits: Any, teacher_logits: Any, labels: Tensor
-) -> tuple[Tensor, Tensor]:
-    return loss_fn(logits, labels), kd_loss_fn(logits, teacher_logits, labels)
 
 
 def outputs_of(model: TransformerDecoder) -> Output:
@@ -245,18 +243,21 @@ def require(rewrite: str, args: Args) -> dict[str, Any]:
     return {"require": rewrite} if args.arm == "liger_fx_recipe" else {}
 
 
-def two_heads(stock: Any, fused: Any, loss: Joint, *both: Any) -> LossStep:
-    """Both models with the heads of the arm, and a loss of what these give."""
-    *models, args = both
-    make = stock if args.arm == "torchtune" else fused
-    return joint_step(*(make(model, args) for model in models), loss)
-
-
-STEPS: dict[str, Callable[[TransformerDecoder, TransformerDecoder, Args], LossStep]] = {
-    "dpo": partial(two_heads, stock_scores, fused_scores, dpo_loss),
-    "grpo": partial(two_heads, stock_logprobs, fused_logprobs, grpo_loss),
-    "distillation": distillation,
+# What a stock recipe and a fused one take of both models, and the loss of these.
+HEADS: dict[str, tuple[Any, Any, Joint]] = {
+    "dpo": (stock_scores, fused_scores, dpo_loss),
+    "grpo": (stock_logprobs, fused_logprobs, grpo_loss),
 }
+
+
+def loss_step(model: TransformerDecoder, frozen: TransformerDecoder, args: Args) -> LossStep:
+    if args.arm == "liger_by_hand":
+        return by_liger(model, frozen, args)
+    if args.loss == "distillation":
+        return distillation(model, frozen, args)
+    stock, fused, loss = HEADS[args.loss]
+    make = stock if args.arm == "torchtune" else fused
+    return joint_step(make(model, args), make(frozen, args), loss)
 
 
 class NoLayer(nn.Module):
@@ -279,8 +280,8 @@ def build(make: Build, args: Args) -> TransformerDecoder:
 def prepare(args: Args) -> tuple[LossStep, Tensor]:
     trained, frozen = (build(make, args) for make in MODELS[args.model or args.loss])
     frozen.requires_grad_(False).eval()
-    make = by_liger if args.arm == "liger_by_hand" else STEPS[args.loss]
-    train = steps.training_step(make(trained, frozen, args), steps.adamw(trained, args))
+    step = loss_step(trained, frozen, args)
+    train = steps.training_step(step, steps.adamw(trained, args))
     return train, steps.random_tokens(trained.tok_embeddings.num_embeddings, args)
 
 
@@ -301,7 +302,7 @@ def measure(args: Args) -> Iterator[Row]:
 BENCHMARK = Benchmark(
     options(
         __doc__,
-        losses=several(STEPS),
+        losses=several(LIGER),
         arms=several(ARMS),
         model={"choices": ["tiny"], "help": "instead of those of the loss"},
         layers={"type": int, "help": "of each model, if not all"},
