@@ -15,7 +15,8 @@ import linecache
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any
 
 import _steps as steps
 import torch
@@ -61,39 +62,26 @@ def kernel_times(train: Any) -> Counter[str]:
     )
 
 
-# -- memory ----------------------------------------------------------------------------------------
-
-
-class Block(NamedTuple):
-    size: int
-    made_by: str
-
-
-def blocks_at_the_peak(train: Any) -> list[Block]:
-    """What a step has allocated when it has allocated most; without what lives longer."""
+def memory_at_the_peak(train: Any) -> list[Row]:
+    """What a step has allocated when it has allocated most, by the line that made it; without what
+    lives longer."""
     torch.cuda.memory._record_memory_history(context="alloc", stacks="python")
     train()
     torch.cuda.synchronize()
     (trace, *_) = torch.cuda.memory._snapshot()["device_traces"]
     torch.cuda.memory._record_memory_history(enabled=None)
-    moment = _peak(trace)
+    signs = {"alloc": 1, "free_completed": -1}
+    held = list(accumulate(signs.get(e["action"], 0) * e["size"] for e in trace))
     alive: dict[int, Any] = {}
-    for event in trace[: moment + 1]:
+    for event in trace[: held.index(max(held)) + 1]:
         if event["action"] == "alloc":
             alive[event["addr"]] = event
         elif event["action"] == "free_completed":
             alive.pop(event["addr"], None)
-    return [Block(event["size"], _made_by(event["frames"])) for event in alive.values()]
-
-
-def _peak(trace: list[Any]) -> int:
-    now, highest, moment = 0, 0, 0
-    for i, event in enumerate(trace):
-        sign = {"alloc": 1, "free_completed": -1}.get(event["action"], 0)
-        now += sign * event["size"]
-        if now > highest:
-            highest, moment = now, i
-    return moment
+    sizes: Counter[str] = Counter()
+    for event in alive.values():
+        sizes[_made_by(event["frames"])] += event["size"]
+    return [{"tensor": what, "gib": size / GIB} for what, size in sizes.most_common()]
 
 
 def _made_by(frames: list[Any]) -> str:
@@ -103,16 +91,6 @@ def _made_by(frames: list[Any]) -> str:
     frame = frames[0]
     code = linecache.getline(frame["filename"], frame["line"]).strip().split("#")[0].strip()
     return f"{frame['filename'].rsplit('/', 1)[-1]}:{frame['line']} {code}"
-
-
-def summed(blocks: list[Block]) -> list[Row]:
-    sizes: Counter[str] = Counter()
-    for block in blocks:
-        sizes[block.made_by] += block.size
-    return [{"tensor": what, "gib": size / GIB} for what, size in sizes.most_common()]
-
-
-# -- arms ------------------------------------------------------------------------------------------
 
 
 def gemm_floor(args: Args, tokens: torch.Tensor) -> float:
@@ -140,7 +118,7 @@ def measure(args: Args) -> Iterator[Row]:
         "floor_ms": gemm_floor(args, tokens),
         "idle": max(0.0, ms - sum(kernels.values())),
         "kernels": kernels.most_common(40),
-        "peak": summed(blocks_at_the_peak(train))[:20],
+        "peak": memory_at_the_peak(train)[:20],
     } | groups
 
 
