@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -19,6 +21,7 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+SCRIPTS = list(BENCHMARKS.glob("[a-z]*.py"))
 sys.path.append(str(BENCHMARKS))
 
 import _harness  # noqa: E402
@@ -93,6 +96,78 @@ def table(printed: str, *starts: str) -> list[str]:
     """The cells of the last line that starts with these."""
     *_, line = (s for s in printed.splitlines() if s.startswith(f"| {' | '.join(starts)} |"))
     return line.strip("| ").split(" | ")
+
+
+# -- the harness -----------------------------------------------------------------------------------
+
+# What a child does, by its arm; a script that needs no imports of any weight.
+CHILD = """
+import json, os, signal, sys
+arm = json.loads(sys.argv[sys.argv.index("--case") + 1])["arm"]
+if arm == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+print("ROW " + json.dumps({"error": "out of memory"} if arm == "full" else {"compiled": True}))
+sys.stdout.flush()
+if arm == "full":
+    sys.exit()
+sys.stdin.readline()
+if arm == "killed later":
+    os.kill(os.getpid(), signal.SIGKILL)
+print("anything")
+print("ROW " + json.dumps({"threads": os.environ["TORCHINDUCTOR_COMPILE_THREADS"]}))
+"""
+
+
+def test_children_that_fail_are_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(CHILD)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.setattr(_harness.os, "cpu_count", lambda: 8)
+    cases = [{"arm": arm} for arm in ("well", "killed", "full", "killed later")]
+    found = _harness.side_by_side(cases, 2, lambda case: dict(_harness.os.environ))
+    assert [row for rows in found for row in rows] == [
+        {"arm": "well", "threads": "4"},
+        {"arm": "killed", "error": "failed: exit status -9"},
+        {"arm": "full", "error": "out of memory"},
+        {"arm": "killed later", "error": "failed: exit status -9"},
+    ]
+    assert _harness.fresh({"arm": "killed"}) == [
+        {"arm": "killed", "error": "failed: exit status -9"}
+    ]
+
+
+def test_a_child_has_caches_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
+    found = _harness.with_caches("folder")
+    assert (found["TORCHINDUCTOR_CACHE_DIR"], found["TRITON_CACHE_DIR"]) == (
+        *("folder/inductor", "folder/triton"),
+    )
+    assert "TORCH_COMPILE_BACKEND" not in found
+
+
+def recorded_commands() -> list[str]:
+    """Those of result files, pages and docstrings."""
+    root = BENCHMARKS.parent
+    texts = [page.read_text() for page in (*root.glob("*.md"), *root.glob("docs/**/*.md"))]
+    texts += [
+        f"`{json.loads(f.read_text())['command']}`" for f in BENCHMARKS.glob("results/*.json")
+    ]
+    texts += [
+        re.sub(r"^    (python .*)", r"`\1`", f.read_text(), flags=re.MULTILINE) for f in SCRIPTS
+    ]
+    found = re.findall(r"`[^`]*?python\s+(?:benchmarks/)?(\w+\.py[^`#]*)", "\n".join(texts))
+    return sorted({" ".join(command.split()) for command in found})
+
+
+def test_recorded_commands_are_still_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrites.Show, "__call__", lambda *args: None)
+    taken = set()
+    for command in recorded_commands():
+        script, *arguments = shlex.split(command)
+        if (BENCHMARKS / script).exists():
+            sys.modules[script.removesuffix(".py")].BENCHMARK.options.parse_args(arguments)
+            taken.add(script)
+    assert taken == {script.name for script in SCRIPTS}
 
 
 # -- linear_cross_entropy --------------------------------------------------------------------------
