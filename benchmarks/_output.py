@@ -68,7 +68,7 @@ def markdown(rows: Sequence[Row], shown: Sequence[Column]) -> str:
     """A table of the rows that were measured, and a list of those that were not. A column without
     a value is left out."""
     measured = [row for row in rows if "error" not in row]
-    shown = [c for c in shown if any(row.get(c.key) is not None for row in measured)] or shown
+    shown = [c for c in shown if any(row.get(c.key) not in (None, "") for row in measured)] or shown
     head = [line(c.title for c in shown), line("---:" if c.format else "---" for c in shown)]
     body = [cells(row, shown) for row in measured]
     return "\n".join([*head, *body, "", *failures(rows, shown)]).rstrip() + "\n"

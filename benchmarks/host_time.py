@@ -65,8 +65,8 @@ def microseconds(call: Callable[[], object], calls: int = 200, repeats: int = 10
     return min(timeit.repeat(call, number=calls, repeat=repeats)) / calls * 1e6
 
 
-def cases(device: torch.device) -> dict[str, tuple[Any, tuple[Any, ...], str, tuple[Any, ...]]]:
-    """By op: the differentiable op and its arguments, its backward kernel and the arguments."""
+def cases(device: torch.device) -> dict[str, tuple[tuple[Any, ...], str, tuple[Any, ...]]]:
+    """By op: its arguments, its backward kernel and the arguments of that."""
 
     def rows(*shape: int) -> torch.Tensor:
         return torch.randn(*(shape or (ROWS, COLUMNS)), device=device)
@@ -74,29 +74,25 @@ def cases(device: torch.device) -> dict[str, tuple[Any, tuple[Any, ...], str, tu
     x, weight, rstd = rows(), rows(COLUMNS), rows(ROWS)
     heads, angles = rows(1, 4, 2, 16), rows(1, 4, 8, 2)
     cos = rows(1, 4, 16)
-    norm, gemma = (weight, 1e-6, 0.0, "gemma"), (weight, rstd, 0.0, "gemma", True)
+    norm, saved = (weight, 1e-6, 0.0, "gemma"), (weight, rstd, 0.0, "gemma", True)
+    layer, saved_layer = (weight, weight, 1e-6), (weight, rstd, rstd, True)
     return {
-        "rms_norm": (ops.rms_norm, (x, *norm), "rms_norm_backward", (x, x, *gemma)),
-        "add_rms_norm": (
-            *(ops.add_rms_norm, (x, x, *norm)),
-            *("add_rms_norm_backward", (x, x, x, *gemma)),
-        ),
-        "layer_norm": (
-            *(ops.layer_norm, (x, weight, weight, 1e-6)),
-            *("layer_norm_backward", (x, x, weight, rstd, rstd, True)),
-        ),
-        "swiglu": (ops.swiglu, (x, x), "swiglu_backward_", (x, rows(), x)),
-        "geglu": (ops.geglu, (x, x), "geglu_backward_", (x, rows(), x)),
-        "rope": (ops.rope, (heads, cos, cos, False), "rope_forward", (heads, cos, cos, True)),
+        "rms_norm": ((x, *norm), "rms_norm_backward", (x, x, *saved)),
+        "add_rms_norm": ((x, x, *norm), "add_rms_norm_backward", (x, x, x, *saved)),
+        "layer_norm": ((x, *layer), "layer_norm_backward", (x, x, *saved_layer)),
+        "swiglu": ((x, x), "swiglu_backward_", (x, rows(), x)),
+        "geglu": ((x, x), "geglu_backward_", (x, rows(), x)),
+        "rope": ((heads, cos, cos, False), "rope_forward", (heads, cos, cos, True)),
         "rope_interleaved": (
-            *(ops.rope_interleaved, (heads, angles, False)),
-            *("rope_interleaved_forward", (heads, angles, True)),
+            (heads, angles, False),
+            "rope_interleaved_forward",
+            (heads, angles, True),
         ),
     }
 
 
-def measure(name: str, op: Any, arguments: tuple[Any, ...], back: str, given: Any) -> Row:
-    forward = getattr(torch.ops.liger_fx, f"{name}_forward").default
+def measure(name: str, arguments: tuple[Any, ...], back: str, given: tuple[Any, ...]) -> Row:
+    op, forward = getattr(ops, name), getattr(torch.ops.liger_fx, f"{name}_forward").default
     backward = getattr(torch.ops.liger_fx, back).default
     trained = (arguments[0].clone().requires_grad_(), *arguments[1:])
     with torch.no_grad():

@@ -59,15 +59,12 @@ TURN = 3  # laps
 LAYERS, VOCABULARY = 2, 8  # the vocabulary is that of a head and an embedding that nobody calls
 LOGITS = {"logits [4096, 128256]": (4096, 128_256), "tiny logits [64, 512]": (64, 512)}
 
+GEMMA2 = {"hidden_capping_value": 30.0, "final_capping_value": 50.0}
 # Positional: vocabulary, layers, heads and their sizes, hidden size, that of the MLP, length.
 MODELS: dict[str, Callable[[], TransformerDecoder]] = {
     "Llama-3.2-1B": partial(llama, "llama3_2_1b", vocab_size=VOCABULARY, num_layers=LAYERS),
     "Qwen2.5-1.5B": partial(qwen2, VOCABULARY, LAYERS, 12, 2, 1536, 8960, 131_072),
-    "Gemma2-2B": partial(
-        *(gemma2, VOCABULARY, LAYERS, 8, 256, 4, 2304, 9216, 8192),
-        hidden_capping_value=30.0,
-        final_capping_value=50.0,
-    ),
+    "Gemma2-2B": partial(gemma2, VOCABULARY, LAYERS, 8, 256, 4, 2304, 9216, 8192, **GEMMA2),
     "tiny": partial(llama, "tiny", vocab_size=VOCABULARY, num_layers=LAYERS),
 }
 # What a model computes in its graph of a causal mask and of [b, s]: which keys a query sees.
