@@ -3,8 +3,8 @@
 Matches      ``softmax(query @ key.mT * scale + mask) @ value`` on [b, h, s, d], as Hugging Face's
              ``attn_implementation="eager"``, nanoGPT without flash and GPT-2 have it. The mask is
              added, filled in by ``masked_fill``, or chosen by ``where``.
-Becomes      ``scaled_dot_product_attention`` under that mask. The rewrite `attention` comes next and
-             reads the mask.
+Becomes      ``scaled_dot_product_attention`` under that mask, which the rewrite `attention` reads
+             next.
 Leaves alone weights that are returned or used elsewhere; dropout, which would draw other random
              numbers; padding, since a query that sees no key gets NaN from softmax, or attends to
              all keys where the mask is finite, and the kernels give zeros; capped scores; attention
