@@ -70,21 +70,22 @@ class Mask:
         return ", ".join(filter(None, parts)) or "no mask"
 
 
-_known: WeakKeyDictionary[View, dict[fx.Node, Mask | str]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[View, dict[tuple[fx.Node, bool], Mask | str]] = WeakKeyDictionary()
 
 
-def read(view: View, node: fx.Node) -> Mask:
-    """The mask that ``node``, broadcast to [b, h, q, k], computes. Raises Unreadable."""
+def read(view: View, node: fx.Node, hides: bool = False) -> Mask:
+    """The mask that ``node``, broadcast to [b, h, q, k], computes. hides: ``node`` is true where a
+    key is hidden. Raises Unreadable."""
     while (outside := view.operand(node)) is not None:  # where it is computed once for all layers
         _require_unwritten(view, node)
         view, node = outside
     known = _known.setdefault(view, {})
-    if node not in known:
+    if (node, hides) not in known:
         try:
-            known[node] = _read(view, node)
+            known[node, hides] = _read(view, node, hides)
         except Unreadable as reason:
-            known[node] = str(reason)
-    mask = known[node]
+            known[node, hides] = str(reason)
+    mask = known[node, hides]
     if isinstance(mask, str):
         raise Unreadable(mask)
     return mask
@@ -95,12 +96,14 @@ def _require_unwritten(view: View, node: fx.Node) -> None:
         raise Unreadable(f"{node.name} is written in place")
 
 
-def _read(view: View, node: fx.Node) -> Mask:
+def _read(view: View, node: fx.Node, hides: bool) -> Mask:
     reader = _Reader()
     value = fake(node)
     if value.requires_grad:
         raise Unreadable(f"the mask {node.name} is trained")
     element = reader.element(view, node, _broadcast(value, AXES))
+    if hides and _is_boolean(element):
+        element = sympy.Not(element)
     soft = isinstance(element, _Bias) and not element.hard
     if isinstance(element, _Bias):
         element = element.seen
