@@ -203,16 +203,10 @@ def side_by_side(
 # -- comparing -------------------------------------------------------------------------------------
 
 
-def compared(
-    rows: Sequence[Row],
-    baseline: str,
-    by: Sequence[str],
-    speeds: dict[str, str] | None = None,
-    ratios: dict[str, str] | None = None,
-) -> list[Row]:
+def compared(rows: Sequence[Row], baseline: str, by: Sequence[str], **ratios: str) -> list[Row]:
     """Rows in groups, each of which has the same values of ``by``, with what they are of the
-    group's row of the arm ``baseline``: ``speeds``, by the key of a time, are its value over the
-    row's, ``ratios`` the row's value over its."""
+    group's row of the arm ``baseline``: ``memory="peak_gib"`` is the row's value over that of the
+    baseline, ``speed="1/ms"`` the other way round."""
 
     def group(row: Row) -> tuple[Any, ...]:
         return tuple(row.get(key) for key in by)
@@ -221,10 +215,9 @@ def compared(
     bases = {group(row): row for row in rows if row["arm"] == baseline}
     for row in rows:
         base = bases.get(group(row), {})
-        for name, key in (speeds or {}).items():
+        for name, of in ratios.items():
+            key = of.removeprefix("1/")
+            over, under = (row, base) if key == of else (base, row)
             if key in row and key in base:
-                row[name] = base[key] / row[key]
-        for name, key in (ratios or {}).items():
-            if key in row and key in base:
-                row[name] = row[key] and row[key] / base[key]  # a CPU counts no memory
+                row[name] = row[key] and over[key] / under[key]  # a CPU counts no memory
     return sorted(rows, key=lambda row: groups.index(group(row)))

@@ -26,7 +26,7 @@ COLUMNS = (
     "ms {ms:.1f} | tokens/s {tokens_per_s:,.0f} | speed of baseline's {speed:.3f} | "
     "peak GiB {peak_gib:.2f} | memory of baseline's {memory:.3f} | "
 )
-compared_steps = partial(compared, speeds={"speed": "ms"}, ratios={"memory": "peak_gib"})
+compared_steps = partial(compared, speed="1/ms", memory="peak_gib")
 
 
 def panels(group: str) -> list[Panel]:

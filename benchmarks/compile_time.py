@@ -87,7 +87,7 @@ BENCHMARK = Benchmark(
         " rewrites {rewrites}"
     ),
     finish=lambda rows, args: compared(
-        rows, "torchtune", ["layers"], ratios={"cold_ratio": "cold_s", "warm_ratio": "warm_s"}
+        rows, "torchtune", ["layers"], cold_ratio="cold_s", warm_ratio="warm_s"
     ),
     title="Compiling a training step",
     panels=[

@@ -338,7 +338,7 @@ def finish(rows: list[Row], args: Args) -> list[Row]:
         if "ms" in cell.get(OURS, {}):
             _compare(cell[OURS], [row for row in cell.values() if row["exact"] and "ms" in row])
     ratios = {f"{name}_ratio": f"{name}_error" for name in Result._fields}
-    return compared(errors, "eager", PLACE_KEYS, ratios=ratios) + times
+    return compared(errors, "eager", PLACE_KEYS, **ratios) + times
 
 
 def _compare(ours: Row, exact: Sequence[Row]) -> None:

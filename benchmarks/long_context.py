@@ -116,10 +116,7 @@ BENCHMARK = Benchmark(
         " peak GiB {peak_gib:.2f} | confirmed {confirmed}"
     ),
     finish=lambda rows, args: compared(
-        rows,
-        "torchtune",
-        by=[],
-        ratios={"slope_ratio": "gib_per_1k", "length_ratio": "predicted"},
+        rows, "torchtune", [], slope_ratio="gib_per_1k", length_ratio="predicted"
     ),
     title="{model}, one sequence",
     panels=[

@@ -234,7 +234,7 @@ BENCHMARK = Benchmark(
         " memory of torchtune's {memory:.3f} | loss {loss:.4f}"
     ),
     finish=lambda rows, args: compared(
-        rows, "torchtune", ["batch"], ratios={"speed": "tokens_per_s", "memory": "peak_gib"}
+        rows, "torchtune", ["batch"], speed="tokens_per_s", memory="peak_gib"
     ),
     title="{recipe}",
     panels=[

@@ -34,13 +34,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from _harness import Args, Benchmark, options, several, side_by_side
 from _measure import lap_times, padding, run_laps
 from _output import PACKAGES, Column, Panel, Row, columns, markdown
 from _steps import checkpointed, llama, random_model
+from liger_fx.passes import DEFAULT
 from torch import Tensor, fx
 from torchtune.models.gemma2 import gemma2
 from torchtune.models.qwen2 import qwen2
@@ -49,7 +50,6 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from liger_fx import rewrite_graph
 from liger_fx.options import INNER
-from liger_fx.passes import DEFAULT
 from liger_fx.policy import Row as TableRow
 from liger_fx.policy import architecture_of, pays, table
 
@@ -83,25 +83,19 @@ Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 Build = Callable[[Compile], Callable[[], object]]  # a forward and backward, some of it compiled
 
 
-class Case(NamedTuple):
-    model: str
-    form: str
-    checkpoint: bool
-    inner: str
-    mask: str = ""
-
-    def __str__(self) -> str:
-        checkpoint = "checkpoint" if self.checkpoint else "no checkpoint"
-        mask = [f"{self.mask} mask"] if self.mask else []
-        return ", ".join([self.model, self.form, checkpoint, self.inner, *mask])
+def case(model: str, form: str, checkpoint: bool, inner: str, mask: str = "") -> Row:
+    parts = [model, form, "checkpoint" if checkpoint else "no checkpoint", inner]
+    arm = ", ".join([*parts, f"{mask} mask"] if mask else parts)
+    made = {"model": model, "form": form, "checkpoint": checkpoint, "inner": inner, "mask": mask}
+    return {"arm": arm} | made
 
 
-def cases(models: Sequence[str], inners: Sequence[str]) -> list[Case]:
+def cases(models: Sequence[str], inners: Sequence[str]) -> list[Row]:
     """Those that take longest to compile first. Without Inductor the form makes no difference."""
     small = "tiny" in models
     logits = [name for name in LOGITS if name.startswith("tiny") == small]
     found = [
-        Case(model, form, checkpoint, inner)
+        case(model, form, checkpoint, inner)
         for inner in inners
         for form in (("step", "layers") if inner == "inductor" else ("layers",))
         for model, checkpoint in itertools.product(models, (True, False))
@@ -109,10 +103,10 @@ def cases(models: Sequence[str], inners: Sequence[str]) -> list[Case]:
     if "inductor" in inners:  # of several layers: they share a mask
         of_masks = [name for name in models if not name.startswith("Gemma2")]  # no such attention
         found += [
-            Case(model, "step", checkpoint, "inductor", mask)
+            case(model, "step", checkpoint, "inductor", mask)
             for model, checkpoint, mask in itertools.product(of_masks, (True, False), MASKS)
         ]
-    return found + [Case(name, "loss", False, inner) for name in logits for inner in inners]
+    return found + [case(name, "loss", False, inner) for name in logits for inner in inners]
 
 
 # -- a case ----------------------------------------------------------------------------------------
@@ -125,46 +119,46 @@ def forward_and_backward(
     return lambda: torch.autograd.grad(run(*inputs), trained, upstream)
 
 
-def decoder(case: Case, args: Args) -> Build:
-    model = random_model(MODELS[case.model], args.device)
-    if case.checkpoint:
+def decoder(args: Args) -> Build:
+    model = random_model(MODELS[args.model], args.device)
+    if args.checkpoint:
         checkpointed(model)
     layers: Any = model.layers
     size = (args.batch, args.seq, model.tok_embeddings.embedding_dim)
     hidden = torch.randn(size, dtype=torch.bfloat16, device=args.device, requires_grad=True)
     trained = [hidden, *layers.parameters()]
-    tokens = of_mask(case.mask, args)
+    tokens = of_mask(args)
 
     def build(compiled: Compile) -> Callable[[], object]:
-        each = [compiled(layer) for layer in layers] if case.form == "layers" else layers
+        each = [compiled(layer) for layer in layers] if args.form == "layers" else layers
 
         def run(x: Tensor) -> Tensor:
             given = {}
-            if case.mask:
+            if args.mask:
                 at = torch.arange(args.seq, device=x.device)
                 causal = (at <= at[:, None]).expand(args.batch, -1, -1)
-                given = {"mask": MASKS[case.mask](causal, tokens)}
+                given = {"mask": MASKS[args.mask](causal, tokens)}
             for layer in each:
                 x = layer(x, **given)
             return x
 
-        whole = compiled(run) if case.form == "step" else run
+        whole = compiled(run) if args.form == "step" else run
         return forward_and_backward(whole, trained, hidden)
 
     return build
 
 
-def of_mask(mask: str, args: Args) -> Tensor:
+def of_mask(args: Args) -> Tensor:
     """[b, s]: positions of documents, or zero for the padding on the right."""
     tokens = torch.arange(args.seq).remainder(max(args.seq // 4, 1)).expand(args.batch, -1)
-    if mask == "padding":
+    if args.mask == "padding":
         tokens = (~padding(tokens, 0.4)).long()
     return tokens.to(args.device)
 
 
-def loss_on_logits(case: Case, args: Args) -> Build:
+def loss_on_logits(args: Args) -> Build:
     """What a stock recipe compiles of its loss."""
-    tokens, classes = LOGITS[case.model]
+    tokens, classes = LOGITS[args.model]
     how = {"dtype": torch.bfloat16, "device": args.device, "requires_grad": True}
     logits = torch.randn(tokens, classes, **how)
     labels = torch.randint(classes, (tokens,), device=args.device)
@@ -201,13 +195,12 @@ def measure(args: Args) -> Iterator[Row]:
     """A first row when all is compiled; after a line from the parent a row for each rewrite."""
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64  # each arm is one
-    case = Case(args.model, args.form, args.checkpoint, args.inner, args.mask)
-    build = (loss_on_logits if case.form == "loss" else decoder)(case, args)
-    arms = {"none": build(compiled_with([], case.inner))}
+    build = (loss_on_logits if args.form == "loss" else decoder)(args)
+    arms = {"none": build(compiled_with([], args.inner))}
     spellings = possible(build)
-    if case.mask:
+    if args.mask:
         spellings = {name: found for name, found in spellings.items() if name == "attention"}
-    arms |= {name: build(compiled_with([name], case.inner)) for name in spellings}
+    arms |= {name: build(compiled_with([name], args.inner)) for name in spellings}
     for call in arms.values():
         lap_times(call, args.device, 2)  # compiles the backward, and Triton's kernels
     if args.device.type == "cuda":
@@ -363,7 +356,7 @@ def run(args: Args) -> Iterator[list[Row]]:
     if (args.write or args.add) and set(args.inner) != set(INNER):
         raise SystemExit(f"the table is of all inner compilers: {', '.join(INNER)}")
     before = runs_before(args.device) if args.add else {"commands": [], "rows": []}
-    found = [{"arm": str(case)} | case._asdict() for case in cases(args.models, args.inner)]
+    found = cases(args.models, args.inner)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("LIGER_FX_")}
     rows: list[Row] = []
     for measured in side_by_side(found, args.jobs, lambda case: environment):

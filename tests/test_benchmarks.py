@@ -501,7 +501,7 @@ def test_the_readme_or_the_docs_show_the_table_that_auto_decides_by():
 
 
 def test_a_measured_case_becomes_a_row_of_the_table():
-    case = rewrites.Case("tiny", "layers", True, "eager")._asdict()
+    case = rewrites.case("tiny", "layers", True, "eager")
     rows = measured(rewrites, case, "--batch", "2", "--seq", "8", "--laps", "2")
     made = {row["rewrite"] for row in rows}
     assert made == {"attention", "rope", "add_rms_norm", "rms_norm", "swiglu"} | {"tiled_mlp"}

@@ -24,8 +24,6 @@ PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 # Figures that no file has, by the reason. An entry is of the paragraph or table that shows them all.
 BEFORE = "measured before rows were kept: "
 UNKEPT = {
-    BEFORE + "recipe_run.py, one device, packed data": """
-        54,990 29.87 54,889 0.998 57,959 1.054 17.53 0.587""",
     BEFORE + "training_step.py, 16 x 2048 tokens, no checkpoints": """
         469.6 69,775 56.50 463.7 70,663 1.013 49.43 0.875 460.4 71,179 1.020 468.7 69,912 423.4
         77,392 1.107 419.0 78,203 1.119 463.9 70,644 398.1 82,302 1.165 392.3 83,521 1.182""",
