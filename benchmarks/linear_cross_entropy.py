@@ -19,6 +19,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -320,14 +321,14 @@ def by_cell(rows: Sequence[Row]) -> list[dict[str, Row]]:
 
 def exact_arms(errors: Sequence[Row]) -> set[str]:
     """Arms whose gradients are no further from fp64 than plain Inductor's in any cell."""
+
+    def as_exact(arm: str, cell: dict[str, Row]) -> bool:
+        found, plain = cell.get(arm, {}), cell.get(PLAIN, {})
+        keys = ("hidden_error", "weight_error")
+        return all(found.get(key, inf) <= NOISE * plain.get(key, -inf) for key in keys)
+
     cells = by_cell(errors)
-    return {arm for arm in ARMS if cells and all(_as_exact(arm, cell) for cell in cells)}
-
-
-def _as_exact(arm: str, cell: dict[str, Row]) -> bool:
-    keys = ("hidden_error", "weight_error")
-    pairs = [(cell.get(arm, {}).get(key), cell.get(PLAIN, {}).get(key)) for key in keys]
-    return all(None not in pair and pair[0] <= NOISE * pair[1] for pair in pairs)
+    return {arm for arm in ARMS if cells and all(as_exact(arm, cell) for cell in cells)}
 
 
 def finish(rows: list[Row], args: Args) -> list[Row]:
