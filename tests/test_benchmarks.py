@@ -26,6 +26,7 @@ sys.path.append(str(BENCHMARKS))
 
 import _harness  # noqa: E402
 import _measure  # noqa: E402
+import _output  # noqa: E402
 import _steps  # noqa: E402
 import attention  # noqa: E402
 import compile_time  # noqa: E402
@@ -169,6 +170,33 @@ def test_recorded_commands_are_still_taken(monkeypatch: pytest.MonkeyPatch) -> N
             sys.modules[script.removesuffix(".py")].BENCHMARK.options.parse_args(arguments)
             taken.add(script)
     assert taken == {script.name for script in SCRIPTS}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda path: path.stem
+)
+def test_rows_that_are_kept_are_those_of_today(path: Path) -> None:
+    """Comparing the rows again changes no number, and tables and pictures can be made of them."""
+    kept = json.loads(path.read_text())
+    script, *arguments = shlex.split(kept["command"].partition("python ")[2])
+    benchmark = sys.modules[Path(script).stem].BENCHMARK
+    args = benchmark.options.parse_args(arguments)
+
+    def numbers(rows: Rows) -> list[float]:
+        return sorted(
+            v for row in rows for k, v in row.items() if isinstance(v, float) and k in had
+        )
+
+    had = {key for row in kept["rows"] for key in row}
+    before = numbers(kept["rows"])
+    rows = benchmark.finish(kept["rows"], args)
+    assert numbers(rows) == pytest.approx(before, rel=1e-9)
+    lines = _output.markdown(rows, benchmark.columns).splitlines()
+    assert len([line for line in lines if line.startswith("|")]) == 2 + len(
+        [row for row in rows if "error" not in row]
+    )
+    panels = benchmark.panels(args) if callable(benchmark.panels) else benchmark.panels
+    assert all(_output.bars(panel, rows) for panel in panels)
 
 
 # -- linear_cross_entropy --------------------------------------------------------------------------
