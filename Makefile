@@ -1,12 +1,13 @@
 # The two commands: `make demo` and `make test`. Both install what they need into .venv first.
 
 PYTHON ?= python3
+TORCH ?= torch==2.13.0
 BIN := .venv/bin
 # torchao's compiled extensions are for another torch; liger_fx needs none of them.
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint format build clean
+.PHONY: demo test lint format build install-test clean
 
 demo: .venv/installed
 	@$(BIN)/python examples/finetune_docstrings.py
@@ -39,6 +40,12 @@ build: $(BIN)/python
 	cd dist && mv ../build.tar.gz $$(ls).tar.gz && rm -r */
 	umask 022; $(BIN)/pip wheel -q --no-build-isolation --no-deps -w dist dist/*.tar.gz
 	$(BIN)/twine check --strict dist/*
+
+# The wheel in an environment of its own, without the repository and its tools.
+install-test: build
+	$(PYTHON) -m venv --clear build/venv
+	build/venv/bin/pip install -q $(TORCH) dist/*.whl
+	build/venv/bin/python tests/installed.py
 
 .venv/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into .venv; on first use this takes a few minutes."
