@@ -11,7 +11,7 @@ from importlib.metadata import version
 from itertools import zip_longest
 from types import ModuleType
 
-# By function: the parameters that a launcher passes, in the order of the function. None: no function.
+# By function: the parameters that a launcher passes, in their order. None: not a function.
 TAKEN: dict[str, dict[str, str | None]] = {
     "utils": {"calculate_settings": "n"},
     "rms_norm": {
