@@ -32,7 +32,7 @@ build: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 build: $(BIN)/python
 	@$(BIN)/pip install -q "pip>=25.1"
 	@$(BIN)/pip install -q -c constraints.txt --group build
-	rm -rf build dist *.egg-info
+	rm -rf dist *.egg-info
 	$(BIN)/python -m build --no-isolation --sdist
 	cd dist && tar -xf *.tar.gz && rm *.tar.gz
 	cd dist && tar -c --format=ustar --sort=name --mtime=@$$SOURCE_DATE_EPOCH --mode=u=rwX,go=rX \
