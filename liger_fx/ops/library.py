@@ -112,17 +112,13 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError("liger_fx's ops are differentiable once: there is no second derivative")
 
 
+_misfits: dict[str, str] = {}  # by module of Liger's
+
+
 @functools.cache
 def liger_module(name: str) -> Any:
     """A module of Liger's kernels, imported when first needed: it imports Triton. None, with a
     warning, where that fails, and where a kernel has other parameters than our launchers pass."""
-    found = _imported(name)
-    return None if isinstance(found, Exception) else found
-
-
-@functools.cache
-def _imported(name: str) -> Any:
-    """A module of Liger's kernels, or the exception that keeps it from being used."""
     try:
         with unset_fake_temporarily():  # what an import computes stays
             utils, module = (
@@ -132,17 +128,17 @@ def _imported(name: str) -> Any:
         check_signatures(module)
         return module
     except Exception as error:  # a broken Triton raises whatever its driver raises
+        if isinstance(error, Misfit):
+            _misfits[name] = str(error)
         log.warning("Liger's kernels cannot be used (%s); plain PyTorch stands in", error)
-        return error
+        return None
 
 
 def require_fit(first: Tensor, name: str) -> None:
     """For fake implementations: raise `Misfit` if a kernel of this module of Liger's would run on
     ``first``, and has other parameters than our launchers pass. A rewrite is refused by that."""
-    if _on_a_gpu(first):
-        why = _imported(name)
-        if isinstance(why, Misfit):
-            raise Misfit(str(why))
+    if _on_a_gpu(first) and liger_module(name) is None and name in _misfits:
+        raise Misfit(_misfits[name])
 
 
 def _on_a_gpu(fake: Tensor) -> bool:
