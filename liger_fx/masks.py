@@ -30,6 +30,7 @@ import torch
 from torch import fx
 
 from liger_fx.canonical import View, fake, first_argument, op_name, positional, same_sizes
+from liger_fx.frame import PART, is_part
 
 AXES = B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
 Index = tuple[sympy.Expr, ...]
@@ -615,11 +616,14 @@ class _Conjunction:
 
     def _reason(self, part: Any) -> str:
         calls = {c for c in part.atoms(sympy.Function) if c.func in self.reader.sources}
-        names = ", ".join(sorted({self.reader.sources[c.func].node.name for c in calls}))
+        sources = [self.reader.sources[c.func] for c in calls]
+        names = ", ".join(sorted({source.node.name for source in sources}))
+        given = [s.view.graph.owning_module for s in sources if s.node.op == "placeholder"]
+        elsewhere = f": {PART}" if any(map(is_part, given)) else ""
         if calls and part in {sympy.Ne(c, 0) for c in calls}:
-            return f"nothing is known of what {names} lets a query see"
+            return f"nothing is known of what {names} lets a query see{elsewhere}"
         return f"no kernel is made for a mask with {part}" + (
-            f", where nothing is known of {names}" if names else ""
+            f", where nothing is known of {names}{elsewhere}" if names else ""
         )
 
 

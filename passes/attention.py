@@ -332,11 +332,17 @@ def variant(match: Match) -> str:
     return "" if says is None else str(says)
 
 
+def saved(match: Match) -> list[str]:
+    """A mask that is read is not kept: later code may do with it as it likes."""
+    stays = match.pattern.name != "planned" and _predicates(match) is None
+    return ["query", "key", "value", "output", *["mask"] * stays]
+
+
 attention = Rewrite(
     name="attention",
     patterns=[heads_first, heads_second, masked, planned],
     check=check,
     replace=replace,
     variant=variant,
-    saved=["query", "key", "value", "mask", "output"],
+    saved=saved,
 )
