@@ -152,7 +152,7 @@ def recorded_commands() -> set[str]:
     for script in SCRIPTS:
         found += re.findall(r"^    (python .*)", script.read_text(), re.MULTILINE)
     for page in (*root.glob("*.md"), *root.glob("docs/**/*.md")):
-        prose, *code = re.split(r"^```\w*$", page.read_text(), flags=re.MULTILINE)
+        prose, *code = re.split(r"^ *```.*$", page.read_text(), flags=re.MULTILINE)
         for block, text in zip(code[::2], code[1::2], strict=True):
             found += block.replace("\\\n", " ").splitlines()
             prose += text
