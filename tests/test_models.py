@@ -205,6 +205,7 @@ def test_one_layer_in_bf16(row):
 OWN_LAWS = [row for row in MODES if row.cells not in [family.cells for family in FAMILIES]]
 
 
+@pytest.mark.slow  # all of them have been run with two layers
 @pytest.mark.parametrize("row", [r for r in OWN_LAWS if r.mode is not second_length], ids=str)
 def test_another_depth(row):
     depth = 3 if row.mode is per_layer else 1  # a graph serves all layers, of gemma2 every other
@@ -219,6 +220,10 @@ def test_step_under_inductor(monkeypatch):
     assert_same(actual, run_eagerly(row, 1), row.tolerance)
 
 
+# What the builder of another family makes, in other sizes.
+BUILT_ALIKE = {"llama3", "llama3_1", "llama3_2", "mistral", "phi4", "qwen2_5", "qwen2_5 (tied)"}
+
+
 def test_what_auto_decides_on_a_gpu(monkeypatch):
     """By the table that is shipped: a change of the policy alone may not change a line of this."""
     # Graphs of a CPU, since a GPU has no kernel that groups queries in fp32.
@@ -229,13 +234,15 @@ def test_what_auto_decides_on_a_gpu(monkeypatch):
     monkeypatch.setattr(liger_fx.inner, "compile_rewritten", lambda gm, *_: gm.forward)
     decided: dict[str, list[str]] = {}
     for row in FAMILIES:
+        if row.family in BUILT_ALIKE:
+            continue
         found = run(row, 2, "liger_fx").report.counts
         made = ", ".join(f"{name} {n}" for name, n in sorted(found.items()))
         decided.setdefault(made or "nothing", []).append(row.family)
     assert_expected_inline(
         "\n".join(f"{made}: {', '.join(families)}" for made, families in decided.items()),
         """\
-attention 2, linear_cross_entropy 1, rope 4: llama2, llama3, llama3_1, llama3_2, mistral, phi3, phi4, qwen2, qwen2_5, qwen2_5 (tied), Llama, Mistral, Qwen2, Phi3, Qwen3
+attention 2, linear_cross_entropy 1, rope 4: llama2, phi3, qwen2, Llama, Mistral, Qwen2, Phi3, Qwen3
 add_rms_norm 4, attention 2, linear_cross_entropy 1, rms_norm 1, rope 4: gemma
 add_rms_norm 4, linear_cross_entropy 1, rms_norm 5, rope 4: gemma2, Gemma2
 attention 4, rope 4: llama3_2_vision (decoder)

@@ -133,9 +133,8 @@ class LikeEager:
     def test_all(self, label, inner):
         self.check(label, policy="all", inner=inner)
 
-    @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-    def test_auto(self, label, inner):
-        self.check(label, policy="auto", inner=inner)
+    def test_auto(self, label):
+        self.check(label, policy="auto", inner="aot_eager")
 
     def test_inductor(self, label):
         self.check(label, policy="all", fallback_random=True)  # random numbers as in eager
