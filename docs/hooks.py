@@ -1,0 +1,240 @@
+"""What MkDocs makes from the package itself.
+
+A page may call the functions of `VARIABLES` between double braces: figures and tables from
+``benchmarks/results``, docstrings, the tables of models. Pages for the rewrites, results, pictures
+and the page of ``python -m liger_fx explain`` are added to those in ``docs``.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import os
+import posixpath
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parent))
+
+import draw
+import measured
+import results
+from docstrings import as_markdown
+from jinja2 import Environment, StrictUndefined
+from liger_fx.passes import DEFAULT
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from liger_fx.rewrite import Rewrite
+
+with warnings.catch_warnings():  # of torchtune and torchao
+    warnings.simplefilter("ignore")
+    tested = importlib.import_module("_models")
+
+ROOT = Path(__file__).parents[1]
+EXPLAINED = (
+    "--hf llama --checkpoint --set hidden_size=2048 intermediate_size=8192 num_hidden_layers=16 "
+    "num_attention_heads=32 num_key_value_heads=8 vocab_size=128256 tie_word_embeddings=true"
+)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for rewrite in DEFAULT:
+        uri = f"reference/rewrites/{rewrite.name}.md"
+        files.append(File.generated(config, uri, content=rewrite_page(rewrite)))
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    files.append(File.generated(config, "contributing.md", content=contributing))
+    for path in sorted(results.RESULTS.iterdir()):
+        files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
+    for path in results.RESULTS.glob("huggingface_step*.json"):
+        if drawn := draw.picture(path.stem):
+            files.append(File.generated(config, f"results/{path.stem}.png", content=drawn))
+    page = explained("--html")
+    files.append(File.generated(config, "guides/explain_llama.html", content=page))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    environment = Environment(undefined=StrictUndefined, comment_start_string="{##")
+    text = environment.from_string(markdown).render(VARIABLES)
+    folder = posixpath.relpath("results", posixpath.dirname(page.file.src_uri) or ".")
+    return text.replace("{results}", folder + "/")
+
+
+# -- what pages may call ---------------------------------------------------------------------------
+
+
+def explained(*more: str) -> str:
+    """What ``python -m liger_fx explain`` prints, or the page that it writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder, "page.html")
+        command = [sys.executable, "-m", "liger_fx", "explain", *EXPLAINED.split()]
+        done = subprocess.run(
+            [*command, *(f"{flag}={page}" for flag in more)],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        return page.read_text() if more else done.stdout
+
+
+def docstring(module: str, first: bool = True) -> str:
+    """A module's docstring as Markdown. first: with its first line."""
+    text = inspect.getdoc(importlib.import_module(module)) or ""
+    return as_markdown(text if first else text.partition("\n")[2].strip())
+
+
+def source(path: str) -> str:
+    """A file of the repository, as a block of code."""
+    language = {".py": "python", ".sh": "sh", ".yaml": "yaml"}[Path(path).suffix]
+    return f"```{language}\n{(ROOT / path).read_text().rstrip()}\n```"
+
+
+def rewrite_list() -> str:
+    lines = [
+        (f"[`{rewrite.name}`](rewrites/{rewrite.name}.md)", _title(_module(rewrite)))
+        for rewrite in DEFAULT
+    ]
+    return results.markdown(["rewrite", "what becomes what"], lines)
+
+
+VARIABLES: dict[str, Any] = dict(
+    figure=results.figure,
+    ratio=results.ratio,
+    table=results.table,
+    origin=results.origin,
+    huggingface_steps=lambda: huggingface_steps(),
+    docstring=docstring,
+    source=source,
+    explained=explained,
+    explain_command=f"python -m liger_fx explain {EXPLAINED}",
+    families=tested.families,
+    modes=tested.modes,
+    measured=measured.table,
+    measured_on=measured.origin,
+    rewrite_list=rewrite_list,
+)
+
+
+# -- a page for each rewrite -----------------------------------------------------------------------
+
+
+def rewrite_page(rewrite: Rewrite) -> str:
+    module = _module(rewrite)
+    text = inspect.getdoc(module) or ""
+    sections = [f"# {rewrite.name}", as_markdown(text), _settings(rewrite), _policy(rewrite)]
+    sections += [_patterns(rewrite, module), _refused(rewrite), _ops(text)]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _module(rewrite: Rewrite) -> Any:
+    return importlib.import_module(f"liger_fx.passes.{rewrite.name}")
+
+
+def _title(module: Any) -> str:
+    paragraph = (inspect.getdoc(module) or "").split("\n\n")[0]
+    return " ".join(as_markdown(paragraph).split()).rstrip(".")
+
+
+def _settings(rewrite: Rewrite) -> str:
+    if not rewrite.settings:
+        return ""
+    lines = [(f"`{rewrite.name}.{name}`", f"`{value}`") for name, value in rewrite.settings.items()]
+    link = "[Options](../../guides/options.md) says what they do."
+    return f"## Settings\n\n{results.markdown(['setting', 'default'], lines)}\n\n{link}"
+
+
+def _policy(rewrite: Rewrite) -> str:
+    how = (
+        f'`policy="auto"` makes this rewrite on every device: {rewrite.gain}.'
+        if rewrite.gain
+        else 'With `policy="auto"` the [table of measurements](../../guides/policy.md) decides.'
+    )
+    return f"## When it is made\n\n{how}"
+
+
+def _patterns(rewrite: Rewrite, module: Any) -> str:
+    """The patterns as they are written, each with the functions of its module that it calls."""
+    blocks = [
+        f'??? example "`{pattern.__name__}`"\n\n' + _indented(f"```python\n{_code(pattern)}\n```")
+        for pattern in rewrite.patterns
+    ]
+    said = (
+        "The model's code in the words of each library. Parameters match any value. Casts and "
+        "reshapes may be missing, and the operands of sums and products may be swapped."
+    )
+    return "\n\n".join(["## Patterns", said, *blocks])
+
+
+def _code(function: Callable[..., Any]) -> str:
+    function = inspect.unwrap(function)
+    while hasattr(function, "func"):  # a partial
+        function = function.func
+    return inspect.cleandoc("\n" + inspect.getsource(function)).rstrip()
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
+
+
+def _refused(rewrite: Rewrite) -> str:
+    lines = [f"- {reason}" for _, reason in rewrite.refuses]
+    return "\n".join(["## Near twins that are refused", "", *lines]) if lines else ""
+
+
+def _ops(text: str) -> str:
+    """The docstrings of the modules of the ops that ``text`` names."""
+    said = [
+        as_markdown(ast.get_docstring(ast.parse(path.read_text())) or "")
+        for path in sorted((ROOT / "liger_fx" / "ops").glob("*.py"))
+        if _defines(path, text)
+    ]
+    return "\n\n".join(["## The op", *said]) if said else ""
+
+
+def _defines(path: Path, text: str) -> bool:
+    first = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+    return any(
+        f"{word}``" in text for word in first.replace(",", " ").split("``") if "liger_fx::" in word
+    )
+
+
+# -- benchmarks ------------------------------------------------------------------------------------
+
+
+def huggingface_steps() -> str:
+    """A section for each ``huggingface_step*.json``, newest first: its picture and its rows."""
+    paths = sorted(results.RESULTS.glob("huggingface_step*.json"))
+    paths.sort(key=lambda path: results.load(path.stem)["date"], reverse=True)
+    return "\n\n".join(_huggingface_step(path.stem) for path in paths)
+
+
+def _huggingface_step(name: str) -> str:
+    found = results.rows(name)
+    columns = ["model"] if len({row["model"] for row in found}) > 1 else []
+    columns += ["ignored"] if len({row["ignored"] for row in found}) > 1 else []
+    models = ", ".join(dict.fromkeys(results.MODELS[row["model"]] for row in found))
+    sections = [f"## {models}, {_data(found[0])}"]
+    if draw.picture(name):
+        sections.append(f"![Time and peak memory of a step]({{results}}{name}.png)")
+    keys = [*columns, "arm", "ms", "peak_gib", "tokens_per_s", "compile_s", "losses"]
+    sections += [results.table(name, " ".join(keys)), results.origin(name)]
+    return "\n\n".join(sections)
+
+
+def _data(row: results.Row) -> str:
+    data = "no mask given"
+    if row.get("padded"):
+        data = f"{row['padded']:.0%} padding on the right"
+    if row.get("packed"):
+        data = f"packed documents of {row['packed']} tokens in the mean"
+    return data + ("" if row["checkpoint"] else ", no activation checkpoints")
