@@ -54,13 +54,17 @@ def draw(found: Sequence[Row], title: str, origin: str) -> bytes:
     return file.getvalue()
 
 
-def picture(name: str) -> bytes | None:
-    """The bars of one file, if it has one model, one share of labels, and several arms."""
-    found = [row for row in rows(name, ignored=0.0) if row["arm"] in BARS]
-    models = {row["model"] for row in found}
-    if len(models) != 1 or len(found) < 2:
-        return None
-    return draw(found, f"A training step of {MODELS[models.pop()]}", _origin(name))
+def pictures(name: str) -> dict[str, bytes]:
+    """The bars of one file, for each model that has a row of liger_fx."""
+    origin = _origin(name)
+    found: dict[str, list[Row]] = {}
+    for row in rows(name, ignored=0.0):
+        found.setdefault(row["model"], []).append(row)
+    return {
+        model: draw(of_model, f"A training step of {MODELS.get(model, model)}", origin)
+        for model, of_model in found.items()
+        if any(row["arm"] == "liger_fx" for row in of_model)
+    }
 
 
 def _origin(name: str) -> str:

@@ -12,6 +12,7 @@ import importlib
 import inspect
 import os
 import posixpath
+import re
 import subprocess
 import sys
 import tempfile
@@ -46,6 +47,12 @@ EXPLAINED = (
 )
 
 
+def on_config(config: MkDocsConfig) -> None:
+    (reference,) = (part["Reference"] for part in config.nav if "Reference" in part)
+    (pages,) = (part["Rewrites"] for part in reference if "Rewrites" in part)
+    pages += [{rewrite.name: f"reference/rewrites/{rewrite.name}.md"} for rewrite in DEFAULT]
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for rewrite in DEFAULT:
         uri = f"reference/rewrites/{rewrite.name}.md"
@@ -54,9 +61,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     files.append(File.generated(config, "contributing.md", content=contributing))
     for path in sorted(results.RESULTS.iterdir()):
         files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
-    for path in results.RESULTS.glob("huggingface_step*.json"):
-        if drawn := draw.picture(path.stem):
-            files.append(File.generated(config, f"results/{path.stem}.png", content=drawn))
+    for name in _huggingface_files():
+        for model, drawn in draw.pictures(name).items():
+            files.append(File.generated(config, f"results/{name}_{model}.png", content=drawn))
     page = explained("--html")
     files.append(File.generated(config, "guides/explain_llama.html", content=page))
     return files
@@ -112,6 +119,7 @@ VARIABLES: dict[str, Any] = dict(
     ratio=results.ratio,
     table=results.table,
     origin=results.origin,
+    summary=results.summary,
     huggingface_steps=lambda: huggingface_steps(),
     docstring=docstring,
     source=source,
@@ -212,29 +220,43 @@ def _defines(path: Path, text: str) -> bool:
 
 
 def huggingface_steps() -> str:
-    """A section for each ``huggingface_step*.json``, newest first: its picture and its rows."""
-    paths = sorted(results.RESULTS.glob("huggingface_step*.json"))
-    paths.sort(key=lambda path: results.load(path.stem)["date"], reverse=True)
-    return "\n\n".join(_huggingface_step(path.stem) for path in paths)
+    """A section for each ``huggingface_step*.json``: its pictures and its rows."""
+    return "\n\n".join(map(_huggingface_step, _huggingface_files()))
+
+
+def _huggingface_files() -> list[str]:
+    return sorted(path.stem for path in results.RESULTS.glob("huggingface_step*.json"))
 
 
 def _huggingface_step(name: str) -> str:
     found = results.rows(name)
-    columns = ["model"] if len({row["model"] for row in found}) > 1 else []
+    models = list(dict.fromkeys(row["model"] for row in found))
+    columns = ["model"] if len(models) > 1 else []
     columns += ["ignored"] if len({row["ignored"] for row in found}) > 1 else []
-    models = ", ".join(dict.fromkeys(results.MODELS[row["model"]] for row in found))
-    sections = [f"## {models}, {_data(found[0])}"]
-    if draw.picture(name):
-        sections.append(f"![Time and peak memory of a step]({{results}}{name}.png)")
-    keys = [*columns, "arm", "ms", "peak_gib", "tokens_per_s", "compile_s", "losses"]
-    sections += [results.table(name, " ".join(keys)), results.origin(name)]
-    return "\n\n".join(sections)
+    columns += ["arm", "ms", "peak_gib", "compile_s", "losses"]
+    titles = ", ".join(results.MODELS.get(model, model) for model in models)
+    pictures = [
+        f"![Time and peak memory of a step]({{results}}{name}_{model}.png)"
+        for model in draw.pictures(name)
+    ]
+    return "\n\n".join(
+        [
+            f"## {titles}: {_data(found)}",
+            *pictures,
+            results.table(name, " ".join(columns)),
+            results.origin(name),
+        ]
+    )
 
 
-def _data(row: results.Row) -> str:
-    data = "no mask given"
+def _data(found: list[results.Row]) -> str:
+    row = found[0]
+    data = "all tokens"
     if row.get("padded"):
         data = f"{row['padded']:.0%} padding on the right"
     if row.get("packed"):
-        data = f"packed documents of {row['packed']} tokens in the mean"
+        data = f"documents of {row['packed']} tokens, packed"
+    made = [row["rewrites"] or "" for row in found if row["arm"].startswith("liger_fx")]
+    if made and not any(re.search(r"\battention\b", names) for names in made):
+        data += ", before the rewrite `attention`"
     return data + ("" if row["checkpoint"] else ", no activation checkpoints")

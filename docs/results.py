@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
@@ -30,7 +30,7 @@ COLUMNS = {
     "cold_s": ("first process, s", ".1f"),
     "warm_s": ("second process, s", ".1f"),
     "compile_s": ("cold compile, s", ".0f"),
-    "losses": ("losses of the first steps", ".2f"),
+    "losses": ("first losses", ".2f"),
     "mask": ("mask", ""),
     "plan_ms": ("plan, ms", ".2f"),
     "extra_gib": ("extra GiB", ".2f"),
@@ -44,11 +44,11 @@ COLUMNS = {
 
 ARMS = {
     "liger": "Liger's patch, eager",
-    "liger_compiled": "Liger's patch, `model.compile()`",
-    "inductor": "`model.compile()`",
-    "inductor_loss": "a function that returns the loss, compiled",
-    "liger_fx": '**`model.compile(backend="liger_fx")`**',
-    "liger_fx_loss": "a function that returns the loss, liger_fx",
+    "liger_compiled": "Liger's patch, compiled",
+    "inductor": "Inductor",
+    "inductor_loss": "Inductor, loss alone returned",
+    "liger_fx": "**liger_fx**",
+    "liger_fx_loss": "**liger_fx, loss alone returned**",
     "liger_fx_recipe": "**liger_fx recipe**",
     "liger_fx recipe": "**liger_fx recipe**",
     "liger_fx_budget": "**liger_fx recipe with a memory budget**",
@@ -125,6 +125,51 @@ def markdown(
     return "\n".join(f"| {' | '.join(line)} |" for line in every)
 
 
+class Compared(NamedTuple):
+    """A line of the README's table: two arms of a file, among the rows with ``where``."""
+
+    step: str
+    against: str
+    file: str
+    arm: str
+    baseline: str
+    where: Row
+
+
+_LLAMA = dict(model="llama3_2_1b", ignored=0.0)
+_PREFERENCE = "preference_and_distillation"
+_PACKED = "recipe_packed_two_gpus"
+_PADDED = "40 % of the batch padding"
+_TUNED = "torchtune, compiled"
+_RECIPE = ("liger_fx_recipe", "torchtune")
+_PATCH = "Liger's patch, eager"
+
+SUMMARY = [
+    Compared(*row)
+    for row in (
+        ("Hugging Face", "Inductor", "huggingface_step_masks", "liger_fx", "inductor", _LLAMA),
+        ("the same", _PATCH, "huggingface_step_masks", "liger_fx", "liger", _LLAMA),
+        (_PADDED, _PATCH, "huggingface_step_padded", "liger_fx", "liger", _LLAMA),
+        ("torchtune recipe", _TUNED, "training_step", *_RECIPE, dict(ignored=0.0)),
+        (_PADDED, _TUNED, "training_step_padded", *_RECIPE, {}),
+        ("FSDP2, two GPUs, packed", _TUNED, _PACKED, "liger_fx recipe", "torchtune", {}),
+        ("DPO", _TUNED, _PREFERENCE, *_RECIPE, dict(loss="dpo")),
+        ("distillation", _TUNED, _PREFERENCE, *_RECIPE, dict(loss="distillation")),
+    )
+]
+
+
+def summary() -> str:
+    """The table of the README: speed and peak memory of training steps, of those without."""
+    lines = []
+    for line in SUMMARY:
+        of, to = (line.where | {"arm": arm} for arm in (line.arm, line.baseline))
+        speed, memory = (ratio(line.file, key, of, to) for key in ("tokens_per_s", "peak_gib"))
+        machine = load(line.file)["machine"].removeprefix("NVIDIA ").split()[0]
+        lines.append((line.step, line.against, f"{speed}x", f"{memory}x", machine))
+    return markdown(["training step", "against", "speed", "peak memory", "GPU"], lines)
+
+
 def origin(name: str) -> str:
     """Machine, versions, date and command of a file: a caption under its table."""
     found = load(name)
@@ -138,3 +183,7 @@ def origin(name: str) -> str:
     command = command.replace("python ", "python benchmarks/")
     where = f"{found['machine']}; {versions}; {found['date']}"
     return f"{where} ([rows]({{results}}{name}.json))\n\n```\n{command}\n```"
+
+
+if __name__ == "__main__":
+    print(summary())
