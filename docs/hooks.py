@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parent))
 
 import draw
+import joined
 import measured
 import results
 from docstrings import as_markdown
@@ -94,6 +95,14 @@ def explained(*more: str) -> str:
         return page.read_text() if more else done.stdout
 
 
+def explain_help() -> str:
+    command = [sys.executable, "-m", "liger_fx", "explain", "--help"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "88"}
+    return subprocess.run(
+        command, env=environment, check=True, capture_output=True, text=True
+    ).stdout.rstrip()
+
+
 def docstring(module: str, first: bool = True) -> str:
     """A module's docstring as Markdown. first: with its first line."""
     text = inspect.getdoc(importlib.import_module(module)) or ""
@@ -120,6 +129,12 @@ VARIABLES: dict[str, Any] = dict(
     table=results.table,
     origin=results.origin,
     summary=results.summary,
+    head_grid=joined.head_grid,
+    head_errors=joined.head_errors,
+    attention_masks=joined.attention_masks,
+    long_context=joined.long_context,
+    profile=joined.profile,
+    explain_help=explain_help,
     huggingface_steps=lambda: huggingface_steps(),
     docstring=docstring,
     source=source,

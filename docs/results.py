@@ -31,15 +31,6 @@ COLUMNS = {
     "warm_s": ("second process, s", ".1f"),
     "compile_s": ("cold compile, s", ".0f"),
     "losses": ("first losses", ".2f"),
-    "mask": ("mask", ""),
-    "plan_ms": ("plan, ms", ".2f"),
-    "extra_gib": ("extra GiB", ".2f"),
-    "shape": ("batch x tokens x heads x key heads x elements", ""),
-    "GEMM": ("GEMM", ".1f"),
-    "attention": ("attention", ".1f"),
-    "Inductor": ("Inductor's kernels", ".1f"),
-    "optimizer": ("optimizer", ".1f"),
-    "idle": ("idle", ".1f"),
 }
 
 ARMS = {
