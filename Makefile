@@ -5,7 +5,7 @@ BIN := .venv/bin
 # torchao's compiled extensions are for another torch; liger_fx needs none of them.
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES = 1
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format docs clean
 
 demo: .venv/installed
 	@$(BIN)/python examples/finetune_docstrings.py
@@ -22,6 +22,15 @@ lint: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The documentation, in build/docs. A dead link or a page that the menu lacks is an error.
+docs: .venv/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/docs-installed: .venv/installed
+	@$(BIN)/pip install --disable-pip-version-check -q "pip>=25.1"
+	@$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt --group docs
+	@touch $@
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "Installing into .venv; on first use this takes a few minutes."

@@ -1,6 +1,6 @@
 """Tiny models of every family, the ways in which people compile them, and how often each rewrite
-fires there: `FAMILIES`, `IN_PLACE` and `MODES`. ``python tests/_models.py`` prints them for the
-README."""
+fires there: `FAMILIES`, `IN_PLACE` and `MODES`. ``python tests/_models.py`` prints them as the
+documentation shows them."""
 
 from __future__ import annotations
 

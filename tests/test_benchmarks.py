@@ -410,10 +410,6 @@ def test_host_time(run: Run, monkeypatch: pytest.MonkeyPatch, picture: Path) -> 
 # -- rewrites --------------------------------------------------------------------------------------
 
 
-def test_the_readme_shows_the_table_that_auto_decides_by():
-    assert rewrites.summary("sm90").strip() in (BENCHMARKS.parent / "README.md").read_text()
-
-
 def test_a_measured_case_becomes_a_row_of_the_table():
     args = Namespace(
         case=json.dumps(("tiny", "layers", True, "eager")),
