@@ -34,9 +34,9 @@ def readme_rows() -> list[Row]:
 def draw(found: Sequence[Row], title: str, origin: str) -> bytes:
     """Time and peak memory of a step, a bar for each arm of `BARS`, as a PNG."""
     bars = [row for arm in BARS for row in found if row["arm"] == arm]
-    figure = Figure(figsize=(9, 0.9 + 0.42 * len(bars)), layout="constrained")
+    figure = Figure(figsize=(7.6, 1.1 + 0.42 * len(bars)), layout="constrained")
     figure.suptitle(title, fontsize=11, weight="bold")
-    figure.text(0.995, 0.005, origin, fontsize=7, color="#666666", ha="right")
+    figure.supxlabel(origin, fontsize=7, color="#666666", x=0.99, ha="right")
     panels = (("ms", "time of a step, ms", ",.0f"), ("peak_gib", "peak memory, GiB", ".1f"))
     for axes, (key, label, form) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
         names = [BARS[row["arm"]][0] for row in bars]
@@ -50,7 +50,7 @@ def draw(found: Sequence[Row], title: str, origin: str) -> bytes:
         axes.spines[["top", "right", "bottom"]].set_visible(False)
     figure.axes[0].invert_yaxis()  # the first arm on top; both share the axis
     file = BytesIO()
-    figure.savefig(file, dpi=150, format="png")
+    figure.savefig(file, dpi=170, format="png")
     return file.getvalue()
 
 

@@ -48,6 +48,9 @@ EXPLAINED = (
 )
 
 
+_PICTURE = re.compile(r"!\[[^\]]*\]\(([^)]+\.png)\)")  # becomes a link to itself: phones are narrow
+
+
 def on_config(config: MkDocsConfig) -> None:
     (reference,) = (part["Reference"] for part in config.nav if "Reference" in part)
     (pages,) = (part["Rewrites"] for part in reference if "Rewrites" in part)
@@ -74,7 +77,8 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     environment = Environment(undefined=StrictUndefined, comment_start_string="{##")
     text = environment.from_string(markdown).render(VARIABLES)
     folder = posixpath.relpath("results", posixpath.dirname(page.file.src_uri) or ".")
-    return text.replace("{results}", folder + "/")
+    text = text.replace("{results}", folder + "/")
+    return _PICTURE.sub(r"[\g<0>](\1)", text)
 
 
 # -- what pages may call ---------------------------------------------------------------------------
@@ -240,28 +244,28 @@ def huggingface_steps() -> str:
 
 
 def _huggingface_files() -> list[str]:
-    return sorted(path.stem for path in results.RESULTS.glob("huggingface_step*.json"))
+    """Those with the rewrite `attention` first."""
+    found = sorted(path.stem for path in results.RESULTS.glob("huggingface_step*.json"))
+    return sorted(found, key=lambda name: _is_old(results.rows(name)))
 
 
 def _huggingface_step(name: str) -> str:
     found = results.rows(name)
     models = list(dict.fromkeys(row["model"] for row in found))
     columns = ["model"] if len(models) > 1 else []
-    columns += ["ignored"] if len({row["ignored"] for row in found}) > 1 else []
     columns += ["arm", "ms", "peak_gib", "compile_s", "losses"]
     titles = ", ".join(results.MODELS.get(model, model) for model in models)
-    pictures = [
+    sections = [f"## {titles}: {_data(found)}"]
+    sections += [
         f"![Time and peak memory of a step]({{results}}{name}_{model}.png)"
         for model in draw.pictures(name)
     ]
-    return "\n\n".join(
-        [
-            f"## {titles}: {_data(found)}",
-            *pictures,
-            results.table(name, " ".join(columns)),
-            results.origin(name),
-        ]
-    )
+    for share in sorted({row["ignored"] for row in found}):
+        sections += [f"{share:.0%} of the labels ignored:"] if share else []
+        sections.append(
+            results.table(name, " ".join(columns), " ".join(results.ARMS), ignored=share)
+        )
+    return "\n\n".join([*sections, results.origin(name)])
 
 
 def _data(found: list[results.Row]) -> str:
@@ -271,7 +275,11 @@ def _data(found: list[results.Row]) -> str:
         data = f"{row['padded']:.0%} padding on the right"
     if row.get("packed"):
         data = f"documents of {row['packed']} tokens, packed"
-    made = [row["rewrites"] or "" for row in found if row["arm"].startswith("liger_fx")]
-    if made and not any(re.search(r"\battention\b", names) for names in made):
-        data += ", before the rewrite `attention`"
+    data += ", before the rewrite `attention`" if _is_old(found) else ""
     return data + ("" if row["checkpoint"] else ", no activation checkpoints")
+
+
+def _is_old(found: list[results.Row]) -> bool:
+    """Was it measured before liger_fx read masks?"""
+    made = [row["rewrites"] or "" for row in found if row["arm"].startswith("liger_fx")]
+    return bool(made) and not any(re.search(r"\battention\b", names) for names in made)

@@ -33,7 +33,9 @@ COLUMNS = {
     "losses": ("first losses", ".2f"),
 }
 
+# Arms in the order of tables, and their names
 ARMS = {
+    "eager": "eager",
     "liger": "Liger's patch, eager",
     "liger_compiled": "Liger's patch, compiled",
     "inductor": "Inductor",
@@ -85,22 +87,26 @@ def ratio(name: str, key: str, of: Row, to: Row, form: str = ".2f") -> str:
     return format(one / other, form)
 
 
-def table(name: str, keys: str, arms: dict[str, str] | None = None, **where: Any) -> str:
-    """The rows of a file as Markdown. keys: columns, by the names of `COLUMNS`."""
+def table(name: str, keys: str, arms: str = "", **where: Any) -> str:
+    """The rows of a file as Markdown. keys: columns, by the names of `COLUMNS`. arms: those to
+    show, in this order; "" for all of them, in the order of the file."""
     columns = keys.split()
+    found = rows(name, **where)
+    if arms:
+        found = [row for arm in arms.split() for row in found if row["arm"] == arm]
     return markdown(
         [COLUMNS[key][0] for key in columns],
-        [[cell(row, key, arms or {}) for key in columns] for row in rows(name, **where)],
+        [[cell(row, key) for key in columns] for row in found],
         ["---:" if COLUMNS[key][1] else "---" for key in columns],
     )
 
 
-def cell(row: Row, key: str, arms: dict[str, str]) -> str:
+def cell(row: Row, key: str) -> str:
     value = row.get(key)
     if value is None:
         return "\N{EN DASH}"
     if key == "arm":
-        return (ARMS | arms).get(value, value)
+        return ARMS.get(value, value)
     if key == "model":
         return MODELS.get(value, value)
     form = COLUMNS[key][1]
