@@ -11,8 +11,7 @@ from typing import Any
 
 from griffe import Extension, Object
 
-_LABEL = re.compile(r"([A-Z][\w' ]*?)(?: {2,}| (?=[^A-Z ]))(\S.*)")
-_PARAMETER = re.compile(r"(\w+): (?=\S)")
+_PARAMETER = re.compile(r"([a-z_]+):\s")
 _RULE = re.compile(r"=+(  +=+)+")
 
 
@@ -49,13 +48,13 @@ def _hanging(lines: list[str]) -> list[tuple[str, str]] | None:
 
 
 def _parameters(block: str) -> str:
-    """Sentences that begin with ``name:`` become items of a list."""
-    items = re.split(r"(?:^|(?<=[.)\]])\s+)(?=[a-z_]+: )", block)
-    return "\n".join(
-        "- " + re.sub(r"^([a-z_]+): ", r"**`\1`**: ", " ".join(item.split()))
-        for item in items
-        if item
-    )
+    """Sentences that begin with ``name:`` become items of a list, what is raised or returned a
+    paragraph."""
+    said = re.split(r"(?:(?<=[.)\]])\s+)(?=[a-z_]+:\s|Raises |Returns )", block)
+    said = [" ".join(sentence.split()) for sentence in said]
+    items = [_PARAMETER.sub(r"- **`\1`**: ", each) for each in said if _PARAMETER.match(each)]
+    rest = [sentence for sentence in said if not _PARAMETER.match(sentence)]
+    return "\n\n".join(["\n".join(items), *rest])
 
 
 def _table(lines: list[str]) -> str:

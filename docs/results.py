@@ -179,7 +179,7 @@ def origin(name: str) -> str:
     command = found["command"].replace("python benchmarks/", "python ")
     command = command.replace("python ", "python benchmarks/")
     where = f"{found['machine']}; {versions}; {found['date']}"
-    return f"{where} ([rows]({{results}}{name}.json))\n\n```\n{command}\n```"
+    return f"{where} ([rows]({{results}}{name}.json))\n\n``` {{ .sh .wrap }}\n{command}\n```"
 
 
 if __name__ == "__main__":
