@@ -17,8 +17,8 @@ _RULE = re.compile(r"=+(  +=+)+")
 
 def as_markdown(docstring: str) -> str:
     """``docstring``, whose lines are not indented, as Markdown."""
-    blocks = re.split(r"\n\s*\n", docstring.replace("``", "`"))
-    return "\n\n".join(_block(block) for block in blocks)
+    blocks = re.split(r"\n\s*\n", docstring)
+    return "\n\n".join(_block(block).replace("``", "`") for block in blocks)
 
 
 def _block(block: str) -> str:

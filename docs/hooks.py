@@ -156,10 +156,9 @@ VARIABLES: dict[str, Any] = dict(
 
 
 def rewrite_page(rewrite: Rewrite) -> str:
-    module = _module(rewrite)
-    text = inspect.getdoc(module) or ""
+    text = inspect.getdoc(_module(rewrite)) or ""
     sections = [f"# {rewrite.name}", as_markdown(text), _settings(rewrite), _policy(rewrite)]
-    sections += [_patterns(rewrite, module), _refused(rewrite), _ops(text)]
+    sections += [_patterns(rewrite), _refused(rewrite), _ops(text)]
     return "\n\n".join(section for section in sections if section)
 
 
@@ -189,17 +188,15 @@ def _policy(rewrite: Rewrite) -> str:
     return f"## When it is made\n\n{how}"
 
 
-def _patterns(rewrite: Rewrite, module: Any) -> str:
-    """The patterns as they are written, each with the functions of its module that it calls."""
-    blocks = [
-        f'??? example "`{pattern.__name__}`"\n\n' + _indented(f"```python\n{_code(pattern)}\n```")
-        for pattern in rewrite.patterns
-    ]
+def _patterns(rewrite: Rewrite) -> str:
+    codes = dict.fromkeys(_code(pattern) for pattern in rewrite.patterns)
+    names = ", ".join(f"`{pattern.__name__}`" for pattern in rewrite.patterns)
     said = (
         "The model's code in the words of each library. Parameters match any value. Casts and "
-        "reshapes may be missing, and the operands of sums and products may be swapped."
+        f"reshapes may be missing, and the operands of sums and products may be swapped: {names}."
     )
-    return "\n\n".join(["## Patterns", said, *blocks])
+    block = "```python\n" + "\n\n\n".join(codes) + "\n```"
+    return f'## Patterns\n\n{said}\n\n??? example "As code"\n\n{_indented(block)}'
 
 
 def _code(function: Callable[..., Any]) -> str:

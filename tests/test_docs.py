@@ -71,13 +71,13 @@ def test_docstrings_as_markdown():
     text = module("docstrings").as_markdown(
         "One ``op``::\n\n    y = x\n\n"
         "Matches      a; ``b``\n             c\nLeaves alone d\n\n"
-        "====  ===\nkind  how\n====  ===\none   a\n      b\n====  ===\n\n"
+        "=======  ===\nkind     how\n=======  ===\n``one``  a\n         b\n=======  ===\n\n"
         "first: one. second:\n    two and more. Raises E."
     )
     assert text == (
         "One `op`:\n\n    y = x\n\n"
         "Matches\n:   a; `b` c\n\nLeaves alone\n:   d\n\n"
-        "| kind | how |\n| --- | --- |\n| one | a b |\n\n"
+        "| kind | how |\n| --- | --- |\n| `one` | a b |\n\n"
         "- **`first`**: one.\n- **`second`**: two and more.\n\nRaises E."
     )
 
