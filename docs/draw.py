@@ -26,9 +26,8 @@ BARS = {
 
 def readme_rows() -> list[Row]:
     """Llama-3.2-1B with all labels. The run with attention under masks has no eager arm."""
-    where = dict(model="llama3_2_1b", ignored=0.0)
-    newest = rows("huggingface_step_masks", **where)
-    return rows("huggingface_step_llama", arm="eager", **where) + newest
+    eager = rows("huggingface_step_llama", arm="eager", ignored=0.0)
+    return eager + rows("huggingface_step_masks")
 
 
 def draw(found: Sequence[Row], title: str, origin: str) -> bytes:
@@ -58,7 +57,8 @@ def pictures(name: str) -> dict[str, bytes]:
     """The bars of one file, for each model that has a row of liger_fx."""
     origin = _origin(name)
     found: dict[str, list[Row]] = {}
-    for row in rows(name, ignored=0.0):
+    share = min(row["ignored"] for row in rows(name))
+    for row in rows(name, ignored=share):
         found.setdefault(row["model"], []).append(row)
     return {
         model: draw(of_model, f"A training step of {MODELS.get(model, model)}", origin)

@@ -211,7 +211,7 @@ def _indented(text: str) -> str:
 
 
 def _refused(rewrite: Rewrite) -> str:
-    lines = [f"- {reason}" for _, reason in rewrite.refuses]
+    lines = [f"- {reason}" for reason in dict.fromkeys(reason for _, reason in rewrite.refuses)]
     return "\n".join(["## Near twins that are refused", "", *lines]) if lines else ""
 
 

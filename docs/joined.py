@@ -51,22 +51,20 @@ def head_errors() -> str:
 
 
 def attention_masks() -> str:
-    """A line for each shape and mask: the dense mask, and liger_fx."""
-    found = {(row["shape"], row["mask"], row["arm"]): row for row in rows("attention")}
+    """A line for each shape and mask: ms of each arm, and GiB and the plan of liger_fx."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows("attention"):
+        found.setdefault((row["shape"], row["mask"]), {})[row["arm"]] = row
+    arms = list(dict.fromkeys(arm for of_mask in found.values() for arm in of_mask))
     lines = []
-    for shape, mask, arm in found:
-        if arm != "liger_fx":
-            continue
-        dense, ours = found[shape, mask, "dense"], found[shape, mask, "liger_fx"]
-        plan = ours["plan_ms"]
-        name = "padding after, with gradients" if mask == "padding after" else mask
-        name = name.removesuffix(", no gradient")
-        times = f"{dense['ms']:.2f}", f"{ours['ms']:.2f}", f"{ours['speed']:.2f}"
-        memory = f"{dense['extra_gib']:.2f}", f"{ours['extra_gib']:.2f}"
-        lines.append((shape, name, *times, "" if plan is None else f"{plan:.2f}", *memory))
-    titles = ["batch x tokens x heads x key heads x elements", "mask", "dense ms", "liger_fx ms"]
-    titles += ["speed", "plan ms", "dense GiB", "liger_fx GiB"]
-    return markdown(titles, lines, ["---", "---", *["---:"] * 6])
+    for (shape, mask), of_mask in found.items():
+        times = [f"{of_mask[arm]['ms']:.2f}" if arm in of_mask else "" for arm in arms]
+        ours, plan = of_mask["liger_fx"], of_mask["liger_fx"]["plan_ms"]
+        memory = f"{of_mask['dense']['extra_gib']:.2f}", f"{ours['extra_gib']:.2f}"
+        lines.append((shape, mask, *times, "" if plan is None else f"{plan:.2f}", *memory))
+    titles = ["batch x tokens x heads x key heads x elements", "mask", *(f"{a}, ms" for a in arms)]
+    titles += ["plan, ms", "dense, GiB", "liger_fx, GiB"]
+    return markdown(titles, lines, ["---", "---", *["---:"] * (len(titles) - 2)])
 
 
 def long_context() -> str:

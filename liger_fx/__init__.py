@@ -15,6 +15,8 @@ from liger_fx.pattern import chain, guard
 from liger_fx.report import NearMiss, Rejection, Replacement, Report
 from liger_fx.rewrite import Reject, Rewrite, rewrite_graph
 
+__version__ = "0.1.0"
+
 __all__ = [
     "DeferredLogits",
     "Match",
@@ -26,6 +28,7 @@ __all__ = [
     "Report",
     "RequirementError",
     "Rewrite",
+    "__version__",
     "backend",
     "chain",
     "clear_reports",

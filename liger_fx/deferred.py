@@ -123,7 +123,7 @@ def _rows_of_view(view: Tensor, count: int, device: torch.device) -> Tensor:
     return index
 
 
-def _indexed(index: Tensor, rows: Any, memo: _Memo) -> Tensor:
+def _indexed(index: Tensor, rows: Any, memo: _Memo) -> Any:
     """``index[rows]``, one tensor for each pair of them."""
     key = id(index), id(rows)
     if key not in memo:
@@ -341,7 +341,8 @@ class DeferredLogits(Tensor):
     ) -> DeferredLogits:
         like = torch.empty((*hidden.shape[:-1], classes), dtype=dtype, device="meta")
         with torch.set_grad_enabled(requires_grad):
-            return _Project.apply(head, like, hidden, *head.parameters)
+            made: DeferredLogits = _Project.apply(head, like, hidden, *head.parameters)
+        return made
 
     def materialize(self) -> Tensor:
         """The values as an ordinary tensor, with a gradient if ``requires_grad``: the same tensor
@@ -351,7 +352,7 @@ class DeferredLogits(Tensor):
         Raises RuntimeError if the values do not exist yet, and the hidden states or parameters have
         been written or resharded.
         """
-        given = self._given and self._given()
+        given: Tensor | None = self._given and self._given()
         if given is None:
             with torch.inference_mode(False), torch.enable_grad():
                 given = aten.alias(self)
@@ -435,8 +436,8 @@ class _Store:
     values: Tensor | None = None
 
 
-def _wrapped(like: Tensor, node: Any, device: torch.device, **attributes: Any) -> Any:
-    made: Any = Tensor._make_wrapper_subclass(
+def _wrapped(like: Tensor, node: Any, device: torch.device, **attributes: Any) -> DeferredLogits:
+    made: DeferredLogits = Tensor._make_wrapper_subclass(
         DeferredLogits,
         like.shape,
         strides=like.stride(),
@@ -714,7 +715,7 @@ class _Gather(torch.autograd.Function):
     """For autograd's own formula makes a gradient of all logits."""
 
     @staticmethod
-    def forward(ctx: Any, logits: DeferredLogits, index: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: DeferredLogits, index: Tensor) -> Any:
         ctx.save_for_backward(index)
         ctx.shape = logits.shape
         return aten.gather(logits, -1, index)
@@ -737,7 +738,8 @@ def _gather(input: Any, dim: int, index: Tensor, *, sparse_grad: bool = False) -
     _rows(input)
     _unless(not sparse_grad and dim in (-1, input.dim() - 1))
     _unless(index.shape[:-1] == input.shape[:-1])
-    return _Gather.apply(input, index)
+    gathered: Tensor = _Gather.apply(input, index)
+    return gathered
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -820,7 +822,7 @@ def _cross_entropy(
     low = input.dtype in (torch.bfloat16, torch.float16)
     _unless(not (low and torch.is_autocast_enabled(input.device.type)))
     grad = input.requires_grad and torch.is_grad_enabled()
-    total = _CrossEntropy.apply(input, target, grad, ignore_index, label_smoothing)
+    total: Tensor = _CrossEntropy.apply(input, target, grad, ignore_index, label_smoothing)
     if reduction == "mean":
         total = total / (target != ignore_index).sum()
     return total.to(input.dtype)

@@ -248,7 +248,8 @@ def _note() -> str | None:
     for entry in entry_points(group="liger_fx.notes"):
         if entry.name in sys.modules:
             try:
-                return entry.load()()
+                note: str | None = entry.load()()
+                return note
             except Exception:
                 log.debug("liger_fx has no note on %s", entry.name, exc_info=True)
     return None

@@ -18,10 +18,16 @@ from torch._dynamo.backends.distributed import DDPOptimizer, SubmodCompiler
 
 from liger_fx.effects import nodes_in
 
-_PART = (
+PART = (
     "the graph is a part of a larger one (split by DDPOptimizer? "
     "torch._dynamo.config.optimize_ddp = False leaves it whole)"
 )
+
+
+def is_part(gm: Any) -> bool:
+    """Has DDPOptimizer split ``gm`` off a larger graph?"""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason is not None and reason.reason.startswith("DDPOptimizer")
 
 
 def goes_on(gm: Any, value: fx.Node) -> str:
@@ -29,13 +35,13 @@ def goes_on(gm: Any, value: fx.Node) -> str:
     returns ``value`` and does nothing else with it."""
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is None:
-        return _PART
-    if reason.reason.startswith("DDPOptimizer"):
+        return PART
+    if is_part(gm):
         call = _local(SubmodCompiler.run_node, "n")
         whole = _local(DDPOptimizer.compile_fn, "gm")
         indices = {i for i, output in enumerate(outputs(gm.graph)) if output is value}
         if call is None or whole is None or not _only_returned(call, indices):
-            return _PART
+            return PART
         reason = whole.compile_subgraph_reason
     return "the function goes on after this graph" if reason.graph_break else ""
 

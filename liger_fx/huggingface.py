@@ -53,7 +53,7 @@ class LigerFxPlugin(TorchDynamoPlugin):
         super().__post_init__()
 
     def to_kwargs(self) -> dict[str, Any]:
-        return super().to_kwargs() | {"backend": "liger_fx"}
+        return dict(super().to_kwargs()) | {"backend": "liger_fx"}
 
 
 def defer_logits(model: PreTrainedModel) -> PreTrainedModel:

@@ -30,6 +30,7 @@ import torch
 from torch import fx
 
 from liger_fx.canonical import View, fake, first_argument, op_name, positional, same_sizes
+from liger_fx.frame import PART, is_part
 
 AXES = B, H, Q, K = sympy.symbols("b h q k", integer=True, nonnegative=True)
 Index = tuple[sympy.Expr, ...]
@@ -70,21 +71,22 @@ class Mask:
         return ", ".join(filter(None, parts)) or "no mask"
 
 
-_known: WeakKeyDictionary[View, dict[fx.Node, Mask | str]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[View, dict[tuple[fx.Node, bool], Mask | str]] = WeakKeyDictionary()
 
 
-def read(view: View, node: fx.Node) -> Mask:
-    """The mask that ``node``, broadcast to [b, h, q, k], computes. Raises Unreadable."""
+def read(view: View, node: fx.Node, hides: bool = False) -> Mask:
+    """The mask that ``node``, broadcast to [b, h, q, k], computes. hides: ``node`` is true where a
+    key is hidden. Raises Unreadable."""
     while (outside := view.operand(node)) is not None:  # where it is computed once for all layers
         _require_unwritten(view, node)
         view, node = outside
     known = _known.setdefault(view, {})
-    if node not in known:
+    if (node, hides) not in known:
         try:
-            known[node] = _read(view, node)
+            known[node, hides] = _read(view, node, hides)
         except Unreadable as reason:
-            known[node] = str(reason)
-    mask = known[node]
+            known[node, hides] = str(reason)
+    mask = known[node, hides]
     if isinstance(mask, str):
         raise Unreadable(mask)
     return mask
@@ -95,12 +97,14 @@ def _require_unwritten(view: View, node: fx.Node) -> None:
         raise Unreadable(f"{node.name} is written in place")
 
 
-def _read(view: View, node: fx.Node) -> Mask:
+def _read(view: View, node: fx.Node, hides: bool) -> Mask:
     reader = _Reader()
     value = fake(node)
     if value.requires_grad:
         raise Unreadable(f"the mask {node.name} is trained")
     element = reader.element(view, node, _broadcast(value, AXES))
+    if hides and _is_boolean(element):
+        element = sympy.Not(element)
     soft = isinstance(element, _Bias) and not element.hard
     if isinstance(element, _Bias):
         element = element.seen
@@ -612,11 +616,14 @@ class _Conjunction:
 
     def _reason(self, part: Any) -> str:
         calls = {c for c in part.atoms(sympy.Function) if c.func in self.reader.sources}
-        names = ", ".join(sorted({self.reader.sources[c.func].node.name for c in calls}))
+        sources = [self.reader.sources[c.func] for c in calls]
+        names = ", ".join(sorted({source.node.name for source in sources}))
+        given = [s.view.graph.owning_module for s in sources if s.node.op == "placeholder"]
+        elsewhere = f": {PART}" if any(map(is_part, given)) else ""
         if calls and part in {sympy.Ne(c, 0) for c in calls}:
-            return f"nothing is known of what {names} lets a query see"
+            return f"nothing is known of what {names} lets a query see{elsewhere}"
         return f"no kernel is made for a mask with {part}" + (
-            f", where nothing is known of {names}" if names else ""
+            f", where nothing is known of {names}{elsewhere}" if names else ""
         )
 
 

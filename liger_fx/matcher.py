@@ -59,7 +59,8 @@ class Match:
     @property
     def output(self) -> torch.Tensor:
         """The fake tensor that the matched subgraph computes, the first if it computes several."""
-        return fake(self.root)
+        value: torch.Tensor = fake(self.root)
+        return value
 
     @property
     def first(self) -> fx.Node:

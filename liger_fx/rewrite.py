@@ -23,6 +23,7 @@ from liger_fx.canonical import View, fake, same_sizes
 from liger_fx.effects import bodies, known_writes, storage_key
 from liger_fx.legality import Legality
 from liger_fx.matcher import BrokenGraph, Match, Matcher, Miss, Reject, candidates, size
+from liger_fx.ops.signatures import Misfit
 from liger_fx.pattern import Pattern
 from liger_fx.report import (
     NearMiss,
@@ -180,10 +181,11 @@ class _Application:
 
     @contextlib.contextmanager
     def _costs_only(self, node: fx.Node | None) -> Iterator[None]:
-        """A `Reject` or, unless ``strict``, any other exception inside costs what is inside."""
+        """A `Reject`, a `Misfit` or, unless ``strict``, any other exception inside costs what is
+        inside."""
         try:
             yield
-        except Reject as reject:
+        except (Reject, Misfit) as reject:
             self._reject(node, str(reject))
         except Exception as error:
             logged = {r.reason for r in self.report.rejections}  # once for all layers

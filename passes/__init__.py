@@ -10,6 +10,7 @@ from liger_fx.passes.linear_kl import linear_kl
 from liger_fx.passes.linear_logprobs import linear_logprobs
 from liger_fx.passes.rms_norm import rms_norm
 from liger_fx.passes.rope import rope
+from liger_fx.passes.softmax_attention import softmax_attention
 from liger_fx.passes.swiglu import swiglu
 from liger_fx.passes.tiled_mlp import tiled_mlp
 
@@ -18,6 +19,7 @@ DEFAULT = [
     linear_cross_entropy,  # takes the loss together with the projection that feeds it
     linear_logprobs,  # what preference and RL losses take of the logits
     cross_entropy,  # losses whose logits exist
+    softmax_attention,  # before attention, which reads the masks of what it makes
     attention,
     rope,  # before add_rms_norm: a rotation ends in a sum, and a norm of keys may follow
     add_rms_norm,  # before rms_norm: it takes the norm together with the sum that feeds it

@@ -25,7 +25,7 @@ from torch import fx
 
 from liger_fx import masks, ops
 from liger_fx.bodies import carry_in
-from liger_fx.canonical import fake, op_name, positional, same_sizes
+from liger_fx.canonical import fake, op_name, positional, same_sizes, specialise
 from liger_fx.masks import Mask, Source, Unreadable
 from liger_fx.matcher import Match, Reject, data_inputs
 from liger_fx.pattern import guard
@@ -78,6 +78,9 @@ def check(match: Match, query, key, value, mask=None):
     says = _predicates(match)
     if says is None:
         return
+    scale = match.values["scale"]
+    if mask is not None and scale is not None and specialise(scale) <= 0:
+        raise Reject(f"scores are scaled by {scale}, for which the kernels give NaN")
     if _needs_op(says):
         _check_op(match, says, query, key, value)
     elif mask is None:
@@ -329,11 +332,17 @@ def variant(match: Match) -> str:
     return "" if says is None else str(says)
 
 
+def saved(match: Match) -> list[str]:
+    """A mask that is read is not kept: later code may do with it as it likes."""
+    stays = match.pattern.name != "planned" and _predicates(match) is None
+    return ["query", "key", "value", "output", *["mask"] * stays]
+
+
 attention = Rewrite(
     name="attention",
     patterns=[heads_first, heads_second, masked, planned],
     check=check,
     replace=replace,
     variant=variant,
-    saved=["query", "key", "value", "mask", "output"],
+    saved=saved,
 )

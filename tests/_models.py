@@ -110,6 +110,7 @@ LLAMA: Cells = dict(
     linear_cross_entropy=once,
     linear_logprobs=NONE,
     cross_entropy=WITH_HEAD,
+    softmax_attention=NONE,
     attention=n,
     rope=2 * n,
     add_rms_norm=2 * n,
@@ -136,13 +137,16 @@ VISION: Cells = LLAMA | dict(  # a layer of self-attention and one of cross-atte
 T5: Cells = LLAMA | dict(
     linear_cross_entropy=ENCODER,
     cross_entropy=ENCODER,
-    attention=AS_MANY,
+    softmax_attention=Refused("wanted add, found `add_`"),
+    attention="a trained bias is added to the scores: no `scaled_dot_product_attention`",
     tiled_mlp=Refused("wanted 'tanh', found 'none'"),
     swiglu=NONE,
     geglu=Refused("GELU is exact here; Liger's kernel computes the tanh approximation"),
     rope="positions are a bias on the attention scores",
 )
 CLIP: Cells = T5 | dict(
+    softmax_attention=NONE,
+    attention=AS_MANY,
     add_rms_norm=NONE,
     rms_norm=NONE,
     layer_norm=2 * n + 1,
@@ -572,6 +576,11 @@ MODES = [
     phi_3(LLAMA, mode=autocast_outside, tolerance=HALF),
     phi_3(twice(LLAMA), mode=second_length, graphs=2),
     hf_llama(LLAMA | CHECKPOINTED, mode=checkpoint_inside),
+    face(
+        "Llama (eager attention)",
+        huggingface("Llama", attn_implementation="eager"),
+        LLAMA | dict(softmax_attention=n),
+    ),
     hf_llama(LLAMA, mode=autocast_outside, tolerance=HALF),
     hf_llama(twice(LLAMA), mode=second_length, graphs=2),
     tune(

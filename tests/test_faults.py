@@ -538,3 +538,34 @@ def test_a_fault_costs_one_match_under_ddp(fault, position, monkeypatch, caplog,
         torch.testing.assert_close(parameter.grad, gradient)
     assert len(liger_fx.reports()) > 1, "the graph was split"
     assert_cost_one_norm(caplog)
+
+
+class Masked(nn.Module):
+    """Layers of attention under one mask, which the first part of the graph computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(H, H) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        at = torch.arange(ROWS)
+        seen = (at[None, :] <= at[:, None])[None, None]
+        for layer in self.layers:
+            y = layer(x)[None, None]
+            x = x + nn.functional.scaled_dot_product_attention(y.sin(), y, y, seen)[0, 0]
+        return x
+
+
+def test_a_mask_of_another_part_of_the_graph_is_refused_and_the_report_names_the_setting(
+    process_group,
+):
+    parallel = nn.parallel.DistributedDataParallel(Masked(), bucket_cap_mb=0.0001)
+    options = {"policy": "all", "inner": "aot_eager"}
+    torch.compile(parallel, backend="liger_fx", options=options)(fixed(ROWS, H)).sum().backward()
+    counts = [report.counts.get("attention", 0) for report in liger_fx.reports()]
+    said = {r.reason for report in liger_fx.reports() for r in report.rejections}
+    assert counts == [1, 0, 0]
+    assert said == {
+        "nothing is known of what seen lets a query see: the graph is a part of a larger one (split "
+        "by DDPOptimizer? torch._dynamo.config.optimize_ddp = False leaves it whole)"
+    }

@@ -636,6 +636,17 @@ def test_refuses_a_mask_that_is_trained():
     assert_expected_inline(reasons(report), """the mask add is trained""")
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_refuses_a_scale_that_is_not_positive(scale):
+    """PyTorch's kernels apply the scale after their causal mask: they give NaN."""
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, triangle(q), scale=scale)
+
+    (report,) = only(attention)(attend, *operands()).reports
+    assert reasons(report) == f"scores are scaled by {scale}, for which the kernels give NaN"
+
+
 def test_refuses_dropout_beside_padding():
     given = tokens(S)
 

@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from liger_fx.ops.signatures import Misfit, check_signatures
 
 log = logging.getLogger("liger_fx")
 
@@ -40,9 +43,14 @@ def kernel(
 
     schema: ``"rms_norm_forward(Tensor x, ...) -> Tensor"``. fake: for fake and meta tensors. plain:
     in plain PyTorch, for every device but CUDA. cuda: gets Liger's module of the name ``liger`` as
-    its first argument; where that cannot be imported ``plain`` runs on the GPU. Without a name it
-    gets None.
+    its first argument; where that cannot be used ``plain`` runs on the GPU. Without a name it gets
+    None. On fake tensors of a GPU the operator raises `Misfit` where Liger's kernels do not fit.
     """
+
+    def fake_if_fit(first: Tensor, *rest: Any) -> Any:
+        if liger is not None:
+            require_fit(first, liger)
+        return fake(first, *rest)
 
     def launch(first: Tensor, *rest: Any) -> Any:
         module = None if liger is None else liger_module(liger)
@@ -58,7 +66,7 @@ def kernel(
         launchers[name] = cuda
     _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")  # all devices but those below
     _LIBRARY.impl(name, launch, "CUDA")
-    torch.library.register_fake(f"liger_fx::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"liger_fx::{name}", fake_if_fit, lib=_LIBRARY)
     return getattr(torch.ops.liger_fx, name).default
 
 
@@ -104,15 +112,38 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError("liger_fx's ops are differentiable once: there is no second derivative")
 
 
+_misfits: dict[str, str] = {}  # by module of Liger's
+
+
 @functools.cache
 def liger_module(name: str) -> Any:
     """A module of Liger's kernels, imported when first needed: it imports Triton. None, with a
-    warning, where that fails."""
+    warning, where that fails, and where a kernel has other parameters than our launchers pass."""
     try:
-        return importlib.import_module(f"liger_kernel.ops.{name}")
+        with unset_fake_temporarily():  # what an import computes stays
+            utils, module = (
+                importlib.import_module(f"liger_kernel.ops.{part}") for part in ("utils", name)
+            )
+        check_signatures(utils)
+        check_signatures(module)
+        return module
     except Exception as error:  # a broken Triton raises whatever its driver raises
-        log.warning("Liger's kernels cannot be imported (%s); plain PyTorch stands in", error)
+        if isinstance(error, Misfit):
+            _misfits[name] = str(error)
+        log.warning("Liger's kernels cannot be used (%s); plain PyTorch stands in", error)
         return None
+
+
+def require_fit(first: Tensor, name: str) -> None:
+    """For fake implementations: raise `Misfit` if a kernel of this module of Liger's would run on
+    ``first``, and has other parameters than our launchers pass. A rewrite is refused by that."""
+    if _on_a_gpu(first) and liger_module(name) is None and name in _misfits:
+        raise Misfit(_misfits[name])
+
+
+def _on_a_gpu(fake: Tensor) -> bool:
+    """Would the tensor be on a GPU? One on meta stands for one on the best device there is."""
+    return fake.device.type in ("cuda", "meta") and torch.cuda.is_available()
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from liger_fx.ops.chunked_head import Head, Wanted, kept_dtype, run
-from liger_fx.ops.library import once_differentiable
+from liger_fx.ops.library import once_differentiable, require_fit
 from liger_fx.ops.token_loss import TokenLoss, loss_dtype
 
 
@@ -75,6 +75,7 @@ def _(
     input, weight, bias, target, ignore_index, label_smoothing, softcap,
     input_grad, weight_grad, bias_grad, chunk_tokens, accum_dtype, skip_ignored,
 ):  # fmt: skip
+    require_fit(input, "cross_entropy")
     kept = kept_dtype(weight.dtype)
     return (
         input.new_empty((), dtype=loss_dtype(input.dtype)),

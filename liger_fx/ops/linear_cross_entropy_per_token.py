@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from liger_fx.ops.chunked_head import Head, Wanted, run
-from liger_fx.ops.library import once_differentiable
+from liger_fx.ops.library import once_differentiable, require_fit
 from liger_fx.ops.token_loss import TokenLoss, loss_dtype
 
 
@@ -63,6 +63,7 @@ def _(
     input, weight, bias, target, ignore_index, label_smoothing, softcap, temperature,
     chunk_tokens, accum_dtype, skip_ignored, entropy=False,
 ):  # fmt: skip
+    require_fit(input, "cross_entropy")
     shape = (2, *target.shape) if entropy else target.shape
     return input.new_empty(shape, dtype=loss_dtype(input.dtype))
 
