@@ -18,31 +18,15 @@ all layers of a step.
 
 from __future__ import annotations
 
-import argparse
-import functools
-import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common import (
-    GIB,
-    Column,
-    Panel,
-    Row,
-    add_outputs,
-    draw,
-    lap_times,
-    markdown,
-    padding,
-    peak_bytes,
-    print_header,
-    progress,
-    reason,
-    reset_peak,
-    write_json,
-)
+from _harness import Args, Benchmark, compared, options, several
+from _measure import lap_times, padding, reason, run_laps
+from _output import Panel, Row, columns
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -116,7 +100,7 @@ def attend(arm: str, mask: Masked, scale: float, grouped: int) -> Callable[..., 
     )
 
 
-def measure(shape: tuple[int, ...], args: argparse.Namespace) -> Iterator[Row]:
+def measure(shape: tuple[int, ...], args: Args) -> Iterator[Row]:
     batch, size, heads, keys, elements = shape
 
     def randn(n: int) -> Tensor:  # [b, h, s, d], in memory as [b, s, h, d]
@@ -128,96 +112,52 @@ def measure(shape: tuple[int, ...], args: argparse.Namespace) -> Iterator[Row]:
         mask, upstream = Masked(name, batch, size, args.device), randn(heads)
         if name.endswith("no gradient"):
             upstream = upstream * mask.valid[:, None, :, None]
-        plan = mask.plan if mask.plan()[0] is not None else None
-        plan_ms = plan and statistics.median(lap_times(plan, args.device, args.laps))
+        planned = mask.plan()[0] is not None
+        plan_ms = run_laps(mask.plan, args.device, args.laps).ms if planned else None
         for arm in args.arms:
-            row: Row = {"shape": shape, "mask": name, "arm": arm}
+            row: Row = {"shape": " x ".join(map(str, shape)), "mask": name, "arm": arm}
             try:
                 function = attend(arm, mask, elements**-0.5, heads // keys)
-                yield (
-                    row
-                    | _timed(function, inputs, upstream, args)
-                    | {"plan_ms": plan_ms if arm == "liger_fx" else None}
-                )
+                call = partial(forward_and_backward, function, inputs, upstream)
+                lap_times(call, args.device, 3)
+                laps = run_laps(call, args.device, args.laps)
+                row |= {"ms": laps.ms, "extra_gib": laps.extra_gib}
+                row |= {"plan_ms": plan_ms if arm == "liger_fx" else None}
             except Exception as error:
-                yield row | {"error": reason(error)}
+                row |= {"error": reason(error)}
+            yield row
             torch._dynamo.reset()
 
 
-def _timed(
-    function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor, args: Any
-) -> Row:
-    call = functools.partial(lambda: torch.autograd.grad(function(*inputs), inputs, upstream))
-    lap_times(call, args.device, 3)
-    before = torch.cuda.memory_allocated(args.device) if args.device.type == "cuda" else 0
-    reset_peak(args.device)
-    ms = statistics.median(lap_times(call, args.device, args.laps))
-    peak = peak_bytes(args.device)
-    return {"ms": ms, "extra_gib": peak and (peak - before) / GIB}
+def forward_and_backward(
+    function: Callable[..., Tensor], inputs: list[Tensor], upstream: Tensor
+) -> object:
+    return torch.autograd.grad(function(*inputs), inputs, upstream)
 
 
-def compared(rows: list[Row]) -> list[Row]:
-    dense = {(r["shape"], r["mask"]): r["ms"] for r in rows if r["arm"] == "dense" and "ms" in r}
-    found = []
-    for row in rows:
-        base = dense.get((row["shape"], row["mask"]))
-        shown = " x ".join(map(str, row["shape"]))
-        speed = base / row["ms"] if base and "ms" in row else None
-        found.append(row | {"shape": shown, "speed": speed})
-    return found
-
-
-COLUMNS = [
-    Column("shape", "shape"),
-    Column("mask", "mask"),
-    Column("arm", "arm"),
-    Column("ms", "ms", ".2f"),
-    Column("speed of dense", "speed", ".2f"),
-    Column("extra GiB", "extra_gib", ".2f"),
-    Column("plan ms", "plan_ms", ".2f"),
-]
-
-
-def panels(rows: list[Row], args: argparse.Namespace) -> list[Panel]:
-    shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    found = {(row["shape"], row["mask"], row["arm"]): row.get("ms") for row in rows}
-    return [
-        Panel(
-            f"{shape}: ms",
-            list(args.masks),
-            {arm: [found.get((shape, mask, arm)) for mask in args.masks] for arm in args.arms},
-            ".2f",
-        )
-        for shape in shapes
-    ]
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--shape", type=int, nargs=5, action="append", help="see above")
-    parser.add_argument("--masks", choices=MASKS, nargs="+", default=list(MASKS))
-    parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS))
-    parser.add_argument("--laps", type=int, default=15)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    add_outputs(parser)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    header = print_header(args.device)
-    rows: list[Row] = []
-    for shape in map(tuple, args.shape or SHAPES):
+def run(args: Args) -> Iterator[list[Row]]:
+    for shape in args.shape or SHAPES:
         for row in measure(shape, args):
-            rows.append(row)
-            progress(str(row))
-    rows = compared(rows)
-    print(markdown(rows, COLUMNS))
-    write_json(args.json, rows, header)
-    draw(args.picture, "Attention, forward and backward", panels(rows, args), header)
+            yield [row]
 
+
+BENCHMARK = Benchmark(
+    options(
+        __doc__,
+        shape={"type": int, "nargs": 5, "action": "append", "help": "see above"},
+        masks=several(MASKS),
+        arms=several(ARMS),
+        laps=15,
+    ),
+    run,
+    columns=columns(
+        "shape {shape} | mask {mask} | arm {arm} | ms {ms:.2f} | speed of dense {speed:.2f} |"
+        " extra GiB {extra_gib:.2f} | plan ms {plan_ms:.2f}"
+    ),
+    finish=lambda rows, args: compared(rows, "dense", ["shape", "mask"], speed="1/ms"),
+    title="Attention, forward and backward",
+    panels=[Panel("ms", "ms", "{mask}", ".2f", title="{shape}")],
+)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

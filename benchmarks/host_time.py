@@ -10,26 +10,24 @@ Triton's own launch.
 
 from __future__ import annotations
 
-import argparse
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _common import Column, Panel, Row, add_outputs, draw, markdown, print_header, write_json
+from _harness import Args, Benchmark, options
+from _output import Column, Panel, Row
+from triton.runtime.jit import JITFunction
 
 from liger_fx import ops
 from liger_fx.ops.library import launchers, liger_module
 
 ROWS, COLUMNS = 8, 64  # small: the device must keep up with the host
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-TABLE = [
-    Column("op", "op"),
-    Column("forward, compiled µs", "forward", ".1f"),
-    Column("backward, compiled µs", "backward", ".1f"),
-    Column("forward, eager µs", "eager", ".1f"),
-]
+TIMES = {
+    "forward, compiled µs": "forward",
+    "backward, compiled µs": "backward",
+    "forward, eager µs": "eager",
+}
 
 
 class NoKernels:
@@ -48,7 +46,8 @@ class NoKernels:
 
 
 def without_kernels() -> torch.library.Library:
-    """Let the launchers run on a CPU, on `NoKernels`."""
+    """Let the launchers run on a CPU, on `NoKernels`; our own kernels do nothing either."""
+    JITFunction.run = lambda *args, **kwargs: None
     library = torch.library.Library("liger_fx", "IMPL")
     for name, launch in launchers.items():
         if not name.startswith("cross_entropy"):  # its launcher does arithmetic of its own
@@ -66,40 +65,25 @@ def microseconds(call: Callable[[], object], calls: int = 200, repeats: int = 10
     return min(timeit.repeat(call, number=calls, repeat=repeats)) / calls * 1e6
 
 
-def cases() -> dict[str, tuple[Any, tuple[Any, ...], str, tuple[Any, ...]]]:
-    """By op: the differentiable op and its arguments, its backward kernel and the arguments."""
+def cases(device: torch.device) -> dict[str, tuple[tuple[Any, ...], str, tuple[Any, ...]]]:
+    """By op: its arguments, its backward kernel and the arguments of that."""
 
     def rows(*shape: int) -> torch.Tensor:
-        return torch.randn(*(shape or (ROWS, COLUMNS)), device=DEVICE)
+        return torch.randn(*(shape or (ROWS, COLUMNS)), device=device)
 
     x, weight, rstd = rows(), rows(COLUMNS), rows(ROWS)
     heads, angles = rows(1, 4, 2, 16), rows(1, 4, 8, 2)
     cos = rows(1, 4, 16)
-    literals = (1e-6, 0.0, "gemma")
+    norm, saved = (weight, 1e-6, 0.0, "gemma"), (weight, rstd, 0.0, "gemma", True)
+    layer, saved_layer = (weight, weight, 1e-6), (weight, rstd, rstd, True)
     return {
-        "rms_norm": (
-            ops.rms_norm,
-            (x, weight, *literals),
-            "rms_norm_backward",
-            (x, x, weight, rstd, 0.0, "gemma", True),
-        ),
-        "add_rms_norm": (
-            ops.add_rms_norm,
-            (x, x, weight, *literals),
-            "add_rms_norm_backward",
-            (x, x, x, weight, rstd, 0.0, "gemma", True),
-        ),
-        "layer_norm": (
-            ops.layer_norm,
-            (x, weight, weight, 1e-6),
-            "layer_norm_backward",
-            (x, x, weight, rstd, rstd, True),
-        ),
-        "swiglu": (ops.swiglu, (x, x), "swiglu_backward_", (x, rows(), x)),
-        "geglu": (ops.geglu, (x, x), "geglu_backward_", (x, rows(), x)),
-        "rope": (ops.rope, (heads, cos, cos, False), "rope_forward", (heads, cos, cos, True)),
+        "rms_norm": ((x, *norm), "rms_norm_backward", (x, x, *saved)),
+        "add_rms_norm": ((x, x, *norm), "add_rms_norm_backward", (x, x, x, *saved)),
+        "layer_norm": ((x, *layer), "layer_norm_backward", (x, x, *saved_layer)),
+        "swiglu": ((x, x), "swiglu_backward_", (x, rows(), x)),
+        "geglu": ((x, x), "geglu_backward_", (x, rows(), x)),
+        "rope": ((heads, cos, cos, False), "rope_forward", (heads, cos, cos, True)),
         "rope_interleaved": (
-            ops.rope_interleaved,
             (heads, angles, False),
             "rope_interleaved_forward",
             (heads, angles, True),
@@ -107,8 +91,8 @@ def cases() -> dict[str, tuple[Any, tuple[Any, ...], str, tuple[Any, ...]]]:
     }
 
 
-def measure(name: str, op: Any, arguments: tuple[Any, ...], back: str, given: Any) -> Row:
-    forward = getattr(torch.ops.liger_fx, f"{name}_forward").default
+def measure(name: str, arguments: tuple[Any, ...], back: str, given: tuple[Any, ...]) -> Row:
+    op, forward = getattr(ops, name), getattr(torch.ops.liger_fx, f"{name}_forward").default
     backward = getattr(torch.ops.liger_fx, back).default
     trained = (arguments[0].clone().requires_grad_(), *arguments[1:])
     with torch.no_grad():
@@ -120,33 +104,22 @@ def measure(name: str, op: Any, arguments: tuple[Any, ...], back: str, given: An
     return row | {"eager": microseconds(lambda: op(*trained))}
 
 
-def panels(rows: list[Row]) -> list[Panel]:
-    titles = {column.title: column.key for column in TABLE[1:]}
-    series = {title: [row[key] for row in rows] for title, key in titles.items()}
-    return [Panel("µs of the host's, a call", [row["op"] for row in rows], series)]
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_outputs(parser)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    header = print_header(torch.device(DEVICE))
+def run(args: Args) -> Iterator[list[Row]]:
     # Held until the end: a library takes its implementations with it.
-    library = None if DEVICE == "cuda" else without_kernels()
-    what = f"One call, on {DEVICE}" + (", kernels left out" if library else "")
-    print(f"\n{what}")
-    rows = [measure(name, *case) for name, case in cases().items()]
-    print(markdown(rows, TABLE))
-    write_json(args.json, rows, header)
-    draw(args.picture, what, panels(rows), header)
+    library = None if args.device.type == "cuda" else without_kernels()
+    print(f"\nOne call, on {args.device}" + (", kernels left out" if library else ""))
+    for name, case in cases(args.device).items():
+        yield [measure(name, *case)]
 
+
+BENCHMARK = Benchmark(
+    options(__doc__, device="cuda" if torch.cuda.is_available() else "cpu"),
+    run,
+    columns=[Column("op", "op"), *(Column(title, key, ".1f") for title, key in TIMES.items())],
+    title="One call, on {device}",
+    panels=[Panel("µs of the host's, a call", TIMES, "{op}", series="{key}")],
+)
 
 if __name__ == "__main__":
     assert liger_module("utils"), "Liger cannot be imported"
-    main()
+    BENCHMARK.main()

@@ -28,124 +28,61 @@ and its compile time is not known.
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
+from typing import Any
 
+import _steps as steps
 import torch
-from _common import (
-    IGNORE,
-    Child,
-    Column,
-    Panel,
-    Row,
-    add_outputs,
-    caches_in,
-    draw,
-    labels_like,
-    markdown,
-    needs_cuda,
-    padding,
-    print_header,
-    progress,
-    run_arm,
-    seconds,
-    write_json,
-)
+from _harness import Args, Benchmark, options, several, side_by_side, with_caches
+from _measure import IGNORE, labels_like, needs_cuda, padding, seconds
+from _output import Row, columns
+from _steps import LossStep
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
-from training_step import LossStep, compared, rewrites, time_and_memory, training_step
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    PreTrainedConfig,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
 # What the models' config.json say. Trainer turns the cache off.
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama3_2_1b": LlamaConfig(
-        vocab_size=128_256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=131_072,
-        rms_norm_eps=1e-5,
-        rope_parameters={
-            "rope_type": "llama3",
-            "rope_theta": 500_000.0,
-            "factor": 32.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        tie_word_embeddings=True,
-        use_cache=False,
-    ),
-    "qwen3_0_6b": Qwen3Config(
-        vocab_size=151_936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40_960,
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        tie_word_embeddings=True,
-        use_cache=False,
-    ),
-    "gemma3_1b": Gemma3TextConfig(
-        vocab_size=262_144,
-        hidden_size=1152,
-        intermediate_size=6912,
-        num_hidden_layers=26,  # every sixth of them with full attention
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=256,
-        query_pre_attn_scalar=256,
-        max_position_embeddings=32_768,
-        sliding_window=512,
-        rms_norm_eps=1e-6,
-        rope_parameters={
-            "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-        },
-        tie_word_embeddings=True,
-        use_cache=False,
-    ),
-    "tiny": LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        use_cache=False,
-    ),
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")
+SIZES += ("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+
+
+def config(of: Callable[..., Any], *sizes: int, **others: Any) -> Any:
+    always = dict(rms_norm_eps=1e-6, tie_word_embeddings=True, use_cache=False)
+    return of(**dict(zip(SIZES, sizes, strict=True)) | always | others)
+
+
+def angles(theta: float, kind: str = "default", **others: Any) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": theta} | others
+
+
+LONGER = dict(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LONGER |= dict(original_max_position_embeddings=8192)
+LLAMA = dict(rms_norm_eps=1e-5, rope_parameters=angles(500_000.0, "llama3", **LONGER))
+QWEN = dict(rope_parameters=angles(1_000_000.0))
+GEMMA = dict(query_pre_attn_scalar=256, sliding_window=512)  # every sixth layer without a window
+GEMMA |= dict(
+    rope_parameters=dict(full_attention=angles(1_000_000.0), sliding_attention=angles(10_000.0))
+)
+CONFIGS = {
+    "llama3_2_1b": config(LlamaConfig, 128_256, 2048, 8192, 16, 32, 8, 64, 131_072, **LLAMA),
+    "qwen3_0_6b": config(Qwen3Config, 151_936, 1024, 3072, 28, 16, 8, 128, 40_960, **QWEN),
+    "gemma3_1b": config(Gemma3TextConfig, 262_144, 1152, 6912, 26, 4, 1, 256, 32_768, **GEMMA),
+    "tiny": config(LlamaConfig, 512, 64, 128, 2, 4, 2, 16, 2048),
 }
 
 
 # -- arms ------------------------------------------------------------------------------------------
 
 
-def eager(model: nn.Module, args: argparse.Namespace) -> LossStep:
+def eager(model: nn.Module, args: Args) -> LossStep:
     given = collated(args)
     return lambda tokens, labels: model(input_ids=tokens, labels=labels, **given).loss
 
 
-def collated(args: argparse.Namespace) -> dict[str, Tensor]:
+def collated(args: Args) -> dict[str, Tensor]:
     """What a collator gives beside tokens and labels: [batch, seq], int64."""
     tokens = torch.empty(args.batch, args.seq, dtype=torch.int64)
     if args.padded is not None:
@@ -157,16 +94,16 @@ def collated(args: argparse.Namespace) -> dict[str, Tensor]:
     return {"position_ids": torch.cat(documents)[: args.seq].expand_as(tokens).to(args.device)}
 
 
-def compiled_model(backend: str, model: nn.Module, args: argparse.Namespace) -> LossStep:
+def compiled_model(backend: str, model: nn.Module, args: Args) -> LossStep:
     model.compile(backend=backend)
     return eager(model, args)
 
 
-def compiled_loss(backend: str, model: nn.Module, args: argparse.Namespace) -> LossStep:
+def compiled_loss(backend: str, model: nn.Module, args: Args) -> LossStep:
     return torch.compile(eager(model, args), backend=backend)
 
 
-def liger(model: nn.Module, args: argparse.Namespace) -> LossStep:
+def liger(model: nn.Module, args: Args) -> LossStep:
     needs_cuda(args.device, "Liger's patch")
     from liger_kernel.transformers import monkey_patch
 
@@ -174,12 +111,12 @@ def liger(model: nn.Module, args: argparse.Namespace) -> LossStep:
     return eager(model, args)
 
 
-def liger_compiled(model: nn.Module, args: argparse.Namespace) -> LossStep:
+def liger_compiled(model: nn.Module, args: Args) -> LossStep:
     liger(model, args)
     return compiled_model("inductor", model, args)
 
 
-ARMS: dict[str, Callable[[nn.Module, argparse.Namespace], LossStep]] = {
+ARMS: dict[str, Callable[[nn.Module, Args], LossStep]] = {
     "eager": eager,
     "liger": liger,
     "liger_compiled": liger_compiled,
@@ -194,7 +131,7 @@ UNCOMPILED = ("eager", "liger")
 # -- the process of an arm -------------------------------------------------------------------------
 
 
-def build_model(args: argparse.Namespace) -> nn.Module:
+def build_model(args: Args) -> nn.Module:
     torch.manual_seed(0)
     with args.device:
         model = AutoModelForCausalLM.from_config(CONFIGS[args.model], dtype=torch.bfloat16)
@@ -215,12 +152,12 @@ def compile_step(
         model.zero_grad(set_to_none=True)
 
 
-def measure(args: argparse.Namespace) -> Iterator[Row]:
+def measure(args: Args) -> Iterator[Row]:
     """A first row when all is compiled; after a line from the parent a row for each share."""
     model = build_model(args)
     step = ARMS[args.arm](model, args)
     initial = [parameter.detach().to("cpu", copy=True) for parameter in model.parameters()]
-    tokens = torch.randint(CONFIGS[args.model].vocab_size, (args.batch, args.seq)).to(args.device)
+    tokens = steps.random_tokens(CONFIGS[args.model].vocab_size, args)
     first = None
     if args.arm not in UNCOMPILED:
         labels = labels_like(tokens, args.ignored[0], args.seq)
@@ -233,15 +170,14 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
         with torch.no_grad():
             for parameter, value in zip(model.parameters(), initial, strict=True):
                 parameter.copy_(value)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, fused=True)
+        optimizer = steps.adamw(model, args)
         labels = labels_like(tokens, ignored, args.seq)
         if args.padded:
             labels = labels.masked_fill(padding(tokens, args.padded), IGNORE)
-        train = partial(training_step(step, optimizer), tokens, labels)
+        train = partial(steps.training_step(step, optimizer), tokens, labels)
         losses = [train().item() for _ in range(args.warmup)]
-        row = time_and_memory(train, tokens.numel(), args)
+        row = steps.time_and_memory(train, tokens.numel(), args)
         yield {
-            "model": args.model,
             "checkpoint": args.checkpoint,
             "ignored": ignored,
             "padded": args.padded,
@@ -250,127 +186,52 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
             "compile_s": first and first - row["ms"] / 1e3,
             "graphs": counters["stats"]["unique_graphs"],
             "losses": losses,
-            "rewrites": rewrites(),
+            "rewrites": steps.rewrites(),
         }
         first = None  # later shares compile nothing
 
 
 # -- all arms --------------------------------------------------------------------------------------
 
-COLUMNS = [
-    Column("model", "model"),
-    Column("ignored", "ignored", ".0%"),
-    Column("arm", "arm"),
-    Column("ms", "ms", ".1f"),
-    Column("tokens/s", "tokens_per_s", ",.0f"),
-    Column("speed of baseline's", "speed", ".3f"),
-    Column("peak GiB", "peak_gib", ".2f"),
-    Column("memory of baseline's", "memory", ".3f"),
-    Column("cold compile s", "compile_s", ".1f"),
-    Column("graphs", "graphs", "d"),
-    Column("losses", "shown_losses"),
-    Column("rewrites", "rewrites"),
-]
 
-
-def arms_of(model: str, args: argparse.Namespace) -> Iterator[list[Row]]:
-    """The rows of each arm, as it is timed."""
-    children = {arm: Child(arm, "--model", model, "--arm", arm) for arm in args.arms}
-    with tempfile.TemporaryDirectory() as caches:
-
-        def compile_arm(arm: str) -> None:
-            children[arm].compile(os.environ | caches_in(Path(caches, arm)), args.jobs)
-
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(compile_arm, args.arms))
-        for child in children.values():
-            yield [{"model": model} | row for row in child.time()]
-
-
-def shown(row: Row) -> Row:
-    """``row``, as the table shows it."""
-    if "error" in row:
-        return row | {"error": f"{row['model']}: {row['error']}"}
-    return row | {"shown_losses": ", ".join(f"{loss:.4f}" for loss in row["losses"])}
-
-
-def brief(row: Row) -> str:
-    cells = [row["model"], row["arm"]]
-    if "error" in row:
-        return ", ".join([*cells, row["error"]])
-    cells += [f"{row['ignored']:.0%} ignored", f"{row['ms']:.1f} ms"]
-    if row["peak_gib"] is not None:
-        cells.append(f"{row['peak_gib']:.2f} GiB")
-    return f"{', '.join(cells)}, losses {shown(row)['shown_losses']}"
-
-
-def panels(rows: list[Row], args: argparse.Namespace) -> list[Panel]:
-    found = {(row["model"], row["arm"], row.get("ignored")): row for row in rows}
-    groups = [(model, share) for model in args.models for share in args.ignored]
-    return [
-        Panel(
-            axis,
-            [f"{model}, {share:.0%} ignored" for model, share in groups],
-            {
-                arm: [found.get((model, arm, share), {}).get(key) for model, share in groups]
-                for arm in args.arms
-            },
-            numbers,
-        )
-        for axis, key, numbers in (
-            ("ms a step", "ms", ",.1f"),
-            ("GiB allocated at most", "peak_gib", ".2f"),
-        )
-    ]
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    real = [name for name in CONFIGS if name != "tiny"]
-    parser.add_argument("--models", choices=CONFIGS, nargs="+", default=real)
-    parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS))
-    parser.add_argument("--baseline", choices=ARMS, default="eager", help="what speeds are of")
-    parser.add_argument("--batch", type=int, default=8, help="sequences")
-    parser.add_argument("--seq", type=int, default=2048)
-    parser.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--ignored", type=float, nargs="+", default=[0.0], help="shares of labels")
-    data = parser.add_mutually_exclusive_group()
-    data.add_argument("--padded", type=float, help="share of the tokens that are padding")
-    data.add_argument("--packed", type=int, help="tokens of a document, in the mean")
-    parser.add_argument("--jobs", type=int, default=3, help="arms that compile at a time")
-    parser.add_argument("--warmup", type=int, default=3, help="steps, those with a loss")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    add_outputs(parser)
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
-    parser.add_argument("--model", choices=CONFIGS, help=argparse.SUPPRESS)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    if args.arm:
-        return run_arm(partial(measure, args))
-    header = print_header(args.device, "transformers")
-    rows: list[Row] = []
+def run(args: Args) -> Iterator[list[Row]]:
     for model in args.models:
-        of_model: list[Row] = []
-        for measured in arms_of(model, args):
-            of_model += measured
-            write_json(
-                args.json, rows + of_model, header
-            )  # a run that is cut off keeps what it has
-            progress("\n".join(brief(row) for row in measured))
-        rows += compared(of_model, args.baseline)
-    print(markdown([shown(row) for row in rows], COLUMNS))
-    write_json(args.json, rows, header)
-    checkpointing = "checkpointed" if args.checkpoint else "no checkpointing"
-    title = f"A training step of Hugging Face models, {args.batch} x {args.seq}, {checkpointing}"
-    draw(args.picture, title, panels(rows, args), header)
+        cases = [{"model": model, "arm": arm} for arm in args.arms]
+        with tempfile.TemporaryDirectory() as caches:
+            yield from side_by_side(
+                cases, args.jobs, lambda case: with_caches(f"{caches}/{case['arm']}")
+            )
 
+
+OPTIONS = options(
+    __doc__,
+    models=several(CONFIGS, [name for name in CONFIGS if name != "tiny"]),
+    arms=several(ARMS),
+    baseline={"choices": ARMS, "default": "eager", "help": "what speeds are of"},
+    batch=8,
+    seq=2048,
+    jobs=3,
+    **steps.STEP,
+)
+DATA = OPTIONS.add_mutually_exclusive_group()
+DATA.add_argument("--padded", type=float, help="share of the tokens that are padding")
+DATA.add_argument("--packed", type=int, help="tokens of a document, in the mean")
+
+BENCHMARK = Benchmark(
+    OPTIONS,
+    run,
+    measure=measure,
+    columns=columns(
+        "model {model} | ignored {ignored:.0%} | arm {arm} | "
+        + steps.COLUMNS
+        + "cold compile s {compile_s:.1f} | graphs {graphs:d} | losses {losses:.4f} |"
+        " rewrites {rewrites}"
+    ),
+    finish=lambda rows, args: steps.compared_steps(rows, args.baseline, ["model", "ignored"]),
+    title="A training step of Hugging Face models, {batch} x {seq}, checkpoints: {checkpoint}",
+    panels=steps.panels("{model}, {ignored:.0%} ignored"),
+    packages=["transformers"],
+)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

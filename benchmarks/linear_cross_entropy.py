@@ -16,35 +16,17 @@ plain Inductor's, at any share of ignored labels. An arm compiles a shape once f
 
 from __future__ import annotations
 
-import argparse
 import gc
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from _common import (
-    GIB,
-    IGNORE,
-    Column,
-    Panel,
-    Row,
-    Unavailable,
-    add_outputs,
-    draw,
-    labels_like,
-    lap_times,
-    markdown,
-    needs_cuda,
-    peak_bytes,
-    print_header,
-    progress,
-    reason,
-    reset_peak,
-    write_json,
-)
+from _harness import Args, Benchmark, compared, options, several
+from _measure import GIB, IGNORE, Unavailable, labels_like, lap_times, needs_cuda, reason, run_laps
+from _output import Panel, Row, columns, failures, markdown
 from torch import Tensor, nn
 from torch._inductor import metrics
 
@@ -165,13 +147,6 @@ class Shape(NamedTuple):
     hidden: int
     vocabulary: int
 
-    def __str__(self) -> str:
-        return f"{self.tokens:,} x {self.hidden:,} x {self.vocabulary:,}"
-
-
-def shape_of(row: Row) -> Shape:
-    return Shape(row["tokens"], row["hidden"], row["vocabulary"])
-
 
 HEADS = [(896, 151936), (2048, 128256), (2304, 256000), (4096, 128256)]
 GRID = [Shape(tokens, *head) for tokens in (4096, 16384, 65536) for head in HEADS]
@@ -220,17 +195,10 @@ def measure_time(head: Head, inputs: Inputs, warmup: int, most: int) -> Row:
     device = inputs.hidden.device
     call = partial(loss_and_gradients, head, inputs)
     *_, lap = lap_times(call, device, warmup)
-    laps = min(most, max(LEAST_LAPS, round(ENOUGH_MS / lap)))
-    reset_peak(device)
-    allocated = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-    times = lap_times(call, device, laps)
-    peak = peak_bytes(device)
-    gradients = sum(x.nbytes for x in inputs[:2])
-    return {
-        "ms": statistics.median(times),
-        "times": times,
-        "extra_gib": None if peak is None else (peak - allocated - gradients) / GIB,
-    }
+    laps = run_laps(call, device, min(most, max(LEAST_LAPS, round(ENOUGH_MS / lap))))
+    gradients = sum(x.nbytes for x in inputs[:2]) / GIB
+    extra = None if laps.extra_gib is None else laps.extra_gib - gradients
+    return {"ms": laps.ms, "times": laps.times, "extra_gib": extra}
 
 
 def measure_error(head: Head, inputs: Inputs, reference: Result) -> Row:
@@ -242,24 +210,20 @@ def measure_error(head: Head, inputs: Inputs, reference: Result) -> Row:
     }
 
 
-def floors(shape: Shape, ignored: float, tflops: float) -> Row:
-    floor = 6 * shape.tokens * shape.hidden * shape.vocabulary / tflops / 1e9
-    return {"floor_ms": floor, "valid_floor_ms": floor * (1 - ignored)}
-
-
-def time_rows(shape: Shape, args: argparse.Namespace) -> Iterator[list[Row]]:
+def time_rows(shape: Shape, args: Args) -> Iterator[list[Row]]:
     """The rows of one arm after the other, a row for each share of ignored labels."""
     inputs = Inputs.random(shape, args.device)
+    floor = 6 * shape.tokens * shape.hidden * shape.vocabulary / args.tflops / 1e9
 
     def measure(head: Head, share: float) -> Row:
         warmup = args.warmup if share == args.ignored[0] else 1  # the first one compiles
         row = measure_time(head, inputs.ignoring(share), warmup, args.steps)
-        return row | floors(shape, share, args.tflops)
+        return row | {"floor_ms": floor, "valid_floor_ms": floor * (1 - share)}
 
     return arm_rows(shape, args, measure)
 
 
-def error_rows(shape: Shape, args: argparse.Namespace) -> Iterator[list[Row]]:
+def error_rows(shape: Shape, args: Args) -> Iterator[list[Row]]:
     inputs = Inputs.random(shape, args.device)
     wide = inputs.double()
     references = {s: loss_and_gradients(exact, wide.ignoring(s)) for s in args.ignored}
@@ -273,12 +237,10 @@ def error_rows(shape: Shape, args: argparse.Namespace) -> Iterator[list[Row]]:
 
 
 def arm_rows(
-    shape: Shape, args: argparse.Namespace, measure: Callable[[Head, float], Row]
+    shape: Shape, args: Args, measure: Callable[[Head, float], Row]
 ) -> Iterator[list[Row]]:
     for arm in args.arms:
         rows = attempt_arm(arm, args, measure)
-        outcomes = dict.fromkeys(row.get("error", "done") for row in rows)
-        progress(f"{shape}, {arm}: {', '.join(outcomes)}")
         place = {"arm": arm} | shape._asdict()
         yield [place | {"ignored": s} | row for s, row in zip(args.ignored, rows, strict=True)]
         torch.compiler.reset()
@@ -290,9 +252,7 @@ def free_memory() -> None:
     torch.cuda.empty_cache()  # does nothing without a GPU
 
 
-def attempt_arm(
-    arm: str, args: argparse.Namespace, measure: Callable[[Head, float], Row]
-) -> list[Row]:
+def attempt_arm(arm: str, args: Args, measure: Callable[[Head, float], Row]) -> list[Row]:
     try:
         head = ARMS[arm](args.device)
         rows = [attempt(partial(measure, head, share)) for share in args.ignored]
@@ -311,241 +271,138 @@ def attempt(measure: Callable[[], Row]) -> Row:
         return {"error": reason(error)}
 
 
-# -- tables ----------------------------------------------------------------------------------------
+def run(args: Args) -> Iterator[list[Row]]:
+    """Of the grid errors come first, then times, which say whether their arm is exact."""
+    args.ignored = args.ignored or ([0.0, 0.5, 0.8] if args.grid else [0.0, 0.5])
 
-CELL = [
-    Column("N", "tokens", "d"),
-    Column("H", "hidden", "d"),
-    Column("V", "vocabulary", "d"),
-    Column("ignored", "ignored", ".0%"),
-]
-TIMES = [
-    *CELL,
-    Column("arm", "arm"),
-    Column("ms", "ms", ".1f"),
-    Column("floor ms", "floor_ms", ".1f"),
-    Column("floor ms, valid tokens only", "valid_floor_ms", ".1f"),
-    Column("extra GiB", "extra_gib", ".2f"),
-]
-ERRORS = [
-    *CELL,
-    Column("arm", "arm"),
-    Column("loss", "loss_error", ".2e"),
-    Column("dX", "hidden_error", ".2e"),
-    Column("dW", "weight_error", ".2e"),
-    Column("loss, of eager's", "loss_ratio", ".3f"),
-    Column("dX, of eager's", "hidden_ratio", ".3f"),
-    Column("dW, of eager's", "weight_ratio", ".3f"),
-]
-SUMMARY = [
-    *CELL,
-    Column("fastest exact peer", "peer"),
-    Column("its ms", "peer_ms", ".1f"),
-    Column("liger_fx ms", "ms", ".1f"),
-    Column("speed of the peer's", "speed", ".3f"),
-    Column("its extra GiB", "peer_extra_gib", ".2f"),
-    Column("liger_fx extra GiB", "extra_gib", ".2f"),
-]
+    def shapes(otherwise: Sequence[Shape]) -> Sequence[Shape]:
+        return [Shape(*args.shape)] if args.shape else otherwise
 
-TITLE = "Linear and cross-entropy, forward and backward, N x H x V"
-DRAWN = [
-    Column("ms", "ms", ",.1f"),
-    Column("extra GiB over inputs and gradients", "extra_gib", ".2f"),
-]
-DRAWN_ERRORS = [
-    Column("error of dX, of eager's", "hidden_ratio", ".2f"),
-    Column("error of dW, of eager's", "weight_ratio", ".2f"),
-]
+    qualified: set[str] = set()
+    if args.grid or args.error:
+        (shape,) = shapes([FITS_IN_FP64])
+        errors = []
+        for rows in error_rows(shape, args):
+            errors += rows
+            yield rows
+        qualified = exact_arms(errors)
+    if not args.error:
+        for shape in shapes(GRID if args.grid else TWO):
+            for rows in time_rows(shape, args):
+                grid = {"exact": rows[0]["arm"] in qualified} if args.grid else {}
+                yield [row | grid for row in rows]
 
 
-def by_cell(rows: list[Row]) -> dict[tuple[Any, ...], dict[str, Row]]:
-    """For each shape and share, the row of each arm."""
+# -- comparing -------------------------------------------------------------------------------------
+
+PLACE = columns("N {tokens:d} | H {hidden:d} | V {vocabulary:d} | ignored {ignored:.0%}")
+COLUMNS = PLACE + columns(
+    "arm {arm} | ms {ms:.1f} | floor ms {floor_ms:.1f} |"
+    " floor ms, valid tokens only {valid_floor_ms:.1f} | extra GiB {extra_gib:.2f} |"
+    " loss {loss_error:.2e} | dX {hidden_error:.2e} | dW {weight_error:.2e} |"
+    " loss, of eager's {loss_ratio:.3f} | dX, of eager's {hidden_ratio:.3f} |"
+    " dW, of eager's {weight_ratio:.3f}"
+)
+SUMMARY = PLACE + columns(
+    "fastest exact peer {peer} | its ms {peer_ms:.1f} | liger_fx ms {ms:.1f} |"
+    " speed of the peer's {speed:.3f} | its extra GiB {peer_extra_gib:.2f} |"
+    " liger_fx extra GiB {extra_gib:.2f}"
+)
+PLACE_KEYS = [column.key for column in PLACE]
+
+
+def by_cell(rows: Sequence[Row]) -> list[dict[str, Row]]:
+    """For each shape and share, in order, the row of each arm."""
     cells: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
-        cells.setdefault(tuple(row[c.key] for c in CELL), {})[row["arm"]] = row
-    return dict(sorted(cells.items()))
+        cells.setdefault(tuple(row[key] for key in PLACE_KEYS), {})[row["arm"]] = row
+    return [cell for _, cell in sorted(cells.items())]
 
 
-def with_ratios(rows: list[Row]) -> list[Row]:
-    """Each error over that of the eager arm."""
-    for arms in by_cell(rows).values():
-        for row in arms.values():
-            for name in Result._fields:
-                base = arms.get("eager", {}).get(f"{name}_error")
-                if base and f"{name}_error" in row:
-                    row[f"{name}_ratio"] = row[f"{name}_error"] / base
-    return rows
-
-
-def exact_arms(errors: list[Row]) -> set[str]:
+def exact_arms(errors: Sequence[Row]) -> set[str]:
     """Arms whose gradients are no further from fp64 than plain Inductor's in any cell."""
-    cells = by_cell(errors).values()
-    return {arm for arm in ARMS if cells and all(_as_exact(arm, arms) for arms in cells)}
+
+    def as_exact(arm: str, cell: dict[str, Row]) -> bool:
+        found, plain = cell.get(arm, {}), cell.get(PLAIN, {})
+        keys = ("hidden_error", "weight_error")
+        return all(found.get(key, inf) <= NOISE * plain.get(key, -inf) for key in keys)
+
+    cells = by_cell(errors)
+    return {arm for arm in ARMS if cells and all(as_exact(arm, cell) for cell in cells)}
 
 
-def _as_exact(arm: str, arms: dict[str, Row]) -> bool:
-    keys = ("hidden_error", "weight_error")
-    pairs = [(arms.get(arm, {}).get(key), arms.get(PLAIN, {}).get(key)) for key in keys]
-    return all(None not in pair and pair[0] <= NOISE * pair[1] for pair in pairs)
+def finish(rows: list[Row], args: Args) -> list[Row]:
+    """Errors over those of eager; in the grid rows of liger_fx beside the fastest exact peer."""
+    times = [row for row in rows if "exact" in row]
+    errors = [row for row in rows if "exact" not in row]
+    for cell in by_cell(times):
+        if "ms" in cell.get(OURS, {}):
+            _compare(cell[OURS], [row for row in cell.values() if row["exact"] and "ms" in row])
+    ratios = {f"{name}_ratio": f"{name}_error" for name in Result._fields}
+    return compared(errors, "eager", PLACE_KEYS, **ratios) + times
 
 
-def measured_arms(rows: list[Row]) -> list[str]:
-    return list(dict.fromkeys(row["arm"] for row in rows if "error" not in row))
+def _compare(ours: Row, exact: Sequence[Row]) -> None:
+    peers = [row for row in exact if row is not ours]
+    peer = min(peers, key=lambda row: row["ms"], default={"arm": "no exact peer"})
+    ours["peer"], ours["peer_ms"] = peer["arm"], peer.get("ms")
+    ours["peer_extra_gib"] = peer.get("extra_gib")
+    ours["speed"] = peer["ms"] / ours["ms"] if "ms" in peer else None
 
 
-def side_by_side(rows: list[Row], key: str) -> list[Row]:
-    """A row for each cell, with the arms' values in columns."""
-    return [
-        dict(zip((c.key for c in CELL), cell, strict=True))
-        | {arm: row.get(key) for arm, row in arms.items()}
-        for cell, arms in by_cell(rows).items()
+def text(rows: list[Row], args: Args) -> str:
+    if not args.grid:
+        return markdown(rows, COLUMNS)
+    times = [row for row in rows if "exact" in row]
+    inexact = dict.fromkeys(row["arm"] for row in times if not row["exact"] and "ms" in row)
+    parts = [
+        markdown([row for row in rows if "exact" not in row], COLUMNS),
+        f"Less exact than Inductor: {', '.join(inexact) or 'none'}\n",
+        markdown([row for row in times if row["arm"] == OURS], SUMMARY),
+        *failures(times, COLUMNS),
     ]
+    return "\n".join(parts)
 
 
-def arm_columns(arms: list[str], qualified: set[str], digits: int) -> list[Column]:
-    titles = {arm: arm if arm in qualified else f"({arm})" for arm in arms}
-    return [*CELL, *(Column(titles[arm], arm, f".{digits}f") for arm in arms)]
+SHAPE = "{tokens:,} x {hidden:,} x {vocabulary:,}"
 
 
-def summary(rows: list[Row], qualified: set[str]) -> list[Row]:
-    """Each cell's row of liger_fx, and the fastest exact peer's numbers."""
-    return [
-        arms[OURS] | _compared(arms[OURS], [arms[arm] for arm in arms if arm in qualified - {OURS}])
-        for arms in by_cell(rows).values()
-        if OURS in arms
-    ]
-
-
-def _compared(ours: Row, peers: list[Row]) -> Row:
-    timed = [row for row in peers if "ms" in row]
-    if not timed or "ms" not in ours:
-        return {}
-    peer = min(timed, key=lambda row: row["ms"])
-    return {
-        "peer": peer["arm"],
-        "peer_ms": peer["ms"],
-        "peer_extra_gib": peer["extra_gib"],
-        "speed": peer["ms"] / ours["ms"],
-    }
-
-
-def failures(rows: list[Row]) -> list[str]:
-    """Each reason once, with the cells where it holds, or none where it holds everywhere."""
-    cells: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        if "error" in row:
-            where = f"{shape_of(row)}, {row['ignored']:.0%} ignored"
-            cells.setdefault((row["arm"], row["error"]), []).append(where)
-    everywhere = len(by_cell(rows))
-    return [
-        f"- {arm}: {error}" + ("" if len(where) == everywhere else f" ({'; '.join(where)})")
-        for (arm, error), where in cells.items()
-    ]
-
-
-def print_grid(rows: list[Row], qualified: set[str]) -> None:
-    arms = measured_arms(rows)
-    print("Milliseconds; in parentheses arms whose gradients are less exact than Inductor's\n")
-    print(markdown(side_by_side(rows, "ms"), arm_columns(arms, qualified, 1)))
-    print("GiB over inputs and gradients\n")
-    print(markdown(side_by_side(rows, "extra_gib"), arm_columns(arms, qualified, 2)))
-    print("\n".join(failures(rows)), end="\n\n")
-    print(markdown(summary(rows, qualified), SUMMARY))
-
-
-def speeds(compared: list[Row]) -> list[Panel]:
-    """A panel for each share of ignored labels, with a bar for each shape."""
-    panels = []
-    for share in sorted({row["ignored"] for row in compared}):
-        cells = [row for row in compared if row["ignored"] == share]
-        groups = [f"{shape_of(row)}\n{row.get('peer', 'no exact peer')}" for row in cells]
-        series = {OURS: [row.get("speed") for row in cells]}
+def panels(args: Args) -> list[Panel]:
+    if args.grid:
         axis = "speed, of the fastest exact peer's (named below the shape)"
-        title = f"{share:.0%} of the labels ignored"
-        panels.append(Panel(axis, groups, series, ".2f", reference=1, title=title))
-    return panels
-
-
-def arms_compared(rows: list[Row], columns: list[Column]) -> list[Panel]:
-    """A panel for each column, with a bar for each arm in each cell."""
-    cells = by_cell(rows)
-    groups = [f"{Shape(*cell[:3])}\n{cell[3]:.0%} ignored" for cell in cells]
-    arms = measured_arms(rows)
+        title = "{ignored:.0%} of the labels ignored"
+        return [Panel(axis, "speed", SHAPE + "\n{peer}", ".2f", OURS, title, reference=1)]
+    group = SHAPE + "\n{ignored:.0%} ignored"
     return [
-        Panel(
-            column.title,
-            groups,
-            {arm: [cell[arm].get(column.key) for cell in cells.values()] for arm in arms},
-            column.format,
-        )
-        for column in columns
+        Panel("ms", "ms", group, ",.1f"),
+        Panel("extra GiB over inputs and gradients", "extra_gib", group, ".2f"),
+        Panel("error of dX, of eager's", "hidden_ratio", group, ".2f"),
+        Panel("error of dW, of eager's", "weight_ratio", group, ".2f"),
     ]
 
 
-# -- commands --------------------------------------------------------------------------------------
+OPTIONS = options(
+    __doc__,
+    shape={"type": int, "nargs": 3, "metavar": ("N", "H", "V")},
+    ignored={"type": float, "nargs": "+", "help": "shares of labels"},
+    arms=several(ARMS),
+    warmup={"type": int, "default": 2, "help": "calls, the compiling one included"},
+    steps={"type": int, "default": 10, "help": "at most; fewer of a large shape"},
+    tflops=790.0,
+)
+WHAT = OPTIONS.add_mutually_exclusive_group()
+WHAT.add_argument("--grid", action="store_true", help="36 cells against their fastest peers")
+WHAT.add_argument("--error", action="store_true", help="gradient errors instead of times")
 
-
-def grid(args: argparse.Namespace) -> None:
-    header = print_header(args.device)
-    (shape,) = shapes(args.shape, [FITS_IN_FP64])
-    errors: list[Row] = []
-    for rows in error_rows(shape, args):
-        errors += rows
-        write_json(args.json, errors, header)
-    qualified = exact_arms(errors)
-    times: list[Row] = []
-    for shape in shapes(args.shape, GRID):
-        for rows in time_rows(shape, args):
-            times += [row | {"exact": row["arm"] in qualified} for row in rows]
-            write_json(args.json, errors + times, header)  # the run may be cut off
-    print(markdown(with_ratios(errors), ERRORS))
-    print_grid(times, qualified)
-    write_json(args.json, errors + times, header)
-    draw(args.picture, TITLE, speeds(summary(times, qualified)), header)
-
-
-def table(args: argparse.Namespace) -> None:
-    header = print_header(args.device)
-    measure = error_rows if args.error else time_rows
-    rows: list[Row] = []
-    for shape in shapes(args.shape, [FITS_IN_FP64] if args.error else TWO):
-        for measured in measure(shape, args):
-            rows += measured
-            write_json(args.json, rows, header)
-    rows = with_ratios(rows)
-    print(markdown(rows, ERRORS if args.error else TIMES))
-    write_json(args.json, rows, header)
-    draw(args.picture, TITLE, arms_compared(rows, DRAWN_ERRORS if args.error else DRAWN), header)
-
-
-def shapes(given: list[int] | None, otherwise: list[Shape]) -> list[Shape]:
-    return [Shape(*given)] if given else otherwise
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--grid", action="store_true", help="36 cells against their fastest peers")
-    what.add_argument("--error", action="store_true", help="gradient errors instead of times")
-    parser.add_argument("--shape", type=int, nargs=3, metavar=("N", "H", "V"))
-    parser.add_argument("--ignored", type=float, nargs="+", help="shares of labels")
-    parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS))
-    parser.add_argument("--warmup", type=int, default=2, help="calls, the compiling one included")
-    parser.add_argument("--steps", type=int, default=10, help="at most; fewer of a large shape")
-    parser.add_argument("--tflops", type=float, default=790, help="the device's matrix products")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    add_outputs(parser)
-    args = parser.parse_args()
-    args.ignored = args.ignored or ([0.0, 0.5, 0.8] if args.grid else [0.0, 0.5])
-    return args
-
-
-def main() -> None:
-    args = parse_args()
-    (grid if args.grid else table)(args)
-
+BENCHMARK = Benchmark(
+    OPTIONS,
+    run,
+    columns=COLUMNS,
+    finish=finish,
+    text=text,
+    title="Linear and cross-entropy, forward and backward, N x H x V",
+    panels=panels,
+)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

@@ -14,81 +14,43 @@ run gets no more than that.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
-from _common import (
-    GIB,
-    Column,
-    Panel,
-    Row,
-    add_outputs,
-    draw,
-    in_fresh_process,
-    lap_times,
-    markdown,
-    needs_cuda,
-    peak_bytes,
-    print_header,
-    progress,
-    reset_peak,
-    run_arm,
-    write_json,
-)
-from _llama import SIZES, llama
-from training_step import MODELS, UNBUDGETED, prepare
+from _harness import Args, Benchmark, compared, fresh, options, several
+from _measure import GIB, lap_times, needs_cuda, run_laps
+from _output import Panel, Row, columns, progress
+from _steps import LLAMAS
+from training_step import UNBUDGETED, prepare
 
-BASE = "torchtune"  # what the others are compared with
 SAFE = 0.97  # of the prediction: the allocator cannot use every byte
 MULTIPLE = 256  # tokens
 STRAIGHT = 0.005  # of the highest peak: how far the others may lie off the line
 
-COLUMNS = [
-    Column("arm", "arm"),
-    Column("GiB per 1k tokens", "gib_per_1k", ".4f"),
-    Column("of torchtune's", "slope_ratio", ".3f"),
-    Column("GiB at 0 tokens", "intercept_gib", ".2f"),
-    Column("off by GiB", "off_by_gib", ".2f"),
-    Column("fits, tokens", "predicted", ",d"),
-    Column("of torchtune's", "length_ratio", ".2f"),
-    Column("ran, tokens", "ran", ",d"),
-    Column("peak GiB", "peak_gib", ".2f"),
-    Column("confirmed", "confirmed"),
-]
 
-
-def memory_gib(args: argparse.Namespace) -> float:
-    """What a process may use, of the card's."""
-    if args.gib:
-        return args.gib
+def card_gib(args: Args) -> float:
     needs_cuda(args.device, "the card's memory")
     return torch.cuda.get_device_properties(args.device).total_memory / GIB
 
 
-def measure(args: argparse.Namespace) -> Iterator[Row]:
+def measure(args: Args) -> Iterator[Row]:
     """The peak of a step that has compiled, and has the optimizer's state to keep."""
     needs_cuda(args.device, "counting memory")
     if args.confirming and args.gib:
-        card = torch.cuda.get_device_properties(args.device).total_memory / GIB
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.gib / card))
-    MODELS[args.model] = partial(llama, args.model, max_seq_len=args.seq)  # what `prepare` builds
-    train, tokens = prepare(args)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.gib / card_gib(args)))
+    train, tokens = prepare(args, max_seq_len=args.seq)
     step = partial(train, tokens, tokens)
     lap_times(step, args.device, 1)
-    reset_peak(args.device)
-    (ms,) = lap_times(step, args.device, 1)
-    yield {"seq": args.seq, "ms": ms, "peak_gib": peak_bytes(args.device) / GIB}
+    laps = run_laps(step, args.device, 1)
+    yield {"ms": laps.ms, "peak_gib": laps.peak_gib}
 
 
-def run_length(arm: str, seq: int, *options: str) -> Row:
-    row = in_fresh_process("--arm", arm, "--seq", str(seq), *options)[-1]
-    progress(
-        f"{arm}, {seq:,} tokens: {row.get('error') or format(row['peak_gib'], '.2f') + ' GiB'}"
-    )
+def run_length(arm: str, seq: int, confirming: bool = False) -> Row:
+    row = fresh({"arm": arm, "seq": seq, "confirming": confirming})[-1]
+    progress(f"{arm}, {seq:,} tokens: {row.get('error') or row['peak_gib']}")
     return row
 
 
@@ -107,7 +69,7 @@ def fit(points: list[Row], memory: float) -> Row:
     }
 
 
-def longest(arm: str, points: list[Row], args: argparse.Namespace, memory: float) -> Row:
+def longest(arm: str, points: list[Row], args: Args, memory: float) -> Row:
     row: Row = {"arm": arm, "memory_gib": memory}
     if errors := [point["error"] for point in points if "error" in point]:
         return row | {"error": errors[0]}
@@ -115,72 +77,53 @@ def longest(arm: str, points: list[Row], args: argparse.Namespace, memory: float
     if line["off_by_gib"] > STRAIGHT * max(point["peak_gib"] for point in points):
         why = f"failed: off a line by {line['off_by_gib']:.2f} GiB, take longer lengths"
         return row | {"points": points, "off_by_gib": line["off_by_gib"], "error": why}
-    row |= line
-    return row | confirm(arm, row["predicted"]) if args.confirm else row
+    return row | line | (confirm(arm, line["predicted"]) if args.confirm else {})
 
 
 def confirm(arm: str, predicted: int) -> Row:
     seq = int(SAFE * predicted) // MULTIPLE * MULTIPLE
-    ran = run_length(arm, seq, "--confirming")
+    ran = run_length(arm, seq, confirming=True)
     return {"ran": seq, "peak_gib": ran.get("peak_gib"), "confirmed": ran.get("error", "yes")}
 
 
-def compared(rows: list[Row]) -> list[Row]:
-    """Each row's slope and length over those of the torchtune arm."""
-    base: Row = next((row for row in rows if row["arm"] == BASE and "error" not in row), {})
-    for row in rows:
-        if base and "error" not in row:
-            row["slope_ratio"] = row["gib_per_1k"] / base["gib_per_1k"]
-            row["length_ratio"] = row["predicted"] / base["predicted"]
-    return rows
-
-
-def panels(rows: list[Row]) -> list[Panel]:
-    def series(key: str, scale: float = 1) -> dict[str, list[float | None]]:
-        return {row["arm"]: [row[key] / scale if key in row else None] for row in rows}
-
-    memory = rows[0]["memory_gib"]
-    return [
-        Panel(f"thousand tokens that fit {memory:.0f} GiB", [""], series("predicted", 1000)),
-        Panel("GiB per thousand tokens", [""], series("gib_per_1k"), ".3f"),
-    ]
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    arms = ["torchtune", "liger_by_hand", "liger_fx_recipe"]
-    parser.add_argument("--arms", choices=UNBUDGETED, nargs="+", default=arms)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 65536, 98304])
-    parser.add_argument("--gib", type=float, help="memory to fill; the card's if left out")
-    parser.add_argument("--confirm", action="store_true", help="run 0.97 of the predicted length")
-    parser.add_argument("--jobs", type=int, default=1, help="lengths that run at a time")
-    parser.add_argument("--model", choices=SIZES, default="llama3_2_1b")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    add_outputs(parser)
-    parser.add_argument("--arm", choices=UNBUDGETED, help=argparse.SUPPRESS)
-    parser.add_argument("--seq", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--confirming", action="store_true", help=argparse.SUPPRESS)
-    parser.set_defaults(batch=1, checkpoint=True, lr=1e-4, padded=0.0)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    if args.arm:
-        return run_arm(partial(measure, args))
-    header = print_header(args.device)
-    memory = memory_gib(args)
-    rows: list[Row] = []
+def run(args: Args) -> Iterator[list[Row]]:
+    memory = args.gib or card_gib(args)
     with ThreadPoolExecutor(args.jobs) as pool:
         points = {arm: [pool.submit(run_length, arm, n) for n in args.lengths] for arm in args.arms}
         for arm, running in points.items():
-            rows.append(longest(arm, [point.result() for point in running], args, memory))
-            write_json(args.json, compared(rows), header)  # a run that is cut off keeps what it has
-    print(markdown(rows, COLUMNS))
-    draw(args.picture, f"{args.model}, one sequence", panels(rows), header)
+            yield [longest(arm, [point.result() for point in running], args, memory)]
 
+
+OPTIONS = options(
+    __doc__,
+    arms=several(UNBUDGETED, ["torchtune", "liger_by_hand", "liger_fx_recipe"]),
+    lengths=[32768, 65536, 98304],
+    gib={"type": float, "help": "memory to fill; the card's if left out"},
+    confirm={"action": "store_true", "help": "run 0.97 of the predicted length"},
+    jobs={"type": int, "default": 1, "help": "lengths that run at a time"},
+    model={"choices": LLAMAS, "default": "llama3_2_1b"},
+)
+OPTIONS.set_defaults(batch=1, checkpoint=True, lr=1e-4, padded=0.0)
+
+BENCHMARK = Benchmark(
+    OPTIONS,
+    run,
+    measure=measure,
+    columns=columns(
+        "arm {arm} | GiB per 1k tokens {gib_per_1k:.4f} | of torchtune's {slope_ratio:.3f} |"
+        " GiB at 0 tokens {intercept_gib:.2f} | off by GiB {off_by_gib:.2f} |"
+        " fits, tokens {predicted:,d} | of torchtune's {length_ratio:.2f} | ran, tokens {ran:,d} |"
+        " peak GiB {peak_gib:.2f} | confirmed {confirmed}"
+    ),
+    finish=lambda rows, args: compared(
+        rows, "torchtune", [], slope_ratio="gib_per_1k", length_ratio="predicted"
+    ),
+    title="{model}, one sequence",
+    panels=[
+        Panel("tokens that fit", "predicted", "{memory_gib:.0f} GiB", ",.0f"),
+        Panel("GiB per thousand tokens", "gib_per_1k", "", ".3f"),
+    ],
+)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

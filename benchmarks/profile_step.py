@@ -11,54 +11,33 @@ when its memory is highest, with the line of (compiled) code that made them.
 
 from __future__ import annotations
 
-import argparse
 import linecache
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any
 
+import _steps as steps
 import torch
-from _common import (
-    GIB,
-    Column,
-    Panel,
-    Row,
-    Unavailable,
-    draw,
-    in_fresh_process,
-    lap_times,
-    markdown,
-    print_header,
-    progress,
-    run_arm,
-    write_json,
-)
+from _harness import Args, Benchmark, fresh, options, several
+from _measure import GIB, lap_times, needs_cuda
+from _output import Column, Panel, Row, columns, markdown
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from training_step import ARMS, MODELS, arguments, labels_of, prepare
+from training_step import ARMS, STEP, prepare
 
 STEPS = 2  # that are profiled
 
 # A group takes the kernels whose name holds one of its words; the first that fits wins.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "loss": (
-        *("liger_cross_entropy", "token_loss", "divergence"),
-        *("nll_loss", "log_softmax", "softmax"),
-    ),
+    "loss": ("liger_cross_entropy", "token_loss", "divergence", "nll_loss", "softmax"),
     "attention": ("flash", "fmha", "attention", "sdpa"),
     "GEMM": ("gemm", "nvjet", "cutlass", "xmma", "splitk", "cublas"),
     "optimizer": ("multi_tensor", "adam"),
     "Inductor": ("triton_",),
     # Liger's, and our own
-    "liger_fx": (
-        "_swiglu",
-        "_geglu",
-        "_rms_norm",
-        "_layer_norm",
-        "_rotate",
-        "gated_gradients",
-    ),
+    "liger_fx": ("_swiglu", "_geglu", "_rms_norm", "_layer_norm", "_rotate", "gated_gradients"),
     "copies": ("memcpy", "memset", "copy", "fill"),
 }
 
@@ -83,39 +62,26 @@ def kernel_times(train: Any) -> Counter[str]:
     )
 
 
-# -- memory ----------------------------------------------------------------------------------------
-
-
-class Block(NamedTuple):
-    size: int
-    made_by: str
-
-
-def blocks_at_the_peak(train: Any) -> list[Block]:
-    """What a step has allocated when it has allocated most; without what lives longer."""
+def memory_at_the_peak(train: Any) -> list[Row]:
+    """What a step has allocated when it has allocated most, by the line that made it; without what
+    lives longer."""
     torch.cuda.memory._record_memory_history(context="alloc", stacks="python")
     train()
     torch.cuda.synchronize()
     (trace, *_) = torch.cuda.memory._snapshot()["device_traces"]
     torch.cuda.memory._record_memory_history(enabled=None)
-    moment = _peak(trace)
+    signs = {"alloc": 1, "free_completed": -1}
+    held = list(accumulate(signs.get(e["action"], 0) * e["size"] for e in trace))
     alive: dict[int, Any] = {}
-    for event in trace[: moment + 1]:
+    for event in trace[: held.index(max(held)) + 1]:
         if event["action"] == "alloc":
             alive[event["addr"]] = event
         elif event["action"] == "free_completed":
             alive.pop(event["addr"], None)
-    return [Block(event["size"], _made_by(event["frames"])) for event in alive.values()]
-
-
-def _peak(trace: list[Any]) -> int:
-    now, highest, moment = 0, 0, 0
-    for i, event in enumerate(trace):
-        sign = {"alloc": 1, "free_completed": -1}.get(event["action"], 0)
-        now += sign * event["size"]
-        if now > highest:
-            highest, moment = now, i
-    return moment
+    sizes: Counter[str] = Counter()
+    for event in alive.values():
+        sizes[_made_by(event["frames"])] += event["size"]
+    return [{"tensor": what, "gib": size / GIB} for what, size in sizes.most_common()]
 
 
 def _made_by(frames: list[Any]) -> str:
@@ -127,31 +93,20 @@ def _made_by(frames: list[Any]) -> str:
     return f"{frame['filename'].rsplit('/', 1)[-1]}:{frame['line']} {code}"
 
 
-def summed(blocks: list[Block]) -> list[Row]:
-    sizes: Counter[str] = Counter()
-    for block in blocks:
-        sizes[block.made_by] += block.size
-    return [{"tensor": what, "gib": size / GIB} for what, size in sizes.most_common()]
-
-
-# -- arms ------------------------------------------------------------------------------------------
-
-
-def gemm_floor(args: argparse.Namespace, tokens: torch.Tensor) -> float:
+def gemm_floor(args: Args, tokens: torch.Tensor) -> float:
     """Milliseconds of the matrix products of a step without checkpoints: 6 operations a weight and
     token, the valid tokens only for the head; attention left out."""
     with torch.device("meta"):
-        model = MODELS[args.model]()
+        model = steps.llama(args.model)
     head = model.tok_embeddings.weight.numel()  # tied
     layers = sum(p.numel() for p in model.layers.parameters() if p.dim() > 1)
     return 6 * tokens.numel() * (layers + head * (1 - args.ignored[0])) / args.tflops / 1e9
 
 
-def measure(args: argparse.Namespace) -> Iterator[Row]:
-    if args.device.type != "cuda":
-        raise Unavailable("kernels are profiled on a GPU")
+def measure(args: Args) -> Iterator[Row]:
+    needs_cuda(args.device, "profiling kernels")
     step, tokens = prepare(args)
-    train = partial(step, tokens, labels_of(tokens, args.ignored[0], args))
+    train = partial(step, tokens, steps.labels_of(tokens, args.ignored[0], args))
     lap_times(train, args.device, args.warmup)
     (ms,) = lap_times(train, args.device, 1)
     kernels = kernel_times(train)
@@ -159,67 +114,48 @@ def measure(args: argparse.Namespace) -> Iterator[Row]:
     for name, time in kernels.items():
         groups[group_of(name)] += time
     yield {
-        "arm": args.arm,
         "ms": ms,
         "floor_ms": gemm_floor(args, tokens),
         "idle": max(0.0, ms - sum(kernels.values())),
         "kernels": kernels.most_common(40),
-        "peak": summed(blocks_at_the_peak(train))[:20],
+        "peak": memory_at_the_peak(train)[:20],
     } | groups
 
 
-def parse_args() -> argparse.Namespace:
-    parser = arguments(__doc__)
-    parser.add_argument("--arms", choices=ARMS, nargs="+", default=["torchtune", "liger_fx_recipe"])
-    parser.add_argument("--tflops", type=float, default=790, help="the device's matrix products")
-    parser.add_argument("--most", type=int, default=12, help="kernels and tensors to print")
-    return parser.parse_args()
+PARTS = [*GROUPS, "other", "idle"]
+COLUMNS = columns("arm {arm} | ms {ms:.1f} | GEMM floor {floor_ms:.1f}")
+COLUMNS += [Column(part, part, ".1f") for part in PARTS]
 
 
-COLUMNS = [
-    Column("arm", "arm"),
-    Column("ms", "ms", ".1f"),
-    Column("GEMM floor", "floor_ms", ".1f"),
-    *(Column(group, group, ".1f") for group in GROUPS),
-    Column("other", "other", ".1f"),
-    Column("idle", "idle", ".1f"),
-]
-KERNELS = [Column("ms", "ms", ".2f"), Column("group", "group"), Column("kernel", "kernel")]
-TENSORS = [Column("GiB", "gib", ".2f"), Column("made by", "tensor")]
-
-
-def panels(rows: list[Row]) -> list[Panel]:
-    groups = [*GROUPS, "other", "idle"]
-    series = {row["arm"]: [row.get(group) for group in groups] for row in rows}
-    return [Panel("milliseconds of a step", groups, series)]
-
-
-def print_details(row: Row, most: int) -> None:
-    print(f"{row['arm']}: kernels of a step, and what is alive at the peak of memory\n")
-    kernels = [
-        {"ms": ms, "group": group_of(name), "kernel": name[:100]}
-        for name, ms in row["kernels"][:most]
-    ]
-    print(markdown(kernels, KERNELS))
-    print(markdown(row["peak"][:most], TENSORS))
-
-
-def main() -> None:
-    args = parse_args()
-    if args.arm:
-        return run_arm(partial(measure, args))
-    header = print_header(args.device)
-    rows: list[Row] = []
-    for arm in args.arms:
-        rows += [{"arm": arm} | row for row in in_fresh_process("--arm", arm)]
-        write_json(args.json, rows, header)
-        progress(f"{arm}: {rows[-1].get('error', 'done')}")
-    print(markdown(rows, COLUMNS))
-    draw(args.picture, f"A training step, {args.model}", panels(rows), header)
+def text(rows: list[Row], args: Args) -> str:
+    tables = [markdown(rows, COLUMNS)]
     for row in rows:
         if "error" not in row:
-            print_details(row, args.most)
+            most = row["kernels"][: args.most]
+            kernels = [{"ms": t, "group": group_of(k), "kernel": k[:100]} for k, t in most]
+            tables += [
+                f"{row['arm']}: kernels of a step, and what is alive at the peak of memory\n",
+                markdown(kernels, columns("ms {ms:.2f} | group {group} | kernel {kernel}")),
+                markdown(row["peak"][: args.most], columns("GiB {gib:.2f} | made by {tensor}")),
+            ]
+    return "\n".join(tables)
 
+
+BENCHMARK = Benchmark(
+    options(
+        __doc__,
+        arms=several(ARMS, ["torchtune", "liger_fx_recipe"]),
+        tflops=790.0,
+        most={"type": int, "default": 12, "help": "kernels and tensors to print"},
+        **STEP,
+    ),
+    run=lambda args: (fresh({"arm": arm}) for arm in args.arms),
+    measure=measure,
+    columns=COLUMNS,
+    text=text,
+    title="A training step, {model}",
+    panels=[Panel("milliseconds of a step", {part: part for part in PARTS}, "{key}")],
+)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

@@ -13,40 +13,26 @@ is rounded for each document, so a speed may be off by half a percent, the same 
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from _common import IGNORE, Column, Row, markdown, print_header, progress, write_json
+from _harness import Args, Benchmark, compared, options, several, with_caches
+from _measure import IGNORE
+from _output import Panel, Row, columns
+from _steps import LLAMAS, llama, random_model
 from omegaconf import OmegaConf
-from torch import nn
-from torchtune import training
-from torchtune.models.llama3_2 import llama3_2, llama3_2_1b
-from torchtune.modules import TransformerDecoder
 
 HERE = Path(__file__).resolve().parent
-VOCABULARY = {"llama3_2_1b": 128_256, "tiny": 512}
 DOCUMENTS = (64, 512)  # tokens in a document of packed data, least and most
 WARM_UP = 3  # steps, the compiling one included
-
-
-def tiny() -> TransformerDecoder:
-    return llama3_2(
-        vocab_size=VOCABULARY["tiny"],
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        embed_dim=64,
-        intermediate_dim=128,
-        max_seq_len=2048,
-    )
 
 
 class NoTokenizer:
@@ -109,68 +95,63 @@ ARMS = {
 }
 
 
-def write_checkpoint(args: argparse.Namespace, folder: Path) -> None:
-    """Random weights, small enough that the first loss is about that of guessing. Made on the CPU:
-    what this process held of the GPU would be missing to the arms."""
-    torch.manual_seed(0)
-    with training.set_default_dtype(torch.bfloat16):
-        model = llama3_2_1b() if args.model == "llama3_2_1b" else tiny()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.02)
-    torch.save(model.state_dict(), folder / "w.pt")
+def write_checkpoint(model: str, folder: Path) -> None:
+    """Random weights, made on the CPU: what this process held of the GPU would be missing to the
+    arms."""
+    weights = random_model(lambda: llama(model), torch.device("cpu")).state_dict()
+    torch.save(weights, folder / "w.pt")
 
 
-def config(args: argparse.Namespace, batch: int, checkpoint: Path, output: Path) -> dict[str, Any]:
-    vocabulary = VOCABULARY[args.model]
-    component = (
-        "recipe_run.tiny" if args.model == "tiny" else "torchtune.models.llama3_2.llama3_2_1b"
-    )
-    return {
-        "output_dir": str(output),
-        "seed": 0,
-        "device": args.device,
-        "dtype": "bf16",
-        "model": {"_component_": component},
-        "checkpointer": {
-            "_component_": "torchtune.training.FullModelTorchTuneCheckpointer",
-            "checkpoint_dir": str(checkpoint),
-            "checkpoint_files": ["w.pt"],
-            "output_dir": str(output),
-            "model_type": "LLAMA3_2",
-        },
-        "resume_from_checkpoint": False,
-        "tokenizer": {"_component_": "recipe_run.NoTokenizer", "max_seq_len": args.seq},
-        "dataset": {
-            "_component_": "recipe_run.RandomTokens",
-            "vocabulary": vocabulary,
-            "count": batch * args.processes * (WARM_UP + args.steps),
-            "ignored": args.ignored,
-            "packed": args.packed,
-        },
-        "shuffle": False,
-        "batch_size": batch,
-        "epochs": 1,
-        "max_steps_per_epoch": WARM_UP + args.steps,
-        "gradient_accumulation_steps": 1,
-        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-4, "fused": True},
-        "optimizer_in_bwd": False,
-        "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
-        "clip_grad_norm": None,
-        "compile": True,
-        "enable_activation_checkpointing": True,
-        "enable_activation_offloading": False,
-        "metric_logger": {
-            "_component_": "torchtune.training.metric_logging.DiskLogger",
-            "log_dir": str(output),
-            "filename": "steps.txt",
-        },
-        "log_every_n_steps": 1,
-        "log_peak_memory_stats": args.device == "cuda",
-    }
+CONFIG = """
+output_dir: {output}
+seed: 0
+device: {device}
+dtype: bf16
+model: {{_component_: _steps.llama, model: {model}}}
+checkpointer:
+  _component_: torchtune.training.FullModelTorchTuneCheckpointer
+  checkpoint_dir: {checkpoint}
+  checkpoint_files: [w.pt]
+  output_dir: {output}
+  model_type: LLAMA3_2
+resume_from_checkpoint: false
+tokenizer: {{_component_: recipe_run.NoTokenizer, max_seq_len: {seq}}}
+dataset:
+  _component_: recipe_run.RandomTokens
+  vocabulary: {vocabulary}
+  count: {count}
+  ignored: {ignored}
+  packed: {packed}
+shuffle: false
+batch_size: {batch}
+epochs: 1
+max_steps_per_epoch: {most}
+gradient_accumulation_steps: 1
+optimizer: {{_component_: torch.optim.AdamW, lr: 1.0e-4, fused: true}}
+optimizer_in_bwd: false
+loss: {{_component_: torchtune.modules.loss.CEWithChunkedOutputLoss}}
+clip_grad_norm: null
+compile: true
+enable_activation_checkpointing: true
+enable_activation_offloading: false
+metric_logger:
+  _component_: torchtune.training.metric_logging.DiskLogger
+  log_dir: {output}
+  filename: steps.txt
+log_every_n_steps: 1
+log_peak_memory_stats: {on_gpu}
+"""
 
 
-def measure(args: argparse.Namespace, name: str, batch: int, checkpoint: Path) -> Row:
+def config(args: Args, batch: int, checkpoint: Path, output: Path) -> Any:
+    given = vars(args) | {"batch": batch, "checkpoint": checkpoint, "output": output}
+    given |= {"vocabulary": LLAMAS[args.model][0], "on_gpu": args.device.type == "cuda"}
+    given |= {"most": WARM_UP + args.steps}
+    given |= {"count": batch * args.processes * given["most"]}
+    return OmegaConf.create(CONFIG.format_map(given))
+
+
+def measure(args: Args, name: str, batch: int, checkpoint: Path) -> Row:
     arm, row = ARMS[name], {"arm": name, "batch": batch}
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "out"
@@ -180,10 +161,8 @@ def measure(args: argparse.Namespace, name: str, batch: int, checkpoint: Path) -
         launch = ["--nproc_per_node", str(args.processes)] if "distributed" in args.recipe else []
         recipe = arm.path.format(recipe=args.recipe)
         command = [sys.executable, "-m", "torchtune._cli.tune", "run", *launch, recipe]
-        environment = os.environ | {
+        environment = with_caches(folder) | {
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, sys.path)]),
-            "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor",
-            "TRITON_CACHE_DIR": f"{folder}/triton",
             "TORCH_COMPILE_BACKEND": arm.backend,
         }
         done = subprocess.run(
@@ -194,11 +173,11 @@ def measure(args: argparse.Namespace, name: str, batch: int, checkpoint: Path) -
             text=True,
         )
         if "OutOfMemoryError" in done.stdout:
-            return row | {"error": f"batch {batch}: out of memory"}
+            return row | {"error": "out of memory"}
         steps = logged(output / "steps.txt")
         if len(steps) <= WARM_UP:
-            return row | {"error": f"batch {batch}: failed\n{done.stdout[-3000:]}"}
-    return row | summary(args, batch, steps)
+            return row | {"error": f"failed\n{done.stdout[-3000:]}"}
+    return row | summary(args, steps)
 
 
 def logged(path: Path) -> list[dict[str, float]]:
@@ -211,7 +190,7 @@ def logged(path: Path) -> list[dict[str, float]]:
     ]
 
 
-def summary(args: argparse.Namespace, batch: int, steps: list[dict[str, float]]) -> Row:
+def summary(args: Args, steps: list[dict[str, float]]) -> Row:
     """The recipe logs tokens that count for the loss; a step takes the same time for all."""
     counted = 1 - round(args.ignored * args.seq) / args.seq
     speeds = [step["tokens_per_second_per_gpu"] / counted for step in steps[WARM_UP:]]
@@ -226,62 +205,43 @@ def summary(args: argparse.Namespace, batch: int, steps: list[dict[str, float]])
     }
 
 
-def compared(rows: list[Row]) -> list[Row]:
-    """Each row with its speed and memory over those of the stock recipe at the same batch."""
-    stock = {row["batch"]: row for row in rows if row["arm"] == "torchtune" and "error" not in row}
-    for row in rows:
-        base = stock.get(row["batch"])
-        if base and "error" not in row:
-            row["speed"] = row["tokens_per_s"] / base["tokens_per_s"]
-            row["memory"] = row["peak_gib"] and row["peak_gib"] / base["peak_gib"]
-    return sorted(rows, key=lambda row: row["batch"])
-
-
-COLUMNS = [
-    Column("batch", "batch", "d"),
-    Column("arm", "arm"),
-    Column("tokens/s per GPU", "tokens_per_s", ",.0f"),
-    Column("slowest step", "slowest", ",.0f"),
-    Column("fastest step", "fastest", ",.0f"),
-    Column("speed of torchtune's", "speed", ".3f"),
-    Column("peak GiB", "peak_gib", ".2f"),
-    Column("memory of torchtune's", "memory", ".3f"),
-    Column("loss", "loss", ".4f"),
-]
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--recipe", default="full_finetune_single_device")
-    parser.add_argument("--processes", type=int, default=1, help="of a distributed recipe")
-    parser.add_argument("--model", choices=VOCABULARY, default="llama3_2_1b")
-    parser.add_argument("--batch", type=int, nargs="+", default=[128], help="sequences a GPU")
-    parser.add_argument("--seq", type=int, default=512)
-    parser.add_argument("--packed", action="store_true", help="documents packed into sequences")
-    parser.add_argument("--ignored", type=float, default=0.0, help="share of labels")
-    parser.add_argument("--steps", type=int, default=8, help=f"after {WARM_UP} of warm-up")
-    parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS))
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--json", type=Path, help="write every row")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = parse_args()
-    header = print_header(torch.device(args.device))
-    rows: list[Row] = []
+def run(args: Args) -> Iterator[list[Row]]:
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(args, Path(folder))
+        write_checkpoint(args.model, Path(folder))
         for batch in args.batch:
             for name in args.arms:
-                rows.append(measure(args, name, batch, Path(folder)))
-                write_json(args.json, rows, header)  # a run that is cut off keeps what it has
-                progress(f"{name}, batch {batch}: {rows[-1].get('error') or 'measured'}")
-    print(markdown(compared(rows), COLUMNS))
-    write_json(args.json, compared(rows), header)
+                yield [measure(args, name, batch, Path(folder))]
 
+
+BENCHMARK = Benchmark(
+    options(
+        __doc__,
+        recipe="full_finetune_single_device",
+        processes={"type": int, "default": 1, "help": "of a distributed recipe"},
+        model={"choices": LLAMAS, "default": "llama3_2_1b"},
+        batch=[128],
+        seq=512,
+        packed={"action": "store_true", "help": "documents packed into sequences"},
+        ignored={"type": float, "default": 0.0, "help": "share of labels"},
+        steps={"type": int, "default": 8, "help": f"after {WARM_UP} of warm-up"},
+        arms=several(ARMS),
+    ),
+    run,
+    columns=columns(
+        "batch {batch:d} | arm {arm} | tokens/s per GPU {tokens_per_s:,.0f} |"
+        " slowest step {slowest:,.0f} | fastest step {fastest:,.0f} |"
+        " speed of torchtune's {speed:.3f} | peak GiB {peak_gib:.2f} |"
+        " memory of torchtune's {memory:.3f} | loss {loss:.4f}"
+    ),
+    finish=lambda rows, args: compared(
+        rows, "torchtune", ["batch"], speed="tokens_per_s", memory="peak_gib"
+    ),
+    title="{recipe}",
+    panels=[
+        Panel("tokens a second and GPU", "tokens_per_s", "batch {batch}", ",.0f"),
+        Panel("GiB allocated at most", "peak_gib", "batch {batch}", ".2f"),
+    ],
+)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

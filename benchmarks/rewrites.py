@@ -31,37 +31,21 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from _common import (
-    GIB,
-    Child,
-    Column,
-    Panel,
-    Row,
-    add_outputs,
-    draw,
-    lap_times,
-    markdown,
-    padding,
-    peak_bytes,
-    print_header,
-    reset_peak,
-    run_arm,
-    write_json,
-)
-from _llama import llama
+from _harness import Args, Benchmark, options, several, side_by_side
+from _measure import lap_times, padding, run_laps
+from _output import PACKAGES, Column, Panel, Row, columns, markdown
+from _steps import checkpointed, llama, random_model
 from liger_fx.passes import DEFAULT
-from torch import Tensor, fx, nn
-from torchtune import training
+from torch import Tensor, fx
 from torchtune.models.gemma2 import gemma2
 from torchtune.models.qwen2 import qwen2
-from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.modules import TransformerDecoder
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from liger_fx import rewrite_graph
@@ -70,36 +54,18 @@ from liger_fx.policy import Row as TableRow
 from liger_fx.policy import architecture_of, pays, table
 
 TABLE = Path(__file__).parent.parent / "liger_fx" / "measured.json"
-PACKAGES = ("torch", "triton", "liger_kernel", "torchtune")
 
 TURN = 3  # laps
 LAYERS, VOCABULARY = 2, 8  # the vocabulary is that of a head and an embedding that nobody calls
 LOGITS = {"logits [4096, 128256]": (4096, 128_256), "tiny logits [64, 512]": (64, 512)}
 
-MODELS: dict[str, Callable[..., nn.Module]] = {
-    "Llama-3.2-1B": partial(llama, "llama3_2_1b"),
-    "Qwen2.5-1.5B": partial(
-        qwen2,
-        num_heads=12,
-        num_kv_heads=2,
-        embed_dim=1536,
-        intermediate_dim=8960,
-        max_seq_len=131_072,
-        norm_eps=1e-6,
-    ),
-    "Gemma2-2B": partial(
-        gemma2,
-        num_heads=8,
-        head_dim=256,
-        num_kv_heads=4,
-        embed_dim=2304,
-        intermediate_dim=9216,
-        max_seq_len=8192,
-        hidden_capping_value=30.0,
-        final_capping_value=50.0,
-        sliding_window_size=4096,
-    ),
-    "tiny": partial(llama, "tiny"),
+GEMMA2 = {"hidden_capping_value": 30.0, "final_capping_value": 50.0}
+# Positional: vocabulary, layers, heads and their sizes, hidden size, that of the MLP, length.
+MODELS: dict[str, Callable[[], TransformerDecoder]] = {
+    "Llama-3.2-1B": partial(llama, "llama3_2_1b", vocab_size=VOCABULARY, num_layers=LAYERS),
+    "Qwen2.5-1.5B": partial(qwen2, VOCABULARY, LAYERS, 12, 2, 1536, 8960, 131_072),
+    "Gemma2-2B": partial(gemma2, VOCABULARY, LAYERS, 8, 256, 4, 2304, 9216, 8192, **GEMMA2),
+    "tiny": partial(llama, "tiny", vocab_size=VOCABULARY, num_layers=LAYERS),
 }
 # What a model computes in its graph of a causal mask and of [b, s]: which keys a query sees.
 MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -117,25 +83,19 @@ Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
 Build = Callable[[Compile], Callable[[], object]]  # a forward and backward, some of it compiled
 
 
-class Case(NamedTuple):
-    model: str
-    form: str
-    checkpoint: bool
-    inner: str
-    mask: str = ""
-
-    def __str__(self) -> str:
-        checkpoint = "checkpoint" if self.checkpoint else "no checkpoint"
-        mask = [f"{self.mask} mask"] if self.mask else []
-        return ", ".join([self.model, self.form, checkpoint, self.inner, *mask])
+def case(model: str, form: str, checkpoint: bool, inner: str, mask: str = "") -> Row:
+    parts = [model, form, "checkpoint" if checkpoint else "no checkpoint", inner]
+    arm = ", ".join([*parts, f"{mask} mask"] if mask else parts)
+    made = {"model": model, "form": form, "checkpoint": checkpoint, "inner": inner, "mask": mask}
+    return {"arm": arm} | made
 
 
-def cases(models: Sequence[str], inners: Sequence[str]) -> list[Case]:
+def cases(models: Sequence[str], inners: Sequence[str]) -> list[Row]:
     """Those that take longest to compile first. Without Inductor the form makes no difference."""
     small = "tiny" in models
     logits = [name for name in LOGITS if name.startswith("tiny") == small]
     found = [
-        Case(model, form, checkpoint, inner)
+        case(model, form, checkpoint, inner)
         for inner in inners
         for form in (("step", "layers") if inner == "inductor" else ("layers",))
         for model, checkpoint in itertools.product(models, (True, False))
@@ -143,10 +103,10 @@ def cases(models: Sequence[str], inners: Sequence[str]) -> list[Case]:
     if "inductor" in inners:  # of several layers: they share a mask
         of_masks = [name for name in models if not name.startswith("Gemma2")]  # no such attention
         found += [
-            Case(model, "step", checkpoint, "inductor", mask)
+            case(model, "step", checkpoint, "inductor", mask)
             for model, checkpoint, mask in itertools.product(of_masks, (True, False), MASKS)
         ]
-    return found + [Case(name, "loss", False, inner) for name in logits for inner in inners]
+    return found + [case(name, "loss", False, inner) for name in logits for inner in inners]
 
 
 # -- a case ----------------------------------------------------------------------------------------
@@ -159,51 +119,46 @@ def forward_and_backward(
     return lambda: torch.autograd.grad(run(*inputs), trained, upstream)
 
 
-def decoder(case: Case, args: argparse.Namespace) -> Build:
-    with training.set_default_dtype(torch.bfloat16), args.device:
-        model = MODELS[case.model](vocab_size=VOCABULARY, num_layers=LAYERS)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.02)
-    if case.checkpoint:
-        policy = {TransformerSelfAttentionLayer}
-        training.set_activation_checkpointing(model, auto_wrap_policy=policy)
+def decoder(args: Args) -> Build:
+    model = random_model(MODELS[args.model], args.device)
+    if args.checkpoint:
+        checkpointed(model)
     layers: Any = model.layers
     size = (args.batch, args.seq, model.tok_embeddings.embedding_dim)
     hidden = torch.randn(size, dtype=torch.bfloat16, device=args.device, requires_grad=True)
     trained = [hidden, *layers.parameters()]
-    tokens = of_mask(case.mask, args)
+    tokens = of_mask(args)
 
     def build(compiled: Compile) -> Callable[[], object]:
-        each = [compiled(layer) for layer in layers] if case.form == "layers" else layers
+        each = [compiled(layer) for layer in layers] if args.form == "layers" else layers
 
         def run(x: Tensor) -> Tensor:
             given = {}
-            if case.mask:
+            if args.mask:
                 at = torch.arange(args.seq, device=x.device)
                 causal = (at <= at[:, None]).expand(args.batch, -1, -1)
-                given = {"mask": MASKS[case.mask](causal, tokens)}
+                given = {"mask": MASKS[args.mask](causal, tokens)}
             for layer in each:
                 x = layer(x, **given)
             return x
 
-        whole = compiled(run) if case.form == "step" else run
+        whole = compiled(run) if args.form == "step" else run
         return forward_and_backward(whole, trained, hidden)
 
     return build
 
 
-def of_mask(mask: str, args: argparse.Namespace) -> Tensor:
+def of_mask(args: Args) -> Tensor:
     """[b, s]: positions of documents, or zero for the padding on the right."""
     tokens = torch.arange(args.seq).remainder(max(args.seq // 4, 1)).expand(args.batch, -1)
-    if mask == "padding":
+    if args.mask == "padding":
         tokens = (~padding(tokens, 0.4)).long()
     return tokens.to(args.device)
 
 
-def loss_on_logits(case: Case, args: argparse.Namespace) -> Build:
+def loss_on_logits(args: Args) -> Build:
     """What a stock recipe compiles of its loss."""
-    tokens, classes = LOGITS[case.model]
+    tokens, classes = LOGITS[args.model]
     how = {"dtype": torch.bfloat16, "device": args.device, "requires_grad": True}
     logits = torch.randn(tokens, classes, **how)
     labels = torch.randint(classes, (tokens,), device=args.device)
@@ -236,41 +191,34 @@ def compiled_with(names: Sequence[str], inner: str) -> Compile:
     return lambda function: torch.compile(function, backend="liger_fx", options=options)
 
 
-def measure(args: argparse.Namespace) -> Iterator[Row]:
+def measure(args: Args) -> Iterator[Row]:
     """A first row when all is compiled; after a line from the parent a row for each rewrite."""
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64  # each arm is one
-    case = Case(*json.loads(args.case))
-    build = (loss_on_logits if case.form == "loss" else decoder)(case, args)
-    arms = {"none": build(compiled_with([], case.inner))}
+    build = (loss_on_logits if args.form == "loss" else decoder)(args)
+    arms = {"none": build(compiled_with([], args.inner))}
     spellings = possible(build)
-    if case.mask:
+    if args.mask:
         spellings = {name: found for name, found in spellings.items() if name == "attention"}
-    arms |= {name: build(compiled_with([name], case.inner)) for name in spellings}
+    arms |= {name: build(compiled_with([name], args.inner)) for name in spellings}
     for call in arms.values():
         lap_times(call, args.device, 2)  # compiles the backward, and Triton's kernels
     if args.device.type == "cuda":
         torch.cuda.empty_cache()  # for those that compile now
     yield {"compiled": True}
     sys.stdin.readline()
-    peaks = {name: peak(call, args.device) for name, call in arms.items()}
+    peaks = {name: run_laps(call, args.device, 1).peak_gib for name, call in arms.items()}
     times = interleaved(arms, args.device, args.laps)
-    for name in list(arms)[1:]:
-        yield case._asdict() | {
+    for name, spelling in spellings.items():
+        yield {
             "rewrite": name,
-            "spelling": spellings[name],
+            "spelling": spelling,
             "ms_without": times["none"],
             "ms_with": times[name],
             "speed": times["none"] / times[name],
-            "peak_without_gib": peaks["none"] and peaks["none"] / GIB,
+            "peak_without_gib": peaks["none"],
             "memory": peaks[name] and peaks[name] / peaks["none"],
         }
-
-
-def peak(call: Callable[[], object], device: torch.device) -> Any:
-    reset_peak(device)
-    call()
-    return peak_bytes(device)
 
 
 def interleaved(
@@ -325,30 +273,31 @@ def write_table(rows: Sequence[Row], device: torch.device, before: Row) -> None:
 
 
 def with_speeds(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-    """``rows`` as the table keeps them, each with the speeds of the same one in ``before``."""
-    key = [field.name for field in fields(TableRow) if field.name not in ("speed", "memory")]
-    speeds = {tuple(row[name] for name in key): row["speeds"] for row in before}
-    return [
-        {
-            "speeds": [*speeds.get(tuple(row[name] for name in key), []), row["speed"]],
-            "memory": row["memory"],
-        }
-        | {name: row[name] for name in key}
-        for row in rows
-    ]
+    """``rows`` as the table keeps them, each with the speeds of the same one in ``before``. Several
+    masks of one graph are rows that the table does not tell apart: the first is the first's."""
+    keys = [field.name for field in fields(TableRow) if field.name not in ("speed", "memory")]
+    speeds: dict[tuple[Any, ...], list[list[float]]] = {}
+    for row in before:
+        speeds.setdefault(tuple(row[key] for key in keys), []).append(row["speeds"])
+    found = []
+    for row in rows:
+        place = {key: row[key] for key in keys}
+        same = speeds.get(tuple(place.values()))
+        of_before = same.pop(0) if same else []
+        found.append({"speeds": [*of_before, row["speed"]], "memory": row["memory"]} | place)
+    return found
 
 
 def as_text(entries: dict[str, Any]) -> str:
     """JSON with one row a line, and numbers no finer than they can be measured."""
     rounded = json.loads(json.dumps(entries), parse_float=lambda number: round(float(number), 4))
     text = json.dumps(rounded, indent=1)
-    row = r'{\s+("speeds"[^}]*?)\s+}'
 
     def on_one_line(found: re.Match[str]) -> str:
         words = " ".join(found[1].split())
         return f"{{{words.replace('[ ', '[').replace(' ]', ']')}}}"
 
-    return re.sub(row, on_one_line, text) + "\n"
+    return re.sub(r'{\s+("speeds"[^}]*?)\s+}', on_one_line, text) + "\n"
 
 
 PLACES = {
@@ -395,93 +344,61 @@ def cell(rows: list[TableRow]) -> str | None:
     return f"{text}; {memory:.2f}"
 
 
-def panels(rows: Sequence[Row], inners: Sequence[str]) -> list[Panel]:
-    """A panel for each inner compiler, a group for each rewrite and spelling."""
-    speeds: dict[tuple[str, bool, str], list[float]] = {}
-    for row in rows:
-        if "error" not in row:
-            place = (row["inner"], row["checkpoint"], f"{row['rewrite']}, {row['spelling']}")
-            speeds.setdefault(place, []).append(row["speed"])
-    names = list(dict.fromkeys(name for _, _, name in speeds))
-    return [
+class Show(argparse.Action):
+    def __call__(self, parser: Any, namespace: Args, value: Any, option: Any = None) -> None:
+        print(summary(value))
+        parser.exit()
+
+
+def run(args: Args) -> Iterator[list[Row]]:
+    if (args.write or args.add) and args.device.type != "cuda":
+        raise SystemExit("the table is for GPUs: on a CPU nothing is decided from it")
+    if (args.write or args.add) and set(args.inner) != set(INNER):
+        raise SystemExit(f"the table is of all inner compilers: {', '.join(INNER)}")
+    before = runs_before(args.device) if args.add else {"commands": [], "rows": []}
+    found = cases(args.models, args.inner)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("LIGER_FX_")}
+    rows: list[Row] = []
+    for measured in side_by_side(found, args.jobs, lambda case: environment):
+        rows += [row for row in measured if "error" not in row]
+        yield measured
+    if args.write or args.add:
+        write_table(rows, args.device, before)
+
+
+BENCHMARK = Benchmark(
+    options(
+        __doc__,
+        model=several(MODELS, [name for name in MODELS if name != "tiny"]) | {"dest": "models"},
+        inner=several(INNER) | {"help": "compilers"},
+        batch=8,
+        seq=2048,
+        laps={"type": int, "default": 15, "help": "at least, of each arm"},
+        jobs=8,
+        write={"action": "store_true", "help": "liger_fx/measured.json anew"},
+        add={"action": "store_true", "help": "to liger_fx/measured.json"},
+        show={"action": Show, "metavar": "sm90", "help": "only print what measured.json says"},
+    ),
+    run,
+    measure=measure,
+    columns=columns(
+        "model {model} | graph {form} | checkpoint {checkpoint} | inner {inner} | mask {mask} |"
+        " rewrite {rewrite} | spelling {spelling} | ms without {ms_without:.3f} |"
+        " ms with {ms_with:.3f} | speed {speed:.3f} | memory {memory:.3f}"
+    ),
+    title="Each rewrite on its own",
+    panels=[
         Panel(
             "speed with it, of that without, at worst",
-            names,
-            {
-                title: [min(speeds.get((inner, inside, name), []), default=None) for name in names]
-                for title, inside in (("in a checkpoint", True), ("in none", False))
-            },
+            "speed",
+            "{rewrite}, {spelling}",
             ".3f",
+            series="in a checkpoint: {checkpoint}",
+            title="{inner}",
             reference=1.0,
-            title=inner,
         )
-        for inner in inners
-    ]
-
-
-COLUMNS = [
-    Column("model", "model"),
-    Column("graph", "form"),
-    Column("checkpoint", "checkpoint"),
-    Column("inner", "inner"),
-    Column("rewrite", "rewrite"),
-    Column("spelling", "spelling"),
-    Column("ms without", "ms_without", ".3f"),
-    Column("ms with", "ms_with", ".3f"),
-    Column("speed", "speed", ".3f"),
-    Column("memory", "memory", ".3f"),
-]
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    real = [name for name in MODELS if name != "tiny"]
-    parser.add_argument("--model", choices=MODELS, nargs="+", default=real, dest="models")
-    parser.add_argument("--inner", choices=INNER, nargs="+", default=INNER, help="compilers")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--seq", type=int, default=2048)
-    parser.add_argument("--laps", type=int, default=15, help="at least, of each arm")
-    parser.add_argument("--jobs", type=int, default=8, help="cases that compile at a time")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
-    add_outputs(parser)
-    parser.add_argument("--write", action="store_true", help="liger_fx/measured.json anew")
-    parser.add_argument("--add", action="store_true", help="to liger_fx/measured.json")
-    parser.add_argument("--show", metavar="sm90", help="only print what measured.json says")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if (args.write or args.add) and args.device.type != "cuda":
-        parser.error("the table is for GPUs: on a CPU nothing is decided from it")
-    if (args.write or args.add) and set(args.inner) != set(INNER):
-        parser.error(f"the table is of all inner compilers: {', '.join(INNER)}")
-    return args
-
-
-def main() -> None:
-    args = parse_args()
-    if args.case:
-        return run_arm(partial(measure, args))
-    if args.show:
-        return print(summary(args.show))
-    before = runs_before(args.device) if args.add else {"commands": [], "rows": []}
-    header = print_header(args.device)
-    found = cases(args.models, args.inner)
-    children = [Child(str(case), "--case", json.dumps(case)) for case in found]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("LIGER_FX_")}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda child: child.compile(environment, args.jobs), children))
-    rows: list[Row] = []
-    for child in children:
-        rows += child.time()
-        write_json(
-            args.json, rows, header
-        )  # after every case: a run that is cut off keeps what it has
-    print(markdown(rows, COLUMNS))
-    draw(args.picture, "Each rewrite on its own", panels(rows, args.inner), header)
-    if args.write or args.add:
-        write_table([row for row in rows if "error" not in row], args.device, before)
-
+    ],
+)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

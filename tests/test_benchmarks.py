@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -19,9 +21,13 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+SCRIPTS = list(BENCHMARKS.glob("[a-z]*.py"))
 sys.path.append(str(BENCHMARKS))
 
-import _common  # noqa: E402
+import _harness  # noqa: E402
+import _measure  # noqa: E402
+import _output  # noqa: E402
+import _steps  # noqa: E402
 import attention  # noqa: E402
 import compile_time  # noqa: E402
 import host_time  # noqa: E402
@@ -49,7 +55,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
     def call(script: ModuleType, *arguments: str) -> tuple[str, Rows]:
         path = tmp_path / "rows.json"
         monkeypatch.setattr(sys, "argv", [script.__file__, *arguments, "--json", str(path)])
-        script.main()
+        script.BENCHMARK.main()
         written = json.loads(path.read_text())
         assert list(written) == ["machine", "versions", "date", "command", "rows"]
         assert written["versions"]["torch"] == torch.__version__
@@ -61,20 +67,24 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureF
     return call
 
 
+class ChildHere:
+    """What would be a process of its own runs in this one: most of its time would be imports."""
+
+    def __init__(self, case: dict[str, Any], environment: dict[str, str]) -> None:
+        arguments = [*sys.argv, "--case", json.dumps(case)]
+        script = sys.modules[Path(sys.argv[0]).stem]
+        with (
+            mock.patch.object(sys, "argv", arguments),
+            contextlib.redirect_stdout(io.StringIO()) as printed,
+        ):
+            script.BENCHMARK.main()
+        lines = printed.getvalue().splitlines()
+        self.rows = iter([case | json.loads(s[4:]) for s in lines if s.startswith("ROW ")])
+
+
 @pytest.fixture
 def children_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would be a fresh process runs in this one: most of its time would be imports."""
-
-    def in_fresh_process(script: ModuleType, *arguments: str) -> Rows:
-        with monkeypatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
-            patch.setattr(sys, "argv", [*sys.argv, *arguments])
-            script.main()
-        lines = printed.getvalue().splitlines()
-        return [json.loads(s.removeprefix("ROW ")) for s in lines if s.startswith("ROW ")]
-
-    scripts = (training_step, profile_step, long_context, matching_time)
-    for script in (*scripts, preference_and_distillation):
-        monkeypatch.setattr(script, "in_fresh_process", partial(in_fresh_process, script))
+    monkeypatch.setattr(_harness, "Child", ChildHere)
 
 
 @pytest.fixture
@@ -87,6 +97,106 @@ def table(printed: str, *starts: str) -> list[str]:
     """The cells of the last line that starts with these."""
     *_, line = (s for s in printed.splitlines() if s.startswith(f"| {' | '.join(starts)} |"))
     return line.strip("| ").split(" | ")
+
+
+# -- the harness -----------------------------------------------------------------------------------
+
+# What a child does, by its arm; a script that needs no imports of any weight.
+CHILD = """
+import json, os, signal, sys
+arm = json.loads(sys.argv[sys.argv.index("--case") + 1])["arm"]
+if arm == "killed":
+    os.kill(os.getpid(), signal.SIGKILL)
+print("ROW " + json.dumps({"error": "out of memory"} if arm == "full" else {"compiled": True}))
+sys.stdout.flush()
+if arm == "full":
+    sys.exit()
+sys.stdin.readline()
+if arm == "killed later":
+    os.kill(os.getpid(), signal.SIGKILL)
+print("anything")
+print("ROW " + json.dumps({"threads": os.environ["TORCHINDUCTOR_COMPILE_THREADS"]}))
+"""
+
+
+def test_children_that_fail_are_rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(CHILD)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.setattr(_harness.os, "cpu_count", lambda: 8)
+    cases = [{"arm": arm} for arm in ("well", "killed", "full", "killed later")]
+    found = _harness.side_by_side(cases, 2, lambda case: dict(_harness.os.environ))
+    assert [row for rows in found for row in rows] == [
+        {"arm": "well", "threads": "4"},
+        {"arm": "killed", "error": "failed: exit status -9"},
+        {"arm": "full", "error": "out of memory"},
+        {"arm": "killed later", "error": "failed: exit status -9"},
+    ]
+    assert _harness.fresh({"arm": "killed"}) == [
+        {"arm": "killed", "error": "failed: exit status -9"}
+    ]
+
+
+def test_a_child_has_caches_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_COMPILE_BACKEND", "eager")
+    found = _harness.with_caches("folder")
+    assert found["TORCHINDUCTOR_CACHE_DIR"] == "folder/inductor"
+    assert found["TRITON_CACHE_DIR"] == "folder/triton"
+    assert "TORCH_COMPILE_BACKEND" not in found
+
+
+def recorded_commands() -> set[str]:
+    """Those of result files, pages and docstrings: spans of code, and lines of blocks of code."""
+    root = BENCHMARKS.parent
+    found = [json.loads(f.read_text())["command"] for f in BENCHMARKS.glob("results/*.json")]
+    for script in SCRIPTS:
+        found += re.findall(r"^    (python .*)", script.read_text(), re.MULTILINE)
+    for page in (*root.glob("*.md"), *root.glob("docs/**/*.md")):
+        prose, *code = re.split(r"^ *```.*$", page.read_text(), flags=re.MULTILINE)
+        for block, text in zip(code[::2], code[1::2], strict=True):
+            found += block.replace("\\\n", " ").splitlines()
+            prose += text
+        found += re.findall(r"`([^`]+)`", prose)
+    commands = (re.search(r"\bpython\s+(?:benchmarks/)?(\w+\.py\b[^#|;&]*)", f) for f in found)
+    return {" ".join(command[1].split()) for command in commands if command}
+
+
+def test_recorded_commands_are_still_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrites.Show, "__call__", lambda *args: None)
+    taken = set()
+    for command in recorded_commands():
+        script, *arguments = shlex.split(command)
+        if (BENCHMARKS / script).exists() and "--help" not in arguments:
+            sys.modules[script.removesuffix(".py")].BENCHMARK.options.parse_args(arguments)
+            taken.add(script)
+    assert taken == {script.name for script in SCRIPTS}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(BENCHMARKS.glob("results/*.json")), ids=lambda path: path.stem
+)
+def test_rows_that_are_kept_are_those_of_today(path: Path) -> None:
+    """Comparing the rows again changes no number, and tables and pictures can be made of them."""
+    kept = json.loads(path.read_text())
+    script, *arguments = shlex.split(kept["command"].partition("python ")[2])
+    benchmark = sys.modules[Path(script).stem].BENCHMARK
+    args = benchmark.options.parse_args(arguments)
+
+    def numbers(rows: Rows) -> list[float]:
+        return sorted(
+            v for row in rows for k, v in row.items() if isinstance(v, float) and k in had
+        )
+
+    had = {key for row in kept["rows"] for key in row}
+    before = numbers(kept["rows"])
+    rows = benchmark.finish(kept["rows"], args)
+    assert numbers(rows) == pytest.approx(before, rel=1e-9)
+    lines = _output.markdown(rows, benchmark.columns).splitlines()
+    assert len([line for line in lines if line.startswith("|")]) == 2 + len(
+        [row for row in rows if "error" not in row]
+    )
+    panels = benchmark.panels(args) if callable(benchmark.panels) else benchmark.panels
+    assert all(_output.bars(panel, rows) for panel in panels)
 
 
 # -- linear_cross_entropy --------------------------------------------------------------------------
@@ -131,7 +241,7 @@ def test_grid_compares_with_the_fastest_exact_peer(
         cells = table(printed, "1024", "32", "512", shown, "inductor")[4:]  # the summary's line
         peer, ours = timed["inductor", share]["ms"], timed["liger_fx", share]["ms"]
         assert cells[:4] == ["inductor", f"{peer:.1f}", f"{ours:.1f}", f"{peer / ours:.3f}"]
-    assert "| inductor | (liger) | liger_fx |" in printed
+    assert "Less exact than Inductor: liger\n" in printed
     assert "- liger_fp32: out of memory\n- cut_cross_entropy: left out: " in printed
 
 
@@ -141,7 +251,7 @@ def test_errors_of_several_shares(run: Run, stand_ins: None) -> None:
         linear_cross_entropy, "--error", *SHAPE, "--ignored", "0", "0.5", "--arms", *arms
     )
     assert [(row["arm"], row["ignored"]) for row in rows] == [
-        (a, s) for a in arms for s in (0, 0.5)
+        (a, s) for s in (0, 0.5) for a in arms
     ]
     for row in rows:
         assert row["weight_error"] > 0.4 if row["arm"] == "liger" else row["weight_error"] < 0.01
@@ -152,10 +262,10 @@ def test_times_of_several_shares(run: Run, stand_ins: None, picture: Path) -> No
     printed, rows = run(
         linear_cross_entropy, *SHAPE, "--arms", "inductor", "liger_fp32", "--picture", str(picture)
     )
-    assert [row.get("error") for row in rows] == [None, None, "out of memory", "out of memory"]
-    assert rows[1]["valid_floor_ms"] == rows[0]["valid_floor_ms"] / 2
+    assert [row.get("error") for row in rows] == [None, "out of memory"] * 2
+    assert rows[2]["valid_floor_ms"] == rows[0]["valid_floor_ms"] / 2
     assert len(rows[0]["times"]) == 3 and picture.exists()
-    assert f"{rows[1]['ms']:.1f}" in table(printed, "1024", "32", "512", "50%", "inductor")
+    assert f"{rows[2]['ms']:.1f}" in table(printed, "1024", "32", "512", "50%", "inductor")
 
 
 def test_a_chunker_that_chunks_nothing_is_no_result(run: Run) -> None:
@@ -182,9 +292,9 @@ def test_training_step(run: Run, children_here: None) -> None:
 
 def test_arms_of_liger_fx_are_told_of_padding(run: Run, children_here: None) -> None:
     args = Namespace(padded=0.4)
-    assert training_step.padded_batches(args) == {"tiled_mlp.skip_padding": True}
+    assert _steps.padded_batches(args) == {"tiled_mlp.skip_padding": True}
     assert training_step.fused(args)["tiled_mlp.skip_padding"] is True
-    assert training_step.padded_batches(Namespace(padded=0.0)) == {}
+    assert _steps.padded_batches(Namespace(padded=0.0)) == {}
     arguments = ["--arms", "liger_fx_step", "--batch", "2", "--seq", "16", "--steps", "1"]
     _, (row,) = run(training_step, *TINY, *arguments, "--warmup", "1", "--padded", "0.4")
     assert row["rewrites"] == "linear_cross_entropy 1"
@@ -192,7 +302,7 @@ def test_arms_of_liger_fx_are_told_of_padding(run: Run, children_here: None) -> 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.5])
 def test_padding_is_on_the_right_and_has_its_share(share: float) -> None:
-    padded = _common.padding(torch.zeros(8, 100), share)
+    padded = _measure.padding(torch.zeros(8, 100), share)
     assert padded.float().mean().item() == pytest.approx(share, abs=0.01)
     assert (padded.int().diff(dim=1) >= 0).all()
     assert len(set(padded.sum(1).tolist())) == (8 if share else 1)
@@ -226,34 +336,37 @@ def test_attention(run: Run, picture: Path) -> None:
     assert "documents" in printed
 
 
-@pytest.mark.parametrize("data", [["--padded", "0.4"], ["--packed", "6"]])
-def test_huggingface_step_of_collated_data(
-    data: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    small = ["--device", "cpu", "--batch", "2", "--seq", "16", "--steps", "1", "--warmup", "1"]
-    command = ["step", *small, *data, "--model", "tiny", "--arm", "eager"]
-    monkeypatch.setattr(sys, "argv", command)
-    args = huggingface_step.parse_args()
+def measured(script: ModuleType, case: dict[str, Any], *arguments: str) -> Rows:
+    """The rows of a case, of a script whose children wait for their turn."""
+    args = script.BENCHMARK.options.parse_args(["--device", "cpu", *arguments])
+    vars(args).update(case)
+    with mock.patch.object(sys, "stdin", io.StringIO("\n")):
+        first, *rows = script.measure(args)
+    assert first == {"compiled": True}
+    return rows
+
+
+SMALL_STEP = ["--batch", "2", "--seq", "16", "--steps", "1"]
+TINY_EAGER = {"model": "tiny", "arm": "eager"}
+
+
+@pytest.mark.parametrize("data", [{"padded": 0.4}, {"packed": 6}])
+def test_huggingface_step_of_collated_data(data: dict[str, Any]) -> None:
+    args = Namespace(batch=2, seq=16, device="cpu", **({"padded": None, "packed": None} | data))
     (given,) = huggingface_step.collated(args).values()
     assert given.shape == (2, 16) and given.dtype == torch.int64
-    with mock.patch.object(sys, "stdin", io.StringIO("\n")):
-        _, row = huggingface_step.measure(args)
+    (row,) = measured(huggingface_step, TINY_EAGER | data, *SMALL_STEP, "--warmup", "1")
     assert row["losses"][0] > 0
 
 
-def test_huggingface_step(run: Run, monkeypatch: pytest.MonkeyPatch, picture: Path) -> None:
+def test_huggingface_step(run: Run, picture: Path) -> None:
     """What processes of their own measure is what this one measures; an arm of none has a reason."""
-    small = ["--device", "cpu", "--batch", "2", "--seq", "16", "--steps", "1", "--warmup", "2"]
-    small += ["--ignored", "0", "0.5"]
-    command = ["step", *small, "--model", "tiny", "--arm", "eager"]
-    monkeypatch.setattr(sys, "argv", command)
-    with mock.patch.object(sys, "stdin", io.StringIO("\n")):
-        first, *eager = huggingface_step.measure(huggingface_step.parse_args())
-    assert first == {"compiled": True}
+    small = [*SMALL_STEP, "--warmup", "2", "--ignored", "0", "0.5"]
+    eager = measured(huggingface_step, TINY_EAGER, *small)
     assert [(row["ignored"], row["compile_s"]) for row in eager] == [(0, None), (0.5, None)]
 
     arguments = ["--models", "tiny", "--arms", "liger_fx_loss", "liger", "--jobs", "2"]
-    arguments += ["--baseline", "liger_fx_loss", "--picture", str(picture)]
+    arguments += ["--device", "cpu", "--baseline", "liger_fx_loss", "--picture", str(picture)]
     printed, rows = run(huggingface_step, *small, *arguments)
     *rows, without = sorted(rows, key=lambda row: "error" in row)
     for row, reference in zip(rows, eager, strict=True):
@@ -264,7 +377,7 @@ def test_huggingface_step(run: Run, monkeypatch: pytest.MonkeyPatch, picture: Pa
     assert rows[0]["compile_s"] > 0 and rows[1]["compile_s"] is None
     assert ", ".join(f"{loss:.4f}" for loss in rows[1]["losses"]) in table(printed, "tiny", "50%")
     assert without["error"] == "left out: Liger's patch needs a GPU"
-    assert f"- liger: tiny: {without['error']}" in printed and picture.exists()
+    assert f"- liger: {without['error']} (tiny)" in printed and picture.exists()
 
 
 def test_a_step_without_memory_while_others_compile() -> None:
@@ -292,16 +405,17 @@ def test_compile_time_keeps_the_caches(
 ) -> None:
     """The second process finds what the first left, the next arm and depth nothing."""
 
-    def child(caches: Path, *arguments: str) -> Rows:
-        if arguments == ("--arm", "inductor_step", "--depth", "4"):
-            return [{"error": "out of memory"}]
-        first = not list(caches.iterdir())
-        (caches / "compiled").touch()
-        slower = 3 if "inductor_step" in arguments else 1
+    def child(case: dict[str, Any], environment: dict[str, str]) -> Namespace:
+        if case == {"arm": "inductor_step", "layers": 4}:
+            return Namespace(rows=[case | {"error": "out of memory"}])
+        compiled = Path(environment["TRITON_CACHE_DIR"]).parent / "compiled"
+        slower, first = 3 if case["arm"] == "inductor_step" else 1, not compiled.exists()
+        compiled.touch()
         counts = dict.fromkeys(compile_time.COUNTED, 0) | {"fx_hits": 0 if first else 4}
-        return [{"seconds": slower * (8 if first else 2), "rewrites": None} | counts]
+        took = {"seconds": slower * (8 if first else 2), "rewrites": None}
+        return Namespace(rows=[case | took | counts])
 
-    monkeypatch.setattr(compile_time, "in_process", child)
+    monkeypatch.setattr(compile_time, "Child", child)
     arguments = ["--arms", "torchtune", "inductor_step", "--layers", "2", "4"]
     printed, rows = run(compile_time, *TINY, *arguments, "--picture", str(picture))
     assert [(r.get("cold_s"), r.get("warm_s"), r.get("fx_hits")) for r in rows] == [
@@ -312,19 +426,18 @@ def test_compile_time_keeps_the_caches(
     ]
     cells = ["2", "inductor_step", "24.0", "3.00", "6.0", "3.00", "0", "4"]
     assert table(printed, "2", "inductor_step")[:8] == cells
-    assert "- inductor_step: 4 layers, cold: out of memory" in printed and picture.exists()
+    assert "- inductor_step: cold: out of memory (4)" in printed and picture.exists()
 
 
 def test_long_context_predicts_and_confirms(
     run: Run, monkeypatch: pytest.MonkeyPatch, picture: Path
 ) -> None:
-    def child(*arguments: str) -> Rows:
-        _, arm, _, seq, *confirming = arguments
-        gib = {"torchtune": 0.25, "liger_fx_recipe": 0.125}[arm] * int(seq) / 1000 + 8
-        too_long = confirming == ["--confirming"] and int(seq) > 100_000
-        return [{"error": "out of memory"} if too_long else {"seq": int(seq), "peak_gib": gib}]
+    def child(case: dict[str, Any]) -> Rows:
+        gib = {"torchtune": 0.25, "liger_fx_recipe": 0.125}[case["arm"]] * case["seq"] / 1000 + 8
+        too_long = case["confirming"] and case["seq"] > 100_000
+        return [case | ({"error": "out of memory"} if too_long else {"peak_gib": gib})]
 
-    monkeypatch.setattr(long_context, "in_fresh_process", child)
+    monkeypatch.setattr(long_context, "fresh", child)
     arguments = ["--arms", "torchtune", "liger_fx_recipe", "--lengths", "1000", "2000", "4000"]
     printed, (stock, ours) = run(
         long_context, *TINY, *arguments, "--gib", "24", "--confirm", "--picture", str(picture)
@@ -341,11 +454,10 @@ def test_long_context_predicts_and_confirms(
 def test_lengths_at_which_something_else_sets_the_peak(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def child(*arguments: str) -> Rows:
-        seq = int(arguments[arguments.index("--seq") + 1])
-        return [{"seq": seq, "ms": 1.0, "peak_gib": max(10, seq / 400)}]
+    def child(case: dict[str, Any]) -> Rows:
+        return [case | {"ms": 1.0, "peak_gib": max(10, case["seq"] / 400)}]
 
-    monkeypatch.setattr(long_context, "in_fresh_process", child)
+    monkeypatch.setattr(long_context, "fresh", child)
     arguments = ["--arms", "torchtune", "--lengths", "1000", "4000", "8000", "--gib", "24"]
     printed, (row,) = run(long_context, *TINY, *arguments)
     assert len(row["points"]) == 3
@@ -364,7 +476,7 @@ def test_long_context_needs_a_gpu(run: Run, children_here: None) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU has no kernels to profile")
 def test_profile_step_needs_a_gpu(run: Run, children_here: None) -> None:
     printed, (row,) = run(profile_step, *TINY, "--arms", "torchtune")
-    assert row == {"arm": "torchtune", "error": "left out: kernels are profiled on a GPU"}
+    assert row == {"arm": "torchtune", "error": "left out: profiling kernels needs a GPU"}
     assert row["error"] in printed
 
 
@@ -411,18 +523,13 @@ def test_host_time(run: Run, monkeypatch: pytest.MonkeyPatch, picture: Path) -> 
 
 
 def test_a_measured_case_becomes_a_row_of_the_table():
-    args = Namespace(
-        case=json.dumps(("tiny", "layers", True, "eager")),
-        device=torch.device("cpu"),
-        **{"batch": 2, "seq": 8, "laps": 2},
-    )
-    with mock.patch.object(sys, "stdin", io.StringIO("\n")):
-        first, *rows = rewrites.measure(args)
-    assert first == {"compiled": True}
+    case = rewrites.case("tiny", "layers", True, "eager")
+    rows = measured(rewrites, case, "--batch", "2", "--seq", "8", "--laps", "2")
     made = {row["rewrite"] for row in rows}
     assert made == {"attention", "rope", "add_rms_norm", "rms_norm", "swiglu"} | {"tiled_mlp"}
     for row in rows:
         assert row["speed"] == row["ms_without"] / row["ms_with"]
+        row = case | row
         assert policy.Row(**{field.name: row[field.name] for field in fields(policy.Row)})
 
 
@@ -431,11 +538,16 @@ ROW |= {"checkpoint": True, "model": "tiny", "form": "layers"}
 
 
 def test_a_run_is_added_to_those_before():
-    """The latest run says which cases there are."""
+    """The latest run says which cases there are; of rows with the same key, for several masks, the
+    first is the first's."""
     before = [ROW | {"speeds": [0.9], "memory": 1.0}, ROW | {"speeds": [1.0], "form": "step"}]
     others = {"ms_with": 2.0, "arm": "a case"}
     new = [ROW | {"speed": 1.1, "memory": 0.8} | others]
     new.append(ROW | {"speed": 1.2, "memory": None, "inner": "eager"} | others)
+    masks = [ROW | {"speeds": [0.5], "memory": 1.0}, ROW | {"speeds": [0.7], "memory": 1.0}]
+    again = [ROW | {"speed": 0.6, "memory": 1.0}, ROW | {"speed": 0.8, "memory": 1.0}]
+    speeds = [row["speeds"] for row in rewrites.with_speeds(masks, again)]
+    assert speeds == [[0.5, 0.6], [0.7, 0.8]]
     assert rewrites.with_speeds(before, new) == [
         ROW | {"speeds": [0.9, 1.1], "memory": 0.8},
         ROW | {"speeds": [1.2], "memory": None, "inner": "eager"},
