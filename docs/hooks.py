@@ -259,9 +259,7 @@ def _huggingface_step(name: str) -> str:
     ]
     for share in sorted({row["ignored"] for row in found}):
         sections += [f"{share:.0%} of the labels ignored:"] if share else []
-        sections.append(
-            results.table(name, " ".join(columns), " ".join(results.ARMS), ignored=share)
-        )
+        sections.append(results.table(name, " ".join(columns), list(results.ARMS), ignored=share))
     return "\n\n".join([*sections, results.origin(name)])
 
 

@@ -87,13 +87,13 @@ def ratio(name: str, key: str, of: Row, to: Row, form: str = ".2f") -> str:
     return format(one / other, form)
 
 
-def table(name: str, keys: str, arms: str = "", **where: Any) -> str:
+def table(name: str, keys: str, arms: Sequence[str] = (), **where: Any) -> str:
     """The rows of a file as Markdown. keys: columns, by the names of `COLUMNS`. arms: those to
-    show, in this order; "" for all of them, in the order of the file."""
+    show, in this order; none for all of them, in the order of the file."""
     columns = keys.split()
     found = rows(name, **where)
     if arms:
-        found = [row for arm in arms.split() for row in found if row["arm"] == arm]
+        found = [row for arm in arms for row in found if row["arm"] == arm]
     return markdown(
         [COLUMNS[key][0] for key in columns],
         [[cell(row, key) for key in columns] for row in found],
