@@ -265,7 +265,7 @@ def _huggingface_step(name: str) -> str:
 
 def _data(found: list[results.Row]) -> str:
     row = found[0]
-    data = "all tokens"
+    data = "no padding"
     if row.get("padded"):
         data = f"{row['padded']:.0%} padding on the right"
     if row.get("packed"):
