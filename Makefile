@@ -7,7 +7,7 @@ BIN := .venv/bin
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint format build install-test clean
+.PHONY: demo test lint format docs build install-test clean
 
 demo: .venv/installed
 	@$(BIN)/python examples/finetune_docstrings.py
@@ -46,6 +46,14 @@ install-test: build
 	$(PYTHON) -m venv --clear build/venv
 	build/venv/bin/pip install -q $(TORCH) dist/*.whl
 	build/venv/bin/python tests/installed.py
+
+# The documentation, in build/docs. A dead link or a page that the menu lacks is an error.
+docs: .venv/docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/docs-installed: .venv/installed
+	@$(BIN)/pip install -q -c constraints.txt --group docs
+	@touch $@
 
 .venv/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into .venv; on first use this takes a few minutes."

@@ -313,7 +313,7 @@ PLACES = {
 
 
 def summary(architecture: str) -> str:
-    """What the table says, as the README shows it: speed from worst to best and the least memory,
+    """What the table says: speed from worst to best and the least memory,
     of those without the rewrite; in bold where ``auto`` applies it."""
     rows: dict[tuple[str, ...], list[TableRow]] = {}
     for row in table()[architecture].rows:

@@ -1,6 +1,6 @@
 """Tiny models of every family, the ways in which people compile them, and how often each rewrite
-fires there: `FAMILIES`, `IN_PLACE` and `MODES`. ``python tests/_models.py`` prints them for the
-README."""
+fires there: `FAMILIES`, `IN_PLACE` and `MODES`. ``python tests/_models.py`` prints them as the
+documentation shows them."""
 
 from __future__ import annotations
 
@@ -625,27 +625,25 @@ def markdown(
     name: Callable[[Row], str],
     cells: Callable[[Row], Cells] = lambda row: row.cells,
 ) -> str:
-    """A line for each run of rows that agree in all cells; reasons as footnotes."""
-    notes: list[str] = []
-    titles = list(cells(rows[0]))
-    lines = [["", *(f"`{title}`" for title in titles)], ["---"] * (len(titles) + 1)]
+    """A line for each run of rows that agree in all cells."""
+    lines = [("", "replaced", "left alone, and why"), ("---",) * 3]
     for _, alike in groupby(rows, key=lambda row: (row.library, row.mode, cells(row))):
         first, *others = alike
-        found = [_cell(cell, notes) for cell in cells(first).values()]
-        lines.append([", ".join([name(first), *(row.family for row in others)]), *found])
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join([table, "", *(f"{i}. {note}" for i, note in enumerate(notes, 1))])
+        title = ", ".join([name(first), *(row.family for row in others)])
+        lines.append((title, *_replaced_and_left(cells(first))))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(cell: Cell, notes: list[str]) -> str:
-    if isinstance(cell, Law):
-        return str(cell)
-    if cell == NONE:
-        return "\N{EN DASH}"
-    note = cell if isinstance(cell, str) else f'In the report: "{cell.reason}"'
-    if note not in notes:
-        notes.append(note)
-    return f"\N{EN DASH}<sup>{notes.index(note) + 1}</sup>"
+def _replaced_and_left(cells: Cells) -> tuple[str, str]:
+    replaced, left = [], dict[str, list[str]]()
+    for rewrite, cell in cells.items():
+        if isinstance(cell, Law):
+            replaced.append(f"`{rewrite}` {cell}")
+        elif cell not in (NONE, WITH_HEAD, WITH_PROJECTIONS):  # else nothing is left
+            reason = cell if isinstance(cell, str) else f'"{cell.reason}"'
+            left.setdefault(reason, []).append(f"`{rewrite}`")
+    reasons = [f"{', '.join(names)}: {reason}" for reason, names in left.items()]
+    return ", ".join(replaced), "; ".join(reasons)
 
 
 def families() -> str:

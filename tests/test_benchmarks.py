@@ -522,12 +522,6 @@ def test_host_time(run: Run, monkeypatch: pytest.MonkeyPatch, picture: Path) -> 
 # -- rewrites --------------------------------------------------------------------------------------
 
 
-def test_the_readme_or_the_docs_show_the_table_that_auto_decides_by():
-    root = BENCHMARKS.parent
-    pages = [root / "README.md", *root.glob("docs/**/*.md")]
-    assert any(rewrites.summary("sm90").strip() in page.read_text() for page in pages)
-
-
 def test_a_measured_case_becomes_a_row_of_the_table():
     case = rewrites.case("tiny", "layers", True, "eager")
     rows = measured(rewrites, case, "--batch", "2", "--seq", "8", "--laps", "2")

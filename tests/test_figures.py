@@ -27,11 +27,8 @@ UNKEPT = {
     BEFORE + "training_step.py, 16 x 2048 tokens, no checkpoints": """
         463.9 469.6 69,775 56.50 463.7 70,663 1.013 49.43 0.875 460.4 71,179 1.020 468.7 69,912 423.4
         77,392 1.107 419.0 78,203 1.119 70,644 398.1 82,302 1.165 392.3 83,521 1.182""",
-    BEFORE + "torchtune in the call of training_step_budget.json": "1.138",
     BEFORE + "matching_time.py": "0.12 0.35",
     BEFORE + "make demo": "0.88 2,324 9,347",
-    "sum of the groups copies and other of profile_step.json": "21.8",
-    "what would be reached, not what is": "1.15",
     "peaks without weights, gradients and optimizer state": "11.5 6.6 1.4 30.4 18.7 1.6 11.1",
 }
 

@@ -4,7 +4,6 @@ gradients, graphs, breaks and recompiles stay as they are without liger_fx."""
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -25,9 +24,7 @@ from _models import (
     checkpoint_inside,
     dynamic,
     evaluation,
-    families,
     model_in_place,
-    modes,
     packed,
     per_layer,
     second_length,
@@ -254,8 +251,3 @@ add_rms_norm 4, attention 2, linear_cross_entropy 1, rms_norm 9, rope 4: Gemma3 
 def test_every_rewrite_has_a_cell_in_every_row():
     for row in ROWS:
         assert list(row.cells) == [rewrite.name for rewrite in DEFAULT], row
-
-
-def test_the_readme_has_the_tables_as_they_are():
-    readme = Path(__file__).parent.with_name("README.md").read_text()
-    assert families() in readme and modes() in readme

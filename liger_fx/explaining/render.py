@@ -10,7 +10,7 @@ _STYLE = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
 body { max-width: 70rem; margin: auto; padding: 1rem; }
 td, th { padding: .1rem 1rem .1rem 0; text-align: left; vertical-align: top; }
-meter { width: 16rem; } pre { overflow-x: auto; }
+meter { width: min(16rem, 40vw); } pre, table { display: block; overflow-x: auto; }
 """
 _WITHOUT, _WITH = "without liger_fx", "with liger_fx"
 
