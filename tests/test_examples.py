@@ -1,9 +1,10 @@
-"""The examples that train, run as their readers run them."""
+"""The examples, run as their readers run them. `test_matcher.py` runs custom_rewrite.py."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +17,10 @@ from _util import words
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_example(name: str, folder: Path, **environ: str) -> str:
+def run_example(name: str, folder: Path, *arguments: str, **environ: str) -> str:
     """What the example prints when it is started in ``folder``."""
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / name],
+        [sys.executable, ROOT / "examples" / name, *arguments],
         cwd=folder,
         env=os.environ | environ,
         capture_output=True,
@@ -28,6 +29,26 @@ def run_example(name: str, folder: Path, **environ: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_whole_step(tmp_path: Path) -> None:
+    printed = run_example("whole_step.py", tmp_path, LIGER_FX_INNER="aot_eager")
+    losses = [float(loss) for loss in re.findall(r"loss (\S+)", printed)]
+    assert len(losses) == 5 and losses[-1] < losses[0] - 0.5
+    assert "linear_cross_entropy replaced" in words(printed)
+
+
+@pytest.mark.slow
+def test_explain(tmp_path: Path) -> None:
+    said = words(run_example("explain.py", tmp_path))
+    assert "linear_cross_entropy replaced" in said and "attention replaced 32 x" in said
+
+
+@pytest.mark.slow
+def test_the_demo(tmp_path: Path) -> None:
+    printed = run_example("finetune_docstrings.py", tmp_path, "--steps", "6", "--device", "cpu")
+    assert "Rewrites made      linear_cross_entropy 1" in printed
+    assert (tmp_path / "build/demo/curves.png").exists()
 
 
 def trainer_losses() -> list[float]:
