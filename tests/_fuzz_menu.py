@@ -145,6 +145,24 @@ MASKS = {
     "padded queries": _INDICES + "$m = ($mk <= $mq) & {p}.bool()[:, None, :, None]",
 }
 
+_ADDED = (
+    "(MASK if MASK.is_floating_point() else torch.where(MASK, 0.0, float('-inf')).to({q}.dtype))"
+)
+WRITTEN_OUT = [
+    f"$a = torch.softmax({{q}} @ {{k}}.transpose(2, 3) * 0.5 + {_ADDED}, -1) @ {{v}}",
+    f"$w = F.softmax({{q}} @ {{k}}.transpose(-1, -2) / 2 + {_ADDED}, dim=-1, dtype=torch.float32)"
+    ".to({v}.dtype)\n$a = torch.matmul(F.dropout($w, 0.1, training=False), {v})",
+    "$n = {q} @ {k}.transpose(2, 3)\n"
+    "$n = $n.masked_fill(MASK < 0 if MASK.is_floating_point() else ~MASK, float('-inf'))\n"
+    "$a = $n.softmax(-1) @ {v}",
+    "$n = {q} @ {k}.transpose(2, 3) * 0.7\n"
+    "$n = torch.where(MASK == 0 if MASK.is_floating_point() else MASK, $n, torch.finfo($n.dtype).min)\n"
+    "$w = $n.softmax(-1)\n$a = $w @ {v} + $w.sum() * 0",
+    "$n = {q} @ {k}.transpose(2, 3) * 0.7\n"
+    "$n = torch.where(MASK == 0 if MASK.is_floating_point() else MASK, $n, torch.finfo($n.dtype).min)\n"
+    "$a = $n.softmax(-1) @ {v}",
+]
+
 # -- the menu -------------------------------------------------------------------------------------
 
 NORMS = {
@@ -394,12 +412,17 @@ class Generator:
         v = self.emit("$x = {x}.transpose(1, 2)", x=v)
         repeat = "$k = {k}[:, :, None].expand(-1, -1, 2, -1, -1).reshape({q}.shape)"
         k, v = (self.emit(repeat, k=each, q=q) for each in (k, v))
-        mask = self.mask(q)
-        a = self.emit(
-            f"$a = F.scaled_dot_product_attention({{q}}, {{k}}, {{v}}, {mask})", q=q, k=k, v=v
-        )
+        a = self.emit(self.scores(q), q=q, k=k, v=v)
         merged = "$o = {x} + F.linear({a}.transpose(1, 2).flatten(2), {w})"
         return self.emit(merged, x=x, a=a, w=self.weight(H, 4 * 4))
+
+    def scores(self, q: str) -> str:
+        """Attention under a mask, at times written out. Drawn apart, as the mask is."""
+        apart, mask = random.Random(f"scores {self.seed}"), self.mask(q)
+        if mask == "is_causal=True" or apart.random() < 0.6:
+            return f"$a = F.scaled_dot_product_attention({{q}}, {{k}}, {{v}}, {mask})"
+        mask = mask.removeprefix("attn_mask=")
+        return apart.choice(WRITTEN_OUT).replace("MASK", mask)
 
     def mask(self, q: str) -> str:
         """The arguments that say which keys a query sees. Drawn apart from the rest, which has been
