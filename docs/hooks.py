@@ -28,7 +28,7 @@ import draw
 import joined
 import measured
 import results
-from docstrings import as_markdown
+from as_markdown import as_markdown
 from jinja2 import Environment, StrictUndefined
 from liger_fx.passes import DEFAULT
 from mkdocs.config.defaults import MkDocsConfig

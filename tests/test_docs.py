@@ -21,7 +21,7 @@ def docs_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def module(name: str):
-    if name in ("hooks", "docstrings"):
+    if name in ("hooks", "as_markdown"):
         pytest.importorskip("mkdocs", reason="make docs installs mkdocs")
         pytest.importorskip("griffe", reason="make docs installs griffe")
     return importlib.import_module(name)
@@ -68,7 +68,7 @@ def test_the_table_that_auto_decides_by_has_every_measured_rewrite(inner: str):
 
 
 def test_docstrings_as_markdown():
-    text = module("docstrings").as_markdown(
+    text = module("as_markdown").as_markdown(
         "One ``op``::\n\n    y = x\n\n"
         "Matches      a; ``b``\n             c\nLeaves alone d\n\n"
         "=======  ===\nkind     how\n=======  ===\n``one``  a\n         b\n=======  ===\n\n"
