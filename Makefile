@@ -30,8 +30,8 @@ format: .venv/installed
 # an sdist the time at which it is built: the sdist is packed anew (by GNU tar).
 build: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 build: $(BIN)/python
-	@$(BIN)/pip install -q "pip>=25.1"
-	@$(BIN)/pip install -q -c constraints.txt --group build
+	@$(BIN)/pip install -qq "pip>=25.1"
+	@$(BIN)/pip install -qq -c constraints.txt --group build
 	rm -rf dist *.egg-info
 	$(BIN)/python -m build --no-isolation --sdist
 	cd dist && tar -xf *.tar.gz && rm *.tar.gz
@@ -44,7 +44,7 @@ build: $(BIN)/python
 # The wheel in an environment of its own, without the repository and its tools.
 install-test: build
 	$(PYTHON) -m venv --clear build/venv
-	build/venv/bin/pip install -q $(TORCH) dist/*.whl
+	build/venv/bin/pip install -qq $(TORCH) dist/*.whl
 	build/venv/bin/python tests/installed.py
 
 # The documentation, in build/docs. A dead link or a page that the menu lacks is an error.
@@ -52,13 +52,13 @@ docs: .venv/docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 .venv/docs-installed: .venv/installed
-	@$(BIN)/pip install -q -c constraints.txt --group docs
+	@$(BIN)/pip install -qq -c constraints.txt --group docs
 	@touch $@
 
 .venv/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into .venv; on first use this takes a few minutes."
-	@$(BIN)/pip install -q "pip>=25.1"  # older ones know no dependency groups
-	@$(BIN)/pip install -q -c constraints.txt -e ".[torchtune,huggingface]" --group dev
+	@$(BIN)/pip install -qq "pip>=25.1"  # older ones know no dependency groups
+	@$(BIN)/pip install -qq -c constraints.txt -e ".[torchtune,huggingface]" --group dev
 	@touch $@
 
 $(BIN)/python:
