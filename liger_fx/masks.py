@@ -20,6 +20,7 @@ seen and minus infinity elsewhere, are read as boolean ones.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,13 +106,15 @@ def _read(view: View, node: fx.Node, hides: bool) -> Mask:
     element = reader.element(view, node, _broadcast(value, AXES))
     if hides and _is_boolean(element):
         element = sympy.Not(element)
-    soft = isinstance(element, _Bias) and not element.hard
+    least = -math.inf
     if isinstance(element, _Bias):
-        element = element.seen
+        least, element = element.least, element.seen
     if not isinstance(element, sympy.logic.boolalg.Boolean):
         raise Unreadable(f"the mask {node.name} is {value.dtype}, and not zero or minus infinity")
     mask = _Conjunction(reader, sympy.And.make_args(element)).mask()
-    if soft and mask.valid is not None:
+    if least > -math.inf and least > torch.finfo(value.dtype).min:
+        raise Unreadable(f"{node.name} hides keys by {least}, not the least of {value.dtype}")
+    if least > -math.inf and mask.valid is not None:
         raise Unreadable(
             f"{node.name} is finite for padding: a query that sees no key attends to all of them"
         )
@@ -123,11 +126,11 @@ def _read(view: View, node: fx.Node, hides: bool) -> Mask:
 
 @dataclass(frozen=True)
 class _Bias:
-    """An element of an additive mask: 0 where ``seen``, else minus infinity, or if not ``hard`` the
-    least finite number, which leaves a key the weight zero beside any key that is seen."""
+    """An element of an additive mask: 0 where ``seen``, else ``least``. That is minus infinity, or
+    the least number of a dtype, which leaves a key the weight zero beside any key that is seen."""
 
     seen: sympy.Basic
-    hard: bool = True
+    least: float = -math.inf
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,7 @@ def _as_bias(element: Any) -> _Bias | None:
     if element == -sympy.oo:
         return _Bias(sympy.false)
     if isinstance(element, sympy.Number) and float(element) in _MOST_NEGATIVE:
-        return _Bias(sympy.false, hard=False)
+        return _Bias(sympy.false, float(element))
     return None
 
 
@@ -282,7 +285,7 @@ def _add(reader: _Reader, view: View, node: fx.Node, index: Index) -> Any:
     if _is_integer(*elements):
         return sympy.Add(*elements)
     a, b = map(_as_bias, elements)
-    return _Bias(sympy.And(a.seen, b.seen), a.hard and b.hard) if a and b else None
+    return _Bias(sympy.And(a.seen, b.seen), max(a.least, b.least)) if a and b else None
 
 
 def _multiply(reader: _Reader, view: View, node: fx.Node, index: Index) -> Any:
@@ -293,8 +296,8 @@ def _multiply(reader: _Reader, view: View, node: fx.Node, index: Index) -> Any:
         return _Indicator(sympy.And(*(e.holds for e in elements)))
     a, b = elements if isinstance(elements[0], _Indicator) else elements[::-1]
     if isinstance(a, _Indicator):  # minus infinity times zero would be no number
-        least = _as_bias(b)
-        return _Bias(sympy.Not(a.holds), hard=False) if least and not least.hard else None
+        b = _as_bias(b)
+        return _Bias(sympy.Not(a.holds), b.least) if b and b.least > -math.inf else None
     return sympy.Mul(*elements) if _is_integer(*elements) else None
 
 
@@ -309,7 +312,7 @@ def _choose(condition: Any, then: Any, otherwise: Any) -> Any:
     a, b = _as_bias(then), _as_bias(otherwise)
     if a is None or b is None:
         return None
-    return _Bias(_if(condition, a.seen, b.seen), a.hard and b.hard)
+    return _Bias(_if(condition, a.seen, b.seen), max(a.least, b.least))
 
 
 def _if(condition: Any, then: Any, otherwise: Any) -> Any:

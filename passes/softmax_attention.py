@@ -100,7 +100,7 @@ def check(match: Match, query, key, value, i, j, dim, dtype, number=-math.inf) -
     _check_shapes(match, query, key, value)
     _check_dtypes(match, dtype)
     _check_dropout(match)
-    least = torch.finfo(match.output.dtype).min
+    least = torch.finfo(fake(match.sources["widened"]).dtype).min
     if not isinstance(number, float) or number > least:
         raise Reject(f"keys are hidden by {number}; expected minus infinity or {least}")
     _check_mask(match)

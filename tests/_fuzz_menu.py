@@ -145,22 +145,22 @@ MASKS = {
     "padded queries": _INDICES + "$m = ($mk <= $mq) & {p}.bool()[:, None, :, None]",
 }
 
-_ADDED = (
-    "(MASK if MASK.is_floating_point() else torch.where(MASK, 0.0, float('-inf')).to({q}.dtype))"
+_FLOATING = "MASK.is_floating_point()"
+_ADDED = f"(MASK if {_FLOATING} else torch.where(MASK, 0.0, float('-inf')).to({{q}}.dtype))"
+_CHOSEN = (
+    "$n = {q} @ {k}.transpose(2, 3) * 0.7\n"
+    f"$n = torch.where(MASK == 0 if {_FLOATING} else MASK, $n, torch.finfo($n.dtype).min)\n"
+    "$w = $n.softmax(-1)\n$a = $w @ {v}"
 )
 WRITTEN_OUT = [
     f"$a = torch.softmax({{q}} @ {{k}}.transpose(2, 3) * 0.5 + {_ADDED}, -1) @ {{v}}",
     f"$w = F.softmax({{q}} @ {{k}}.transpose(-1, -2) / 2 + {_ADDED}, dim=-1, dtype=torch.float32)"
     ".to({v}.dtype)\n$a = torch.matmul(F.dropout($w, 0.1, training=False), {v})",
     "$n = {q} @ {k}.transpose(2, 3)\n"
-    "$n = $n.masked_fill(MASK < 0 if MASK.is_floating_point() else ~MASK, float('-inf'))\n"
+    f"$n = $n.masked_fill(MASK < 0 if {_FLOATING} else ~MASK, float('-inf'))\n"
     "$a = $n.softmax(-1) @ {v}",
-    "$n = {q} @ {k}.transpose(2, 3) * 0.7\n"
-    "$n = torch.where(MASK == 0 if MASK.is_floating_point() else MASK, $n, torch.finfo($n.dtype).min)\n"
-    "$w = $n.softmax(-1)\n$a = $w @ {v} + $w.sum() * 0",
-    "$n = {q} @ {k}.transpose(2, 3) * 0.7\n"
-    "$n = torch.where(MASK == 0 if MASK.is_floating_point() else MASK, $n, torch.finfo($n.dtype).min)\n"
-    "$a = $n.softmax(-1) @ {v}",
+    _CHOSEN,
+    f"{_CHOSEN} + $w.sum() * 0",  # the weights are read
 ]
 
 # -- the menu -------------------------------------------------------------------------------------

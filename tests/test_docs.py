@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -88,4 +87,3 @@ def test_every_rewrite_has_a_page():
         page = hooks.rewrite_page(rewrite)
         assert page.startswith(f"# {rewrite.name}\n") and "Numerics\n:   " in page
         assert all(f"`{pattern.__name__}`" in page for pattern in rewrite.patterns)
-    assert "_models" in sys.modules

@@ -636,6 +636,20 @@ def test_refuses_a_mask_that_is_trained():
     assert_expected_inline(reasons(report), """the mask add is trained""")
 
 
+def test_refuses_the_least_number_of_a_narrower_dtype():
+    """Scores in float32 may be further apart than float16 reaches."""
+
+    def attend(q, k, v):
+        rows, columns = indices(q)
+        mask = torch.where(columns <= rows, 0.0, torch.finfo(torch.float16).min)
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask)
+
+    (report,) = only(attention)(attend, *operands()).reports
+    assert_expected_inline(
+        reasons(report), """mask hides keys by -65504.0, not the least of torch.float32"""
+    )
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.5])
 def test_refuses_a_scale_that_is_not_positive(scale):
     """PyTorch's kernels apply the scale after their causal mask: they give NaN."""

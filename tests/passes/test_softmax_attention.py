@@ -340,6 +340,18 @@ def test_refuses_a_finite_number_that_leaves_weight():
     )
 
 
+def test_refuses_the_least_number_of_a_narrower_dtype():
+    def fn(q, k, v):
+        scores = (q @ k.transpose(2, 3)).float()
+        scores = scores.masked_fill(~causal(scores), torch.finfo(torch.float16).min)
+        return scores.softmax(-1).to(v.dtype) @ v
+
+    assert_expected_inline(
+        refused(fn, *operands(torch.float16)),
+        """keys are hidden by -65504.0; expected minus infinity or -3.4028234663852886e+38""",
+    )
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.5])
 def test_refuses_a_scale_that_is_not_positive(scale):
     def fn(q, k, v):
