@@ -124,7 +124,13 @@ def test_ddp(device, tmp_path):
                 assert error <= 30 * tolerance, (name, parameter)
             assert case["read"] == (0, 0), name
             assert case["deferred"] == case["heads"], name
-            assert set(case["heads"]) == ({0, 1} if name.startswith("split") else {1}), name
+            assert set(case["heads"]) == ({0, 1} if _in_parts(name) else {1}), name
+
+
+def _in_parts(case: str) -> bool:
+    """DDPOptimizer splits large graphs; of torch 2.11 it leaves a model with checkpoints, and Dynamo
+    breaks the graph before the final norm."""
+    return case.startswith("split") or (case == "checkpointing" and torch.__version__ < "2.12")
 
 
 # -- FSDP2 -----------------------------------------------------------------------------------------
