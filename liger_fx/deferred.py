@@ -37,7 +37,7 @@ from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from liger_fx.ops.chunked_head import chunk_tokens_for
-from liger_fx.ops.linear_cross_entropy import linear_cross_entropy, scaled
+from liger_fx.ops.linear_loss import linear_loss_kernel, scaled
 
 aten = torch.ops.aten
 _log = logging.getLogger("liger_fx")
@@ -756,12 +756,14 @@ class _CrossEntropy(torch.autograd.Function):
         given = [t.to(projection.linear) for t in (hidden, *parameters)]
         absent = [None] * (3 - len(given))
         needs = [grad and need for need in projection.needs] + [False] * len(absent)
-        loss, *gradients = linear_cross_entropy(
-            *given, *absent, target, *settings, 0.0, *needs, 0, torch.float32, True
+        others = [None] * 6  # class weights, a teacher, weights of tokens, a mask
+        taken = (["cross_entropy"], *settings, 0.0, 1.0, 0.0)
+        losses, *gradients = linear_loss_kernel(
+            *given, *absent, target, *others, *taken, *needs, 0, torch.float32, True, False
         )
         ctx.settings = settings
         ctx.save_for_backward(logits, target, *gradients)
-        return loss
+        return losses.sum()
 
     @staticmethod
     @once_differentiable

@@ -3,9 +3,8 @@
 Matches      Logits [N, V] as a graph gets them, with an upcast or without: the compiled loss of a
              stock torchtune recipe, ``cross_entropy(chunk.float(), labels)``, and what
              `linear_cross_entropy` could not take. ``mean``, ``sum``, ``none``; any ignore_index;
-             label smoothing, or class weights.
-Leaves alone probability targets; classes in another dimension than the last; label smoothing
-             together with class weights; float64.
+             label smoothing; class weights.
+Leaves alone probability targets; classes in another dimension than the last; float64.
 Numerics     Computed in fp32; the gradient is rounded once. The logits are never written to.
              ``mean`` stays a division in the graph: 0 valid tokens give nan, as in eager.
 """
@@ -31,7 +30,7 @@ def plain(logits, target, class_weight, ignore_index, reduction, label_smoothing
     )
 
 
-def check(match: Match, logits, target, class_weight, ignore_index, label_smoothing):
+def check(match: Match, logits, target, ignore_index):
     if target.is_floating_point():
         raise Reject("the target is class probabilities, not class indices")
     if logits.dim() != 2 or target.dim() != 1:
@@ -40,10 +39,6 @@ def check(match: Match, logits, target, class_weight, ignore_index, label_smooth
         raise Reject(f"the loss is computed in {match.output.dtype}; the kernel in float32")
     if not isinstance(ignore_index, int):
         raise Reject("ignore_index is computed in the graph, expected a constant")
-    if class_weight is not None and label_smoothing:
-        raise Reject(
-            "class weights and label smoothing: the kernel needs the weights' sum on the host"
-        )
 
 
 def replace(match: Match, logits, target, class_weight, ignore_index, reduction, label_smoothing):

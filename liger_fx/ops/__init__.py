@@ -9,12 +9,7 @@ from liger_fx.ops.chunked_head import fits_one_chunk
 from liger_fx.ops.cross_entropy import cross_entropy
 from liger_fx.ops.geglu import geglu
 from liger_fx.ops.layer_norm import layer_norm
-from liger_fx.ops.linear_cross_entropy import linear_cross_entropy
-from liger_fx.ops.linear_cross_entropy_per_token import (
-    linear_cross_entropy_per_token,
-    linear_cross_entropy_per_token_backward,
-)
-from liger_fx.ops.linear_kl import linear_kl
+from liger_fx.ops.linear_loss import linear_loss, linear_token_losses
 from liger_fx.ops.rms_norm import rms_norm
 from liger_fx.ops.rope import rope, rope_interleaved
 from liger_fx.ops.swiglu import swiglu, swiglu_gate_up
@@ -29,10 +24,8 @@ __all__ = [
     "geglu",
     "geglu_mlp",
     "layer_norm",
-    "linear_cross_entropy",
-    "linear_cross_entropy_per_token",
-    "linear_cross_entropy_per_token_backward",
-    "linear_kl",
+    "linear_loss",
+    "linear_token_losses",
     "padding_plan",
     "rms_norm",
     "rope",

@@ -1,14 +1,15 @@
-"""Projection and cross-entropy over chunks of tokens: the loop that both head ops share.
+"""Projections and what a loss takes of them, over chunks of tokens: the loop of all head ops.
 
 Tokens ``x [N, H]``, a head ``W [V, H]`` and an optional bias ``b [V]`` give the logits
-``x W^T + b``; their loss is that of `liger_fx.ops.token_loss`. The gradient of the logits
-overwrites them, goes into the gradients of ``x``, ``W`` and ``b``, and the next chunk takes their
-place: no tensor of ``tokens x V`` is larger than one chunk (the idea of Liger's
-FusedLinearCrossEntropy and of torch's linear_cross_entropy).
+``x W^T + b``; what is taken of each row, and its gradient, is in `liger_fx.ops.token_loss`, and of
+two heads in `liger_fx.ops.kl_loss`. The gradient of the logits overwrites them, goes into the
+gradients of ``x``, ``W`` and ``b``, and the next chunk takes their place: no tensor of
+``tokens x V`` is larger than one chunk (the idea of Liger's FusedLinearCrossEntropy and of torch's
+linear_cross_entropy).
 
-Differences to Liger's own loop: ignored tokens are dropped before the projection; chunks are sized
-by a memory budget, and a batch that one chunk can hold is not cut; the weight gradient is
-accumulated in fp32 inside the GEMM.
+Differences to Liger's own loop: tokens that change nothing are dropped before the projection;
+chunks are sized by a memory budget, and a batch that one chunk can hold is not cut; the weight
+gradient is accumulated in fp32 inside the GEMM.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from liger_fx.ops.kl_loss import write_divergences
 from liger_fx.ops.matmul import accumulate_mm
-from liger_fx.ops.token_loss import TokenLoss, check_labels, loss_dtype, write_losses
+from liger_fx.ops.token_loss import TokenLoss, check_labels, loss_dtype, write_values
 from liger_fx.ops.tokens import valid_tokens
 
 # Bytes of logits a chunk may take. 1 GiB is 4096 tokens of Llama-3's vocabulary in bf16: beyond it
@@ -30,16 +32,22 @@ _UNIT = 128  # tokens
 
 @dataclass(frozen=True)
 class Head:
-    """A projection and its loss. ``weight`` is [V, H], ``bias`` [V] or None, of the input's
-    dtype."""
+    """A projection of ``x [N, H]`` by ``weight [V, H]`` and ``bias [V]`` or None, of one dtype."""
 
+    x: Tensor
     weight: Tensor
     bias: Tensor | None
-    loss: TokenLoss
 
     @property
     def vocab(self) -> int:
         return self.weight.shape[0]
+
+    def logits(self, rows: slice | Tensor, out: Tensor) -> None:
+        x = self.x[rows]
+        if self.bias is None:
+            torch.mm(x, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, x, self.weight.t(), out=out)
 
 
 @dataclass(frozen=True)
@@ -57,10 +65,10 @@ class Wanted:
 
 @dataclass
 class Outcome:
-    """losses: fp32 [N], [2, N] with the entropies. Gradients: None where not wanted; those of the
-    parameters have the accumulation dtype."""
+    """values: fp32 [takes, N]. Gradients: None where not wanted; those of the parameters have the
+    accumulation dtype."""
 
-    losses: Tensor
+    values: Tensor
     grad_input: Tensor | None
     grad_weight: Tensor | None
     grad_bias: Tensor | None
@@ -84,43 +92,82 @@ def _budget(device_type: str) -> int:
 
 
 def run(
-    x: Tensor,
-    target: Tensor,
     head: Head,
+    teacher: Head | None,
+    target: Tensor | None,
+    loss: TokenLoss,
     wanted: Wanted,
     *,
-    upstream: Tensor | None = None,
+    weights: Tensor | None = None,
+    mask: Tensor | None = None,
     chunk_tokens: int = 0,
-    skip_ignored: bool = True,
+    skip: bool = True,
+    every_value: bool = False,
 ) -> Outcome:
-    """Losses and gradients of all tokens.
+    """What ``loss`` takes of all tokens, and the gradients of its weighted sum.
 
-    x: [N, H]. target: int64 [N]. upstream: fp32 as the losses, the gradient of each, 1 without.
-    chunk_tokens: 0 means by budget. Raises IndexError for a label out of range on a CPU; on CUDA it
-    is a device-side assertion, both as in eager.
+    target: int64 [N], None if no cross-entropy is taken. weights: fp32 [takes, N] or [takes, 1], 1
+    without. mask: bool [N], whose values count; those of others are 0. chunk_tokens: 0 means by
+    budget. skip: drop the tokens that do not count before the projection; those with weights of
+    zero too, unless ``every_value`` is read. Raises IndexError for a label out of range on a CPU;
+    on CUDA it is a device-side assertion, both as in eager.
     """
-    check_labels(target, head.vocab, head.loss)
-    valid = valid_tokens(target != head.loss.ignore_index) if skip_ignored else None
-    tokens = target.numel() if valid is None else valid.numel()
-    scaled = upstream is not None or head.loss.temperature != 1.0
-    dtype = x.dtype
-    if scaled and x.is_cuda and not head.loss.plain:
-        # Scaled in place, 16-bit logits, or their gradients, would be rounded twice. Of what is
-        # plain our own kernel takes care: it scales in fp32 whatever it reads and writes.
-        dtype = torch.float32
-    itemsize = dtype.itemsize + (dtype != x.dtype) * x.element_size()  # the gradient is cast back
-    size = chunk_size(tokens, itemsize, x, head, wanted, chunk_tokens)
+    x = head.x
+    if target is not None:
+        check_labels(target, head.vocab, loss.ignore_index)
+    needed = _needed(target, loss, None if every_value else weights, mask) if skip else None
+    valid = None if needed is None else valid_tokens(needed)
+    tokens = x.shape[0] if valid is None else valid.numel()
+    itemsize = x.element_size() + (0 if teacher is None else teacher.x.element_size())
+    size = chunk_size(tokens, itemsize, head, wanted, chunk_tokens)
     # A sum over chunks is kept in its own dtype; a single product is rounded once, by its GEMM.
     accum = wanted.accum_dtype if size < tokens else kept_dtype(x.dtype)
-    outcome = allocate(x, head, wanted, accum, tokens)
-    logits = logits_buffer(min(size, tokens), head.vocab, x, dtype)
+    outcome = allocate(head, loss, wanted, accum, tokens)
+    buffers = [
+        logits_buffer(min(size, tokens), h) for h in (head, teacher) if h is not None
+    ]  # fmt: skip
+    if weights is not None:
+        weights = weights.expand(-1, x.shape[0])
     # Autocast is still on inside an op that runs eagerly; here every dtype has been decided.
     with torch.autocast(x.device.type, enabled=False):
         for start in range(0, tokens, size):
-            rows: slice | Tensor = slice(start, min(start + size, tokens))
-            rows = rows if valid is None else valid[rows]
-            _one_chunk(x, target, rows, head, upstream, logits, outcome, first=start == 0)
+            part: slice | Tensor = slice(start, min(start + size, tokens))
+            rows = part if valid is None else valid[part]
+            logits, *others = (buffer[: min(size, tokens - start)] for buffer in buffers)
+            head.logits(rows, logits)
+            values = outcome.values.new_zeros(len(loss.takes), logits.shape[0])
+            labels = None if target is None else target[rows]
+            weighed = None if weights is None else weights[:, rows]
+            if teacher is None:
+                write_values(logits, labels, values, loss, weighed, bool(wanted))
+            else:
+                teacher.logits(rows, others[0])
+                write_divergences(logits, others[0], labels, values, loss, weighed, bool(wanted))
+            if mask is not None and valid is None:
+                uncounted = ~mask[rows]
+                values.masked_fill_(uncounted, 0.0)
+                logits.masked_fill_(uncounted.unsqueeze(1), 0.0)
+            outcome.values[:, rows] = values
+            add_gradients(outcome, rows, head, logits, first=start == 0)
     return outcome
+
+
+def _needed(
+    target: Tensor | None, loss: TokenLoss, weights: Tensor | None, mask: Tensor | None
+) -> Tensor | None:
+    """bool [N]: of which tokens anything counts; None where that is known to be of all."""
+    labelled = None
+    if target is not None and loss.ignore_index is not None:
+        labelled = target != loss.ignore_index
+    needed = labelled if loss.only_labels else None
+    if weights is not None and weights.shape[1] != 1:
+        each = weights != 0
+        if labelled is not None:
+            each[loss.takes.index("cross_entropy")] &= labelled
+        needed = each.any(0)
+    if mask is not None:
+        needed = mask if needed is None else needed & mask
+    return needed
 
 
 def kept_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -129,111 +176,72 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def chunk_size(
-    tokens: int, itemsize: int, x: Tensor, head: Head, wanted: Wanted, chunk_tokens: int = 0
+    tokens: int, itemsize: int, head: Head, wanted: Wanted, chunk_tokens: int = 0
 ) -> int:
     """Tokens of a chunk: ``chunk_tokens`` if positive, or else by budget and as equal as they come.
     itemsize: bytes for each logit."""
     if chunk_tokens > 0:
         return chunk_tokens
-    most = chunk_tokens_for(head.vocab, itemsize, x.device.type)
-    if tokens <= most or _fits_one_chunk(tokens, itemsize, x, head, wanted):
+    most = chunk_tokens_for(head.vocab, itemsize, head.x.device.type)
+    if tokens <= most or _fits_one_chunk(tokens, itemsize, head, wanted):
         return max(1, tokens)
     chunks = -(-tokens // most)
     return -(-tokens // chunks // _UNIT) * _UNIT
 
 
-def _fits_one_chunk(tokens: int, itemsize: int, x: Tensor, head: Head, wanted: Wanted) -> bool:
+def _fits_one_chunk(tokens: int, itemsize: int, head: Head, wanted: Wanted) -> bool:
     """One chunk needs no sum of its own beside the gradient of the weight. So its logits may take
     what chunks and that sum would, over the gradient, at their peak: before or after it is cast."""
-    if not wanted.weight or wanted.accum_dtype == x.dtype:
+    if not wanted.weight or wanted.accum_dtype == head.x.dtype:
         return False
-    gradient = head.weight.numel() * x.element_size()
+    gradient = head.weight.numel() * head.x.element_size()
     total = head.weight.numel() * wanted.accum_dtype.itemsize
-    allowed = total + max(0, _budget(x.device.type) - gradient)
+    allowed = total + max(0, _budget(head.x.device.type) - gradient)
     return tokens * head.vocab * itemsize <= allowed
 
 
-def allocate(x: Tensor, head: Head, wanted: Wanted, accum: torch.dtype, tokens: int) -> Outcome:
+def allocate(
+    head: Head, loss: TokenLoss, wanted: Wanted, accum: torch.dtype, tokens: int
+) -> Outcome:
     # Parameter gradients are written by the first chunk and need zeros only if there is none.
     def accumulator(like: Tensor) -> Tensor:
         make = torch.empty_like if tokens else torch.zeros_like
         return make(like, dtype=accum, memory_format=torch.contiguous_format)
 
-    values = (2, x.shape[0]) if head.loss.entropy else (x.shape[0],)
+    x = head.x
     return Outcome(
-        losses=torch.zeros(values, dtype=loss_dtype(x.dtype), device=x.device),
-        # Rows that no chunk visits are ignored tokens: their gradient is zero.
+        values=x.new_zeros(len(loss.takes), x.shape[0], dtype=loss_dtype(x.dtype)),
+        # Rows that no chunk visits are of tokens that do not count: their gradient is zero.
         grad_input=x.new_zeros(x.shape) if wanted.input else None,
         grad_weight=accumulator(head.weight) if wanted.weight else None,
         grad_bias=accumulator(head.bias) if wanted.bias and head.bias is not None else None,
     )
 
 
-def logits_buffer(rows: int, vocab: int, x: Tensor, dtype: torch.dtype) -> Tensor:
+def logits_buffer(rows: int, head: Head) -> Tensor:
+    x, vocab = head.x, head.vocab
     if x.device.type != "cuda":
         # Unpadded: a CPU's bf16 GEMM with AMX reads one element behind an odd row and multiplies it
         # by zero, which is NaN for what memory happens to hold (torch 2.13).
-        return x.new_empty(rows, vocab, dtype=dtype)
+        return x.new_empty(rows, vocab)
     # Rows padded to 128 bytes: without, a vocabulary like 32001 misses the GEMMs for aligned rows.
-    unit = 128 // dtype.itemsize
+    unit = 128 // x.element_size()
     padded = -(-vocab // unit) * unit
-    return x.new_empty(rows, padded, dtype=dtype)[:, :vocab]
-
-
-def _one_chunk(
-    x: Tensor,
-    target: Tensor,
-    rows: slice | Tensor,
-    head: Head,
-    upstream: Tensor | None,
-    buffer: Tensor,
-    outcome: Outcome,
-    first: bool,
-) -> None:
-    x_c, y_c = x[rows], target[rows]
-    factor = None if upstream is None else upstream[..., rows].unsqueeze(-1)
-    logits = buffer[: y_c.numel()]
-    project(x_c, head, logits)
-
-    differentiate = any(
-        g is not None for g in (outcome.grad_input, outcome.grad_weight, outcome.grad_bias)
-    )
-    losses = outcome.losses.new_zeros(*outcome.losses.shape[:-1], y_c.numel())
-    write_losses(logits, y_c, losses, head.loss, differentiate, factor)
-    outcome.losses[..., rows] = losses
-    if not differentiate:
-        return
-    add_gradients(outcome, rows, x_c, head.weight, logits.to(x.dtype), first)
+    return x.new_empty(rows, padded)[:, :vocab]
 
 
 def add_gradients(
-    outcome: Outcome,
-    rows: slice | Tensor,
-    x: Tensor,
-    weight: Tensor,
-    grad_logits: Tensor,
-    first: bool,
+    outcome: Outcome, rows: slice | Tensor, head: Head, grad_logits: Tensor, first: bool
 ) -> None:
-    """What a chunk gives to those gradients that are wanted; ``x`` and ``grad_logits`` are its
-    own ``rows``. The ``first`` chunk writes the parameters' gradients."""
+    """What a chunk gives to those gradients that are wanted; ``grad_logits`` is of its ``rows``.
+    The ``first`` chunk writes the parameters' gradients."""
     if outcome.grad_input is not None:
         if isinstance(rows, slice):
-            torch.mm(grad_logits, weight, out=outcome.grad_input[rows])
+            torch.mm(grad_logits, head.weight, out=outcome.grad_input[rows])
         else:
-            outcome.grad_input.index_copy_(0, rows, grad_logits @ weight)
+            outcome.grad_input.index_copy_(0, rows, grad_logits @ head.weight)
     if outcome.grad_weight is not None:
-        accumulate_mm(outcome.grad_weight, grad_logits.t(), x, first)
+        accumulate_mm(outcome.grad_weight, grad_logits.t(), head.x[rows], first)
     if outcome.grad_bias is not None:
         total = grad_logits.sum(0, dtype=outcome.grad_bias.dtype)
         outcome.grad_bias.copy_(total) if first else outcome.grad_bias.add_(total)
-
-
-def project(x: Tensor, head: Head, out: Tensor) -> None:
-    if out.dtype != x.dtype:
-        torch.mm(x, head.weight.t(), out_dtype=out.dtype, out=out)
-        if head.bias is not None:
-            out.add_(head.bias)
-    elif head.bias is None:
-        torch.mm(x, head.weight.t(), out=out)
-    else:
-        torch.addmm(head.bias, x, head.weight.t(), out=out)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from liger_fx.ops.library import differentiable, kernel, once_differentiable
-from liger_fx.ops.token_loss import TokenLoss, check_labels, loss_dtype, write_losses
+from liger_fx.ops.token_loss import TokenLoss, check_labels, loss_dtype, write_values
 
 _ROWS_BUDGET = 256 << 20  # bytes of fp32 gradients that wait for their rounding to 16 bits
 
@@ -25,15 +25,15 @@ def _forward(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
-    loss = TokenLoss(ignore_index, label_smoothing, class_weight=class_weight)
-    check_labels(target, logits.shape[1], loss)
-    losses = torch.empty(target.shape, dtype=loss_dtype(logits.dtype), device=logits.device)
+    check_labels(target, logits.shape[1], ignore_index)
+    losses = target.new_empty((1, *target.shape), dtype=loss_dtype(logits.dtype))
     # The kernel clears the rows of ignored labels even if it computes no gradient. These are not
     # ours to clear: another label stands in, and its loss is dropped.
     ignored = target == ignore_index
-    unignored = TokenLoss(-1, label_smoothing, class_weight=class_weight)
-    write_losses(_unit_stride(logits), target.masked_fill(ignored, 0), losses, unignored, False)
-    return losses.masked_fill_(ignored, 0.0)
+    loss = TokenLoss(label_smoothing=label_smoothing, class_weight=class_weight)
+    labels = target.masked_fill(ignored, 0)
+    write_values(_unit_stride(logits), labels, losses, loss, None, differentiate=False)
+    return losses.squeeze_(0).masked_fill_(ignored, 0.0)
 
 
 def _backward(
@@ -44,12 +44,14 @@ def _backward(
     ignore_index: int,
     label_smoothing: float,
 ) -> Tensor:
-    loss = TokenLoss(ignore_index, label_smoothing, class_weight=class_weight)
+    loss = TokenLoss(
+        ignore_index=ignore_index, label_smoothing=label_smoothing, class_weight=class_weight
+    )
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     wide = loss_dtype(logits.dtype)
     # Rows without a label get no gradient even from an upstream that is not finite: 1 / 0 tokens.
-    factor = grad.to(wide).masked_fill(target == ignore_index, 0.0).unsqueeze(1)
-    unused = grad.new_empty(target.shape, dtype=wide)
+    weights = grad.to(wide).masked_fill(target == ignore_index, 0.0).unsqueeze(0)
+    unused = torch.empty_like(weights)
     rows, vocab = logits.shape
     step = rows if out.dtype == wide else max(1, _ROWS_BUDGET // (vocab * wide.itemsize))
     for start in range(0, rows, step or 1):
@@ -57,7 +59,8 @@ def _backward(
         # The upstream gradient is multiplied in before the rounding, as autograd does.
         wide_rows = out[part] if out.dtype == wide else torch.empty_like(out[part], dtype=wide)
         wide_rows.copy_(logits[part])  # as contiguous rows, whatever the layout of the logits
-        write_losses(wide_rows, target[part], unused[part], loss, True, factor[part])
+        labels, each = target[part], weights[:, part]
+        write_values(wide_rows, labels, unused[:, part], loss, each, differentiate=True)
         if out.dtype != wide:
             out[part] = wide_rows
     return out
@@ -109,12 +112,9 @@ def _cross_entropy(
 
     logits: [N, V], float32, bfloat16 or float16 (on a CPU float64 as well); never written to.
     target: int64 [N]. class_weight: fp32 [V] or None, without a gradient. Returns fp32 [N]. The
-    backward is differentiable once. Raises ValueError for class weights together with label
-    smoothing (Liger's kernel takes the sum of the weights from the host), IndexError for a label
-    out of range on a CPU; on CUDA that is a device-side assertion.
+    backward is differentiable once. Raises IndexError for a label out of range on a CPU; on CUDA
+    that is a device-side assertion.
     """
-    if class_weight is not None and label_smoothing:
-        raise ValueError("class weights and label smoothing together are not supported")
     return _CrossEntropy.apply(logits, target, class_weight, ignore_index, label_smoothing)
 
 

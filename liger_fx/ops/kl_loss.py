@@ -1,4 +1,4 @@
-"""Divergence of rows of student logits from a teacher's, cross-entropy, and their gradient.
+"""Divergences of rows of student logits from a teacher's, and their gradient.
 
 For a row of student logits ``s`` and of teacher logits ``t``, with ``q = softmax(s / T)`` and
 ``p = softmax(t / T)``, ``T`` the temperature. As torchtune defines them (ForwardKLLoss,
@@ -39,108 +39,89 @@ The gradient over ``s`` is that over ``s / T``, divided by ``T``. The cross-entr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from liger_fx.ops.library import liger_module
+from liger_fx.ops.token_loss import TokenLoss
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """Without ``beta``, ``forward`` times the forward and ``reverse`` times the reverse divergence
-    of torchtune, whose SymmetricKLLoss has 1 as their sum; with it, from 0 to 1, the generalised
-    Jensen-Shannon divergence. ``ignore_index``: the label of tokens without a cross-entropy."""
-
-    ignore_index: int
-    forward: float = 0.0
-    reverse: float = 0.0
-    beta: float | None = None
-    temperature: float = 1.0
-
-
-def write_losses(
+def write_divergences(
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
-    mask: Tensor | None,
-    losses: Tensor,
-    loss: Divergence,
+    values: Tensor,
+    loss: TokenLoss,
     weights: Tensor | None,
     differentiate: bool,
 ) -> None:
-    """Write ``losses [2, rows]``, the cross-entropy of each row and its divergence, and over the
-    student's logits the gradient of the sum of both, weighted by ``weights [2]``.
+    """As `token_loss.write_values`, of two heads: over the student's logits goes the gradient.
 
-    student, teacher: [rows, V], rows with unit stride. losses, weights: fp32 (on a CPU fp64 as
-    well). weights: None for the divergence alone, and then there need not be a target. mask: bool
-    [rows], whose divergence counts; None for that of all. Losses that are 0, of rows that do not
-    count or the cross-entropy without weights, are not written: they should be zeros before.
-    Without ``differentiate`` the logits stay as they are.
+    student, teacher: [rows, V], rows with unit stride, the teacher's of a dtype of their own.
     """
-    arguments = (student, teacher, target, mask, losses, loss, weights, differentiate)
+    arguments = student, teacher, target, values, loss, weights, differentiate
     if student.is_cuda and liger_module("utils") is not None:  # Triton can be imported
-        from liger_fx.ops.kl_triton import write_losses_triton
+        from liger_fx.ops.kl_triton import write_divergences_triton
 
-        write_losses_triton(*arguments)
+        write_divergences_triton(*arguments)
     else:
-        write_losses_torch(*arguments)
+        write_divergences_torch(*arguments)
 
 
-def write_losses_torch(
+def write_divergences_torch(
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
-    mask: Tensor | None,
-    losses: Tensor,
-    loss: Divergence,
+    values: Tensor,
+    loss: TokenLoss,
     weights: Tensor | None,
     differentiate: bool,
 ) -> None:
-    wide, dtype = student.to(losses.dtype), student.dtype
+    wide = student.to(values.dtype)
     log_q = (wide / loss.temperature).log_softmax(1)
-    log_p = (teacher.to(losses.dtype) / loss.temperature).log_softmax(1)
-    if loss.beta is None:
-        divergence, gradient = _of_finite_logits(student, teacher, log_q, log_p, loss)
-    else:
-        divergence, gradient = _jensen_shannon(log_q, log_p, loss.beta)
-    gradient /= loss.temperature
-    if weights is not None:
-        gradient *= weights[1]
-    if mask is not None:
-        divergence, gradient = divergence.where(mask, 0.0), gradient.where(mask.unsqueeze(1), 0.0)
-    losses[1] = divergence
-    if weights is not None and target is not None:
-        labelled = (target != loss.ignore_index).unsqueeze(1)
-        label = target.unsqueeze(1).where(labelled, 0)
-        log_q = wide.log_softmax(1) if loss.temperature != 1.0 else log_q
-        losses[0] = -log_q.gather(1, label).where(labelled, 0.0).squeeze(1)
-        of_label = log_q.exp().scatter_add_(1, label, -torch.ones_like(label, dtype=log_q.dtype))
-        gradient += (weights[0] * of_label).where(labelled, 0.0)
+    log_p = (teacher.to(values.dtype) / loss.temperature).log_softmax(1)
+    gradient = torch.zeros_like(log_q)
+    for i, taken in enumerate(loss.takes):
+        weight = torch.ones_like(values[i]) if weights is None else weights[i]
+        if taken == "cross_entropy" and target is not None:
+            values[i], slope = _cross_entropy(wide.log_softmax(1), target, loss)
+        elif taken == "jensen_shannon":
+            values[i], slope = _jensen_shannon(log_q, log_p, loss.beta)
+        else:
+            values[i], slope = _of_finite_logits(student, teacher, log_q, log_p, taken)
+        if taken != "cross_entropy":
+            slope = slope / loss.temperature
+        gradient += slope * weight.unsqueeze(1)
     if differentiate:
-        student.copy_(gradient.to(dtype))
+        student.copy_(gradient)
+
+
+def _cross_entropy(log_q: Tensor, target: Tensor, loss: TokenLoss) -> tuple[Tensor, Tensor]:
+    label = target.unsqueeze(1)
+    counts = torch.ones_like(label, dtype=torch.bool)
+    if loss.ignore_index is not None:
+        counts = label != loss.ignore_index
+        label = label.where(counts, 0)
+    gradient = log_q.exp().scatter_add_(1, label, -torch.ones_like(label, dtype=log_q.dtype))
+    return -log_q.gather(1, label).where(counts, 0.0).squeeze(1), gradient.where(counts, 0.0)
 
 
 def _of_finite_logits(
-    student: Tensor, teacher: Tensor, log_q: Tensor, log_p: Tensor, loss: Divergence
+    student: Tensor, teacher: Tensor, log_q: Tensor, log_p: Tensor, direction: str
 ) -> tuple[Tensor, Tensor]:
     """torchtune's divergences of each row, and the gradient over the logits behind ``log_q``."""
     q, p = log_q.exp(), log_p.exp()
-    divergence, gradient = torch.zeros_like(q[:, 0]), torch.zeros_like(q)
     kept = ~student.isinf()
-    if loss.forward:
-        divergence -= loss.forward * (p * log_q).where(kept, 0.0).sum(1)
+    if direction == "forward_kl":
         p = p.where(kept, 0.0)
-        gradient += loss.forward * (q * p.sum(1, keepdim=True) - p)
-    if loss.reverse:
-        kept &= ~teacher.isinf()
-        reverse = (q * (log_q - log_p)).where(kept, 0.0)
-        total = reverse.sum(1, keepdim=True)
-        divergence += loss.reverse * total.squeeze(1)
-        kept_q = q.where(kept, 0.0)
-        gradient += loss.reverse * (reverse + kept_q - q * (total + kept_q.sum(1, keepdim=True)))
-    return divergence, gradient
+        return -(p * log_q).where(kept, 0.0).sum(1), q * p.sum(1, keepdim=True) - p
+    kept &= ~teacher.isinf()
+    reverse = (q * (log_q - log_p)).where(kept, 0.0)
+    total = reverse.sum(1, keepdim=True)
+    kept_q = q.where(kept, 0.0)
+    gradient = reverse + kept_q - q * (total + kept_q.sum(1, keepdim=True))
+    return total.squeeze(1), gradient
 
 
 def _jensen_shannon(log_q: Tensor, log_p: Tensor, beta: float) -> tuple[Tensor, Tensor]:

@@ -11,54 +11,47 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from liger_fx.ops.kl_loss import Divergence
+from liger_fx.ops.token_loss import TokenLoss
 
 _BLOCK = 4096
 
 
-def write_losses_triton(
+def write_divergences_triton(
     student: Tensor,
     teacher: Tensor,
     target: Tensor | None,
-    mask: Tensor | None,
-    losses: Tensor,
-    loss: Divergence,
+    values: Tensor,
+    loss: TokenLoss,
     weights: Tensor | None,
     differentiate: bool,
 ) -> None:
-    """As `kl_loss.write_losses`; computed in fp32. ``losses`` is contiguous."""
+    """As `kl_loss.write_divergences`; computed in fp32."""
     rows, vocab = student.shape
     if not rows:
         return
     block = min(_BLOCK, triton.next_power_of_2(vocab))
     beta = loss.beta
-    forward, reverse = loss.forward, loss.reverse
-    if beta is not None:
-        forward, reverse = float(beta == 0.0), float(beta == 1.0)
+
+    def at(taken: str) -> int:
+        return loss.takes.index(taken) if taken in loss.takes else -1
+
+    mixture = at("jensen_shannon")
+    finite = mixture < 0
+    forward = at("forward_kl") if finite else mixture if beta == 0.0 else -1
+    reverse = at("reverse_kl") if finite else mixture if beta == 1.0 else -1
     with torch.cuda.device_of(student):
         _divergence_kernel[(rows,)](
-            student,
-            student.stride(0),
-            teacher,
-            teacher.stride(0),
-            None if weights is None or target is None else target.contiguous(),
-            None if mask is None else mask.contiguous(),
-            losses,
-            rows,
-            weights,
-            vocab,
-            loss.ignore_index,
-            forward,
-            reverse,
-            0.0 if beta is None else beta,
-            1.0 / loss.temperature,
-            FORWARD=bool(forward),
-            REVERSE=bool(reverse),
-            MIXTURE=beta is not None and 0.0 < beta < 1.0,
-            FINITE=beta is None,
+            *(student, student.stride(0), teacher, teacher.stride(0)),
+            None if target is None else target.contiguous(),
+            *(values, None if weights is None else weights.contiguous(), rows, vocab),
+            *(loss.ignore_index or 0, beta, 1.0 / loss.temperature),
+            CROSS_ENTROPY=at("cross_entropy"),
+            FORWARD=forward,
+            REVERSE=reverse,
+            MIXTURE=mixture if 0.0 < beta < 1.0 else -1,
+            IGNORES=loss.ignore_index is not None,
+            FINITE=finite,
             TEMPERED=loss.temperature != 1.0,
-            MASKED=mask is not None,
-            CROSS_ENTROPY=weights is not None,
             DIFFERENTIATE=differentiate,
             BLOCK=block,
             num_warps=max(1, block // 512),
@@ -72,23 +65,20 @@ def _divergence_kernel(
     teacher_ptr,
     teacher_stride,
     target_ptr,
-    mask_ptr,
-    losses_ptr,
-    rows,
+    values_ptr,
     weights_ptr,
+    rows,
     vocab,
     ignore_index,
-    forward,
-    reverse,
     beta,
     sharpness,  # 1 / temperature
+    CROSS_ENTROPY: tl.constexpr,  # the index of its values and weights; -1: not taken
     FORWARD: tl.constexpr,
     REVERSE: tl.constexpr,
     MIXTURE: tl.constexpr,
+    IGNORES: tl.constexpr,
     FINITE: tl.constexpr,  # torchtune's: of the classes with finite logits, no teacher's entropy
     TEMPERED: tl.constexpr,
-    MASKED: tl.constexpr,
-    CROSS_ENTROPY: tl.constexpr,
     DIFFERENTIATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -96,21 +86,12 @@ def _divergence_kernel(
     student_ptr += row * student_stride
     teacher_ptr += row * teacher_stride
     dtype = student_ptr.dtype.element_ty
-    counts = True
-    labelled = False
-    if MASKED:
-        counts = tl.load(mask_ptr + row) != 0
-    if CROSS_ENTROPY:
+    if CROSS_ENTROPY >= 0:
         label = tl.load(target_ptr + row)
-        labelled = label != ignore_index
-    if MASKED and not (counts | labelled):
-        if DIFFERENTIATE:
-            for start in range(0, vocab, BLOCK):
-                offsets = start + tl.arange(0, BLOCK)
-                tl.store(student_ptr + offsets, tl.zeros([BLOCK], dtype), mask=offsets < vocab)
-        return
-
-    if CROSS_ENTROPY:  # before any thread writes there; the sums below wait for all of them
+        labelled = label == label
+        if IGNORES:
+            labelled = label != ignore_index
+        # Before any thread writes there; the sums below wait for all of them.
         at_label = tl.load(student_ptr + label, mask=labelled, other=0.0).to(tl.float32)
 
     # One pass: maximum and sum of exponentials of both; of the classes that are left, the sums of
@@ -143,7 +124,7 @@ def _divergence_kernel(
         t_scale = tl.exp((t_max - new_t_base) * sharpness)
         s_shift = (s_base - new_s_base) * sharpness
         t_shift = (t_base - new_t_base) * sharpness
-        if CROSS_ENTROPY and TEMPERED:
+        if CROSS_ENTROPY >= 0 and TEMPERED:
             plain_sum *= tl.exp(s_max - new_s_base)
             plain_sum += tl.sum(tl.exp(s - new_s_base), 0)
         s_max, t_max, s_base, t_base = new_s_max, new_t_max, new_s_base, new_t_base
@@ -155,13 +136,13 @@ def _divergence_kernel(
         p = tl.exp(t)
         s_sum = s_sum * s_scale + tl.sum(q, 0)
         t_sum = t_sum * t_scale + tl.sum(p, 0)
-        if FORWARD:
+        if FORWARD >= 0:
             kept = s_kept if FINITE else t_kept
             ratio = -s if FINITE else t - s
             p_ratio += p_kept * (-s_shift if FINITE else t_shift - s_shift)
             p_ratio = p_ratio * t_scale + tl.sum(tl.where(kept, p * ratio, 0.0), 0)
             p_kept = p_kept * t_scale + tl.sum(tl.where(kept, p, 0.0), 0)
-        if REVERSE:
+        if REVERSE >= 0:
             kept = (s_kept & t_kept) if FINITE else s_kept
             q_ratio = (q_ratio + q_kept * (s_shift - t_shift)) * s_scale
             q_ratio += tl.sum(tl.where(kept, q * (s - t), 0.0), 0)
@@ -169,20 +150,22 @@ def _divergence_kernel(
     s_log = tl.log(s_sum)
     t_log = tl.log(t_sum)
 
-    divergence = 0.0
-    if FORWARD:
+    values_ptr += row
+    if FORWARD >= 0:
         p_kept /= t_sum
         total = p_ratio / t_sum + (s_log if FINITE else s_log - t_log) * p_kept
         if FINITE:  # with no class left the sum is 0, whatever the log-sum-exp
             total = tl.where(s_max == -infinity, 0.0, total)
-        divergence += forward * total
-    if REVERSE:
+        tl.store(values_ptr + FORWARD * rows, total)
+        forward = sharpness * _weight(weights_ptr, FORWARD * rows + row)
+    if REVERSE >= 0:
         q_kept /= s_sum
         total = q_ratio / s_sum - (s_log - t_log) * q_kept
         if FINITE:
             total = tl.where((s_max == -infinity) | (q_kept == 0.0), 0.0, total)
-        divergence += reverse * total
-    if MIXTURE:  # whose probabilities need both sums: a pass of its own
+        tl.store(values_ptr + REVERSE * rows, total)
+        reverse = sharpness * _weight(weights_ptr, REVERSE * rows + row)
+    if MIXTURE >= 0:  # whose probabilities need both sums: a pass of its own
         total = 0.0
         of_teacher = 0.0
         for start in range(0, vocab, BLOCK):
@@ -197,24 +180,17 @@ def _divergence_kernel(
             of_p = tl.exp(log_p) * ((log_p - larger) - log_mixture)
             total += tl.sum(tl.where(s == -infinity, 0.0, of_q), 0)
             of_teacher += tl.sum(tl.where(t == -infinity, 0.0, of_p), 0)
-        divergence += (1.0 - beta) * total + beta * of_teacher
-    if MASKED:
-        divergence = tl.where(counts, divergence, 0.0)
-    tl.store(losses_ptr + rows + row, divergence)
-    divergence_weight = 1.0
-    label_weight = 0.0
-    if CROSS_ENTROPY:
+        tl.store(values_ptr + MIXTURE * rows, (1.0 - beta) * total + beta * of_teacher)
+        mixture = sharpness * (1.0 - beta) * _weight(weights_ptr, MIXTURE * rows + row)
+    if CROSS_ENTROPY >= 0:
         plain_log = tl.log(plain_sum) if TEMPERED else s_log
-        label_weight = tl.where(labelled, tl.load(weights_ptr).to(tl.float32), 0.0)
-        divergence_weight = tl.load(weights_ptr + 1).to(tl.float32)
-        cross_entropy = tl.where(labelled, plain_log - (at_label - s_max), 0.0)
-        tl.store(losses_ptr + row, cross_entropy)
+        cross_entropy = plain_log - (at_label - s_max)
+        tl.store(values_ptr + CROSS_ENTROPY * rows, cross_entropy, mask=labelled)
+        of_label = _weight(weights_ptr, CROSS_ENTROPY * rows + row)
+        of_label = tl.where(labelled, of_label, 0.0)
     if not DIFFERENTIATE:
         return
 
-    divergence_weight *= sharpness
-    forward *= divergence_weight
-    reverse *= divergence_weight
     for start in range(0, vocab, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         inside = offsets < vocab
@@ -224,27 +200,33 @@ def _divergence_kernel(
         log_p = (t - t_max) * sharpness - t_log
         q = tl.exp(log_q)
         gradient = tl.zeros([BLOCK], tl.float32)
-        if FORWARD:
+        if FORWARD >= 0:
             p = tl.exp(log_p)
             kept = tl.abs(s) != infinity
             gradient += forward * (q * p_kept - (tl.where(kept, p, 0.0) if FINITE else p))
-        if REVERSE:
+        if REVERSE >= 0:
             kept = s != -infinity
             if FINITE:
                 kept = (tl.abs(s) != infinity) & (tl.abs(t) != infinity)
             slope = tl.where(kept, log_q - log_p + 1.0, 0.0)
             gradient += reverse * q * (slope - (total + q_kept))
-        if MIXTURE:
+        if MIXTURE >= 0:
             larger, log_mixture = _mixture(log_q, log_p, beta)
             slope = tl.where(s == -infinity, 0.0, (log_q - larger) - log_mixture)
-            gradient += divergence_weight * (1.0 - beta) * q * (slope - total)
-        if MASKED:
-            gradient = tl.where(counts, gradient, 0.0)
-        if CROSS_ENTROPY:
+            gradient += mixture * q * (slope - total)
+        if CROSS_ENTROPY >= 0:
             if TEMPERED:
                 q = tl.exp(s - s_max - plain_log)
-            gradient += label_weight * tl.where(offsets == label, q - 1.0, q)
+            gradient += of_label * tl.where(offsets == label, q - 1.0, q)
         tl.store(student_ptr + offsets, gradient.to(dtype), mask=inside)
+
+
+@triton.jit
+def _weight(weights_ptr, at):
+    weight = 1.0
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + at).to(tl.float32)
+    return weight
 
 
 @triton.jit

@@ -1,14 +1,19 @@
-"""Cross-entropy of rows of logits and its gradient, on a CPU and by Liger's kernel.
+"""What a loss takes of a row of logits, and its gradient: on a CPU, by Triton and by Liger's kernel.
 
 For a row of logits ``l``, its label ``y``, class weights ``w`` (1 without) and V classes::
 
-    z    = softcap * tanh(l / (temperature softcap))           without softcap: l / temperature
-    loss = (1 - e) w[y] (lse(z) - z[y]) + e / V sum_c w[c] (lse(z) - z[c])     e: label smoothing
+    z              = softcap tanh(l / (temperature softcap))        without softcap: l / temperature
+    logsumexp    L = log sum_c exp(z[c])
+    cross_entropy  = (1 - e) w[y] (L - z[y]) + e / V sum_c w[c] (L - z[c])        e: label smoothing
+    entropy      H = -sum_c q[c] log q[c]                                             q = softmax(z)
 
-as `torch.nn.functional.cross_entropy` defines it, 0 where ``y == ignore_index``. With the entropy
-of the row's distribution ``q = softmax(l / temperature)``, by a kernel of our own::
+the cross-entropy as `torch.nn.functional.cross_entropy` defines it, 0 where ``y`` is ignored.
+``squared_logsumexp`` is ``L^2``, the z-loss of PaLM (Chowdhery et al., 2022, section 5). The
+gradients over ``z`` are::
 
-    H = -sum_c q[c] log q[c]            dH / dz[c] = -q[c] (log q[c] + H)
+    dL / dz[c] = q[c]                  dL^2 / dz[c] = 2 L q[c]      dH / dz[c] = -q[c] (log q[c] + H)
+
+What is taken of two heads, a divergence, is in `liger_fx.ops.kl_loss`.
 """
 
 from __future__ import annotations
@@ -20,151 +25,185 @@ from torch import Tensor
 
 from liger_fx.ops.library import liger_module
 
+TAKES = ("cross_entropy", "entropy", "logsumexp", "squared_logsumexp")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jensen_shannon")
+
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """``softcap`` 0 means none. ``class_weight``: [V] or None. ``entropy``: a token has two values,
-    loss and entropy; then there is no label smoothing, softcap or class weight."""
+    """``takes``: names of `TAKES`, in any order; or of `DIVERGENCES` with at most a cross-entropy,
+    which then is one of the student without label smoothing, softcap or class weights.
 
-    ignore_index: int
+    ignore_index: the label of tokens without a cross-entropy; None where all have one. softcap: 0
+    means none. temperature: of all that is taken, but not of a cross-entropy beside a divergence.
+    beta: of the Jensen-Shannon divergence. class_weight: fp32 [V] or None.
+    """
+
+    takes: tuple[str, ...] = ("cross_entropy",)
+    ignore_index: int | None = None
     label_smoothing: float = 0.0
     softcap: float = 0.0
     temperature: float = 1.0
+    beta: float = 0.5
     class_weight: Tensor | None = None
-    entropy: bool = False
 
     @property
-    def plain(self) -> bool:
-        """Without what only Liger's kernel knows."""
-        return not (self.label_smoothing or self.softcap or self.class_weight is not None)
+    def only_labels(self) -> bool:
+        """Is nothing taken of a token without a label?"""
+        return self.takes == ("cross_entropy",)
+
+    @property
+    def known_to_liger(self) -> bool:
+        """Does Liger's kernel compute it? With class weights and label smoothing that wants the sum
+        of the weights from the host, which would have to wait for it."""
+        one_of_both = not self.label_smoothing or self.class_weight is None
+        return self.only_labels and self.temperature == 1.0 and one_of_both
 
 
 def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def check_labels(target: Tensor, vocab: int, loss: TokenLoss) -> None:
-    """Liger's kernel reads the logit at the label without a look at the bounds. Raises IndexError
-    on a CPU; on CUDA it is a device-side assertion, both as in eager."""
-    legal = ((target >= 0) & (target < vocab)) | (target == loss.ignore_index)
+def check_labels(target: Tensor, vocab: int, ignore_index: int | None) -> None:
+    """The kernels read the logit at the label without a look at the bounds. Raises IndexError on a
+    CPU; on CUDA it is a device-side assertion, both as in eager."""
+    legal = (target >= 0) & (target < vocab)
+    if ignore_index is not None:
+        legal |= target == ignore_index
     if target.is_cuda:
         torch._assert_async(
-            legal.all(), f"a label is neither in [0, {vocab}) nor {loss.ignore_index}"
+            legal.all(), f"a label is neither in [0, {vocab}) nor the ignored {ignore_index}"
         )
     elif not legal.all():
         raise IndexError(f"Target {int(target[~legal][0])} is out of bounds.")
 
 
-def write_losses(
+def write_values(
     logits: Tensor,
-    target: Tensor,
-    losses: Tensor,
+    target: Tensor | None,
+    values: Tensor,
     loss: TokenLoss,
+    weights: Tensor | None,
     differentiate: bool,
-    factor: Tensor | None = None,
 ) -> None:
-    """Write ``losses [rows]``, and over ``logits [rows, V]`` the gradient of their sum, or of the
-    sum weighted by ``factor [rows, 1]``. With the entropy losses are [2, rows], and the factor,
-    [2, rows, 1], is needed for the gradient.
+    """Write ``values [takes, rows]``, and over ``logits [rows, V]`` the gradient of their sum
+    weighted by ``weights [takes, rows]``, 1 without.
 
-    Without ``differentiate`` the logits stay as they are, but for the rows of ignored labels.
-    Losses of ignored labels are not written: they should be zeros before.
+    logits: rows with unit stride. target: int64 [rows], None if no cross-entropy is taken. values:
+    fp32 (on a CPU fp64 as well), contiguous. A cross-entropy of an ignored label is not written: it
+    should be zero before. Without ``differentiate`` the logits stay as they are, but for the rows
+    of ignored labels.
     """
-    has_triton = logits.is_cuda and liger_module("cross_entropy") is not None
-    if has_triton and loss.plain and (loss.entropy or factor is not None or loss.temperature != 1):
-        from liger_fx.ops.token_loss_triton import write_losses_triton
-
-        write_losses_triton(logits, target, losses, loss, differentiate, factor)
-    elif has_triton:
-        if loss.temperature != 1.0:
-            logits.div_(loss.temperature)
-        write_losses_liger(logits, target, losses, loss, differentiate)
-        if factor is not None and differentiate:
-            logits.mul_(factor / loss.temperature)
-        elif loss.temperature != 1.0 and differentiate:
-            logits.div_(loss.temperature)
-    elif loss.entropy:
-        write_losses_and_entropies_torch(logits, target, losses, loss, factor)
+    arguments = logits, target, values, loss, weights, differentiate
+    if not logits.is_cuda or liger_module("cross_entropy") is None:
+        write_values_torch(*arguments)
+    elif target is not None and weights is None and loss.known_to_liger:
+        write_cross_entropy_liger(logits, target, values[0], loss, differentiate)
     else:
-        write_losses_torch(logits, target, losses, loss, differentiate, factor)
+        from liger_fx.ops.token_loss_triton import write_values_triton
+
+        write_values_triton(*arguments)
 
 
-def write_losses_torch(
+def write_values_torch(
     logits: Tensor,
-    target: Tensor,
-    losses: Tensor,
+    target: Tensor | None,
+    values: Tensor,
     loss: TokenLoss,
+    weights: Tensor | None,
     differentiate: bool,
-    factor: Tensor | None,
 ) -> None:
-    valid = (target != loss.ignore_index).unsqueeze(1)
-    label = target.unsqueeze(1).where(valid, 0)
-    e, vocab = loss.label_smoothing, logits.shape[1]
-    z = logits.to(losses.dtype, copy=not differentiate)
+    z = logits.to(values.dtype, copy=not differentiate)
     if loss.temperature != 1.0:
         z = z.div_(loss.temperature)
     capped = torch.tanh(z / loss.softcap) if loss.softcap else None
     if capped is not None:
         z = capped * loss.softcap
-    z = z.sub_(z.amax(1, keepdim=True))
-    weight = None if loss.class_weight is None else loss.class_weight.to(z.dtype)
-    at_label = z.gather(1, label)
-    at_all = (
-        0.0 if not e else z.mean(1, keepdim=True) if weight is None else z @ weight[:, None] / vocab
-    )
-    of_label = (1 - e) if weight is None else (1 - e) * weight[label]
-    of_all = e if weight is None else e * weight.mean()
-    z.exp_()
-    total = z.sum(1, keepdim=True)
-    value = (of_label + of_all) * total.log() - of_label * at_label - e * at_all
-    losses.copy_(value.where(valid, 0.0).squeeze(1))
+    top = z.amax(1, keepdim=True)
+    z = z.sub_(top)
+    labels = None if target is None else _Labels(z, target, loss)
+    with_entropy = "entropy" in loss.takes
+    # Below -1e4 the exponential is 0 long before; 0 log 0 = 0.
+    q = z.clamp_(min=-1e4).exp() if with_entropy else z.exp_()
+    total = q.sum(1, keepdim=True)
+    log_total = total.log()
+    if with_entropy:
+        q, z = q.div_(total), z.sub_(log_total)
+    slope = torch.zeros_like(total)  # of the weighted sum in the log-sum-exp
+    entropy = of_entropy = slope
+    for i, taken in enumerate(loss.takes):
+        weight = torch.ones_like(total) if weights is None else weights[i].unsqueeze(1)
+        if taken == "cross_entropy" and labels is not None:
+            value = labels.cross_entropy(log_total)
+            slope = slope + labels.slope(weight)
+        elif taken == "entropy":
+            value = entropy = -(q * z).sum(1, keepdim=True)
+            of_entropy = weight
+        elif taken == "logsumexp":
+            value = log_total + top
+            slope = slope + weight
+        else:
+            value = (log_total + top).square()
+            slope = slope + 2 * weight * (log_total + top)
+        values[i] = value.squeeze(1)
     if not differentiate:
         return
-    z.mul_((of_label + of_all) / total)
-    if e:
-        z.sub_(e / vocab if weight is None else weight * (e / vocab))
-    z.scatter_add_(1, label, -torch.ones_like(at_label) * of_label)
+    if with_entropy:
+        z = z.add_(entropy).mul_(-of_entropy).add_(slope).mul_(q)
+    else:
+        z = q.mul_(slope / total)
+    if labels is not None:
+        labels.subtract_from(z)
     if capped is not None:
         z.mul_(capped.square_().neg_().add_(1.0))
-    z.mul_((valid if factor is None else valid * factor) / loss.temperature)
+    if loss.temperature != 1.0:
+        z.div_(loss.temperature)
     if z.data_ptr() != logits.data_ptr():
         logits.copy_(z)
 
 
-def write_losses_and_entropies_torch(
-    logits: Tensor,
-    target: Tensor,
-    values: Tensor,
-    loss: TokenLoss,
-    factor: Tensor | None,
-) -> None:
-    valid = (target != loss.ignore_index).unsqueeze(1)
-    label = target.unsqueeze(1).where(valid, 0)
-    z = logits.to(values.dtype, copy=factor is None)
-    if loss.temperature != 1.0:
-        z = z.div_(loss.temperature)
-    z = z.sub_(z.amax(1, keepdim=True))
-    at_label = z.gather(1, label)
-    q = z.clamp_(min=-1e4).exp()  # 0 log 0 = 0: the exponential is 0 long before
-    total = q.sum(1, keepdim=True)
-    q.div_(total)
-    log_total = total.log_()
-    logq = z.sub_(log_total)
-    entropy = -(q * logq).sum(1, keepdim=True)
-    values.copy_(torch.stack((log_total - at_label, entropy)).where(valid, 0.0).squeeze(2))
-    if factor is None:
-        return
-    of_loss, of_entropy = factor.where(valid, 0.0)
-    gradient = logq.add_(entropy).mul_(-of_entropy).add_(of_loss).mul_(q)
-    gradient.scatter_add_(1, label, -of_loss.to(gradient.dtype)).div_(loss.temperature)
-    if gradient.data_ptr() != logits.data_ptr():
-        logits.copy_(gradient)
+class _Labels:
+    """What the cross-entropy needs of ``z [rows, V]``, less each row's largest, before another
+    number takes its place. ``weight``, [rows, 1], is 0 where the label is ignored."""
+
+    weight: Tensor
+
+    def __init__(self, z: Tensor, target: Tensor, loss: TokenLoss) -> None:
+        self.counts = target.new_ones(target.shape, dtype=torch.bool).unsqueeze(1)
+        if loss.ignore_index is not None:
+            self.counts = (target != loss.ignore_index).unsqueeze(1)
+        self.label = target.unsqueeze(1).where(self.counts, 0)
+        e, vocab = loss.label_smoothing, z.shape[1]
+        self.class_weight = weight = (
+            z.new_ones(vocab) if loss.class_weight is None else loss.class_weight.to(z.dtype)
+        )
+        self.each = e / vocab * weight  # by class
+        self.of_label = (1 - e) * weight[self.label]
+        self.of_all = self.each.sum()
+        self.at_label = z.gather(1, self.label)
+        self.at_all = z @ self.each.unsqueeze(1) if e else 0.0
+        self.smoothed = bool(e)
+
+    def cross_entropy(self, log_total: Tensor) -> Tensor:
+        at = self.of_label * self.at_label + self.at_all
+        return ((self.of_label + self.of_all) * log_total - at).where(self.counts, 0.0)
+
+    def slope(self, weight: Tensor) -> Tensor:
+        """Of ``weight`` times the cross-entropy in the log-sum-exp."""
+        self.weight = weight.where(self.counts, 0.0)
+        return self.weight * (self.of_label + self.of_all)
+
+    def subtract_from(self, gradient: Tensor) -> None:
+        if self.smoothed:
+            gradient.sub_(self.weight * self.each)
+        gradient.scatter_add_(1, self.label, -self.weight * self.of_label)
 
 
-def write_losses_liger(
+def write_cross_entropy_liger(
     logits: Tensor, target: Tensor, losses: Tensor, loss: TokenLoss, differentiate: bool
 ) -> None:
-    """By Liger's Triton kernel. ``reduction="sum"`` keeps the number of tokens out of it."""
+    """The cross-entropy alone, by Liger's Triton kernel: ``losses [rows]``. ``reduction="sum"``
+    keeps the number of tokens out of it."""
     liger = liger_module("cross_entropy")
     rows, vocab = logits.shape
     if not rows:
@@ -189,7 +228,7 @@ def write_losses_liger(
         n_non_ignore=1,
         sum_non_ignore_weight=1.0,
         weight_sum=0.0,  # only asked for with label smoothing
-        ignore_index=loss.ignore_index,
+        ignore_index=-1 if loss.ignore_index is None else loss.ignore_index,
         lse_square_scale=0.0,
         label_smoothing=loss.label_smoothing,
         reduction="sum",
