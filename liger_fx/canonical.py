@@ -313,6 +313,7 @@ _SIGNATURES: dict[Any, dict[str, Any]] = {
     torch.softmax: dict(input=None, dim=None, dtype=None),
     torch.logsumexp: dict(input=None, dim=None, keepdim=False),
     torch.sum: dict(input=None, dim=None, keepdim=False, dtype=None),
+    torch.mean: dict(input=None, dim=None, keepdim=False, dtype=None),
     torch.gather: dict(input=None, dim=None, index=None),
     torch.rms_norm: dict(input=None, normalized_shape=None, weight=None, eps=None),
 }

@@ -28,8 +28,7 @@ class Match:
     ``outputs`` are the nodes that a replacement stands in for, the root first; ``bindings`` maps
     each parameter of the pattern to a node or a literal, ``chains`` each wildcard to its nodes
     (outermost first) and ``sources`` to what lies below them, ``nodes`` holds what a replacement
-    makes superfluous, the outputs among it. ``companion``: the pattern of its last output, if that
-    was found beside it (`Rewrite`).
+    makes superfluous, the outputs among it.
     ``recomputed``: it lies in the body of an activation checkpoint. ``view``: of its graph.
     ``worth``: why the policy lets it be replaced. ``variant``: as `Rewrite.variant` says.
     """
@@ -42,7 +41,6 @@ class Match:
     sources: dict[str, fx.Node]
     nodes: set[fx.Node]
     settings: dict[str, Any] = field(default_factory=dict)
-    companion: Pattern | None = None
     recomputed: bool = False
     worth: str = ""
     variant: str = ""
@@ -69,18 +67,8 @@ class Match:
 
     @property
     def spelling(self) -> str:
-        """The names of its patterns, and its variant."""
-        names = [p.name for p in (self.pattern, self.companion) if p is not None]
-        return ", ".join([*names, *filter(None, [self.variant])])
-
-    def join(self, other: Match) -> None:
-        """Add what ``other``, matched with the same bindings and more, computes besides."""
-        self.companion = other.pattern
-        self.outputs += other.outputs
-        self.bindings = other.bindings
-        self.chains = self.chains | other.chains
-        self.sources = self.sources | other.sources
-        self.nodes |= other.nodes
+        """The name of its pattern, and its variant."""
+        return ", ".join([self.pattern.name, *filter(None, [self.variant])])
 
 
 class Miss(NamedTuple):
@@ -130,9 +118,9 @@ class Matcher:
         self.pattern = pattern
         self.miss = Miss()
 
-    def at(self, root: fx.Node, bindings: dict[str, Any] | None = None) -> Match | None:
-        """The match that ends in ``root``. bindings: what some parameters are to be."""
-        self.state = _State(dict(bindings or {}))
+    def at(self, root: fx.Node) -> Match | None:
+        """The match that ends in ``root``."""
+        self.state = _State({})
         if not self._match(self.pattern.term, root) or not self._dtypes_agree():
             return None
         # An optional parameter that the pattern never uses binds nothing; the rest are all bound.

@@ -127,6 +127,9 @@ class Pattern:
                 terms[node] = _term(node, terms)
 
 
+traced = functools.cache(Pattern)  # a function is traced once
+
+
 def _term(node: fx.Node, terms: dict[fx.Node, Term]) -> Term:
     def sub(arg: Any) -> Any:
         return fx.node.map_aggregate(

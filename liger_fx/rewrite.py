@@ -24,7 +24,7 @@ from liger_fx.effects import bodies, known_writes, storage_key
 from liger_fx.legality import Legality
 from liger_fx.matcher import BrokenGraph, Match, Matcher, Miss, Reject, candidates, size
 from liger_fx.ops.signatures import Misfit
-from liger_fx.pattern import Pattern
+from liger_fx.pattern import Pattern, traced
 from liger_fx.report import (
     NearMiss,
     Place,
@@ -39,6 +39,9 @@ from liger_fx.returned import ReturnedLogits
 __all__ = ["Allow", "BrokenGraph", "Reject", "Rewrite", "rewrite_graph"]
 
 
+Join = Callable[[View, list[Match], Callable[[fx.Node, str], None]], list[Match]]
+
+
 @dataclass(frozen=True)
 class Rewrite:
     """One rewrite, as data.
@@ -51,12 +54,8 @@ class Rewrite:
         that it calls is recorded into the graph.
     check: ``check(match, **values)`` gets fake tensors and literals, and raises `Reject`.
     refuses: near twins, each a pattern and the reason for which it is left alone.
-    also: further outputs of a match, beyond those of its pattern: nodes whose values ``replace``
-        returns as well, after the others.
-    companions: patterns of a value that some models compute beside the match, from values inside
-        of it; parameters of the same name bind the same. The first that fits becomes the match's
-        last output.
-    combine: joins several matches into one where the model cut one computation into pieces.
+    join: ``join(view, matches, reject)`` makes of matches that have been checked, and of what else
+        is computed of the same values, those to replace; ``reject(node, reason)`` for others.
     constants: names of bindings to which the replacement gives no gradient: what is computed of
         them may run without grad mode.
     saved: names of bindings that the op keeps for its backward, "output" among them if it keeps
@@ -74,9 +73,7 @@ class Rewrite:
     replace: Callable[..., Any]
     check: Callable[..., None] | None = None
     refuses: Sequence[tuple[Callable[..., Any], str]] = ()
-    also: Callable[[Match], Sequence[fx.Node]] | None = None
-    companions: Sequence[Callable[..., Any]] = ()
-    combine: Callable[[View, list[Match]], list[Match]] | None = None
+    join: Join | None = None
     constants: Sequence[str] = ()
     saved: Sequence[str] | Callable[[Match], Sequence[str]] | None = None
     variant: Callable[[Match], str] | None = None
@@ -128,9 +125,6 @@ def rewrite_graph(
 
 def _view_of(known: Mapping[fx.GraphModule, Legality], graph: fx.GraphModule) -> View:
     return known[graph].view
-
-
-_pattern = functools.cache(Pattern)  # a function is traced once
 
 
 @dataclass
@@ -193,21 +187,16 @@ class _Application:
             self._reject(node, internal_error(error, failed, self.strict, logged))
 
     def _legal(self, graph: Legality) -> list[Match]:
-        matches = [match for match in self._find(graph) if self._is_legal(match, graph)]
-        if self.rewrite.combine is None:
-            return matches
-        combined = matches
-        with self._costs_only(None):
-            combined = self.rewrite.combine(graph.view, matches)
-        return [
-            match
-            for match in combined
-            if match in matches or self._is_legal(match, graph, checked=True)
-        ]
+        matches = self._find(graph)
+        if self.rewrite.join is not None:
+            checked = [match for match in matches if self._is_checked(match)]
+            matches = self.rewrite.join(graph.view, checked, self._reject)
+            return [match for match in matches if self._is_legal(match, graph)]
+        return [m for m in matches if self._is_legal(m, graph) and self._is_checked(m)]
 
     def _find(self, graph: Legality) -> list[Match]:
         view, found = graph.view, dict[fx.Node, Match]()
-        for pattern in map(_pattern, self.rewrite.patterns):
+        for pattern in map(traced, self.rewrite.patterns):
             for node in candidates(view, pattern):
                 if node not in found:
                     with self._costs_only(node):
@@ -219,7 +208,7 @@ class _Application:
                             self._complete(match, graph)
                             found[node] = match
         for function, reason in self.rewrite.refuses:
-            twin = _pattern(function)
+            twin = traced(function)
             for node in candidates(view, twin):
                 with self._costs_only(node):
                     if node not in found and Matcher(view, twin).at(node) is not None:
@@ -228,18 +217,6 @@ class _Application:
 
     def _complete(self, match: Match, graph: Legality) -> None:
         match.settings, match.recomputed = self.settings, graph.recomputed
-        for pattern in map(_pattern, self.rewrite.companions):
-            others = (
-                Matcher(match.view, pattern).at(node, match.bindings)
-                for node in candidates(match.view, pattern)
-            )
-            beside = next((m for m in others if m is not None and m.nodes & match.nodes), None)
-            if beside is not None:
-                match.join(beside)
-                break
-        if self.rewrite.also is not None:
-            match.outputs += tuple(self.rewrite.also(match))
-            match.nodes.update(match.outputs)
         if self.rewrite.variant is not None:
             match.variant = self.rewrite.variant(match)
 
@@ -249,12 +226,17 @@ class _Application:
             name, total, place = self.rewrite.name, size(pattern.term), Place.of(node)
             self.best = NearMiss(name, pattern.name, miss.matched, total, reason, place=place)
 
-    def _is_legal(self, match: Match, graph: Legality, checked: bool = False) -> bool:
-        check = self.rewrite.check
+    def _is_legal(self, match: Match, graph: Legality) -> bool:
         with self._costs_only(match.root):
             match.worth = self.allow(self.rewrite, match)
             graph.check(match, self.rewrite)
-            if check is not None and not checked:
+            return True
+        return False
+
+    def _is_checked(self, match: Match) -> bool:
+        check = self.rewrite.check
+        with self._costs_only(match.root):
+            if check is not None:
                 check(match, **_wanted(check, match.values))
             return True
         return False
@@ -294,9 +276,12 @@ def _require_example_values(gm: fx.GraphModule) -> None:
 
 
 def _wanted(function: Callable[..., Any], values: dict[str, Any]) -> dict[str, Any]:
-    """The bindings that ``function`` names among its parameters, after the match itself."""
-    names = list(inspect.signature(function).parameters)[1:]
-    return {name: values[name] for name in names if name in values}
+    """The bindings that ``function`` names among its parameters, after the match itself; all for
+    one that takes any."""
+    _, *parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return values
+    return {p.name: values[p.name] for p in parameters if p.name in values}
 
 
 _COPIED_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "recompute", "ac_graph_id")

@@ -1,170 +1,353 @@
-"""Losses of classes or of tokens, added up to one number.
+"""From what is taken of each token to the sum that it ends in: linear steps, and their transpose.
 
-``losses`` is a wildcard for any of ``.sum(-1)``, ``.sum()``, ``.mean()``, a mask of tokens
-(multiplied, ``masked_fill`` or ``torch.where``), a number as a factor, casts and reshapes, in any
-order. All of it is the sum over the tokens of the mask (`mask_of`), times and over numbers
-(`scaled_as_the_mean`).
+A loss over tokens is a sum of values, each times a coefficient: a mask, a weight of the token, one
+over a number of tokens, a share of several losses. `walk` follows a value through steps that are
+linear in it, as far as these go; `coefficient` goes back from the end and gives the number that the
+end takes each value times: the transpose of the steps, applied to 1.
 """
 
+from __future__ import annotations
+
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from liger_fx.passes._rows import kept_rows
 from torch import fx
 
-from liger_fx.canonical import fake, hint, op_name, positional
-from liger_fx.matcher import Match, Reject
-from liger_fx.pattern import chain
+from liger_fx.canonical import View, fake, op_name, positional, same_sizes
+
+Number = Any  # a number, or the proxy of a tensor
 
 
-def _operand(node: fx.Node) -> Any:
-    """The losses that ``node`` adds up, masks or scales; None if it does something else."""
-    op, args = op_name(node), node.args
-    if op in ("mul", "div"):
-        return _scaled(node)
-    if op == "where":
-        return args[1] if len(args) == 3 and args[2] == 0 else None
-    if op in ("masked_fill", "masked_fill_"):
-        return args[0] if len(args) == 3 and args[2] == 0 else None
-    if op == "sum":
-        _, dim, keepdim, dtype = positional(node)
-        last = dim in (None, -1, (-1,), [-1], fake(args[0]).dim() - 1)
-        return args[0] if last and not keepdim and dtype is None else None
-    if op == "mean":
-        return args[0] if len(args) == 1 and not node.kwargs else None
-    kept = op == "reshape" or (op == "cast" and fake(node).is_floating_point())
-    return args[0] if kept else None
+@dataclass(frozen=True)
+class Step:
+    """``node``, linear in ``source``. ``others``: its other operands, by which it multiplies or
+    divides, or which it adds: tensors that `coefficient` needs, and terms of another origin."""
+
+    node: fx.Node
+    source: fx.Node
+    others: tuple[fx.Node, ...] = ()
+
+    @property
+    def op(self) -> str:
+        return str(op_name(self.node)).rstrip("_")
+
+    @property
+    def in_place(self) -> bool:
+        return str(op_name(self.node)).endswith("_")
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Do its other operands differ from token to token?"""
+        values = map(fake, self.others)
+        return any(isinstance(value, torch.Tensor) and value.dim() for value in values)
+
+    @property
+    def added(self) -> Any:
+        """What the step adds to its source; None if it adds nothing."""
+        if self.op not in ("add", "sub"):
+            return None
+        return next((arg for arg in self.node.args if arg is not self.source), None)
 
 
-def _scaled(node: fx.Node) -> fx.Node | None:
-    tensors = [n for n in node.args if isinstance(n, fx.Node) and _is_tensor(n)]
-    squared = len(tensors) != len(set(tensors))
-    if node.kwargs or len(node.args) != 2 or squared:
-        return None
-    if op_name(node) == "div" and tensors != [node.args[0]]:
-        return None
-    # A mask is no loss, was there before and has no gradient.
-    masked = [n for n in tensors if len(tensors) == 1 or _bools(n) is None]
-    return max(masked, key=lambda n: (fake(n).requires_grad, n), default=None)
+class Sizes:
+    """The sizes that a graph can compute of the tensors that a match reads: numbers, dimensions of
+    these tensors, the product of the leading ones of a hidden state, and that times the classes."""
+
+    def __init__(self, tensors: Mapping[str, Any], tokens: Any, classes: Any) -> None:
+        self._places: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, value in tensors.items():
+            if isinstance(value, torch.Tensor):
+                for dim, size in enumerate(value.shape):
+                    self._places.setdefault(_formula(size), (name, (dim,)))
+        labels = next((n for n in ("target", "label") if n in tensors), None)
+        for name in filter(None, (labels, "hidden")):
+            shape = tensors[name].shape[:-1] if name == "hidden" else tensors[name].shape
+            product = math.prod(shape)
+            self._places.setdefault(_formula(product), (name, tuple(range(len(shape)))))
+        self._tokens, self._classes = tokens, classes
+
+    def known(self, size: Any) -> bool:
+        return isinstance(size, int) or bool(self._factors(size))
+
+    def _factors(self, size: Any) -> list[Any]:
+        if _formula(size) in self._places:
+            return [size]
+        if _formula(size) == _formula(self._tokens * self._classes):
+            tokens = [self._tokens] if self.known(self._tokens) else []
+            return [*tokens, self._classes] if tokens else []
+        return []
+
+    def record(self, size: Any, proxies: Mapping[str, Any]) -> Any:
+        """The size, as a number or a proxy."""
+        if isinstance(size, int):
+            return size
+        product: Any = 1
+        for factor in self._factors(size):
+            if isinstance(factor, int):
+                product = product * factor
+                continue
+            name, dims = self._places[_formula(factor)]
+            for dim in dims:
+                product = product * proxies[name].size(dim)
+        return product
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(fake(value), torch.Tensor)
-
-
-losses = chain("losses", _operand)
-
-
-def _steps(match: Match) -> list[fx.Node]:
-    """What adds up, innermost first. The last of it may be the root."""
-    passed = match.chains.get("losses", [])[::-1]
-    return [*passed, match.root] if op_name(match.root) in ("sum", "mean") else passed
-
-
-def _masks(match: Match) -> list[tuple[fx.Node, fx.Node]]:
-    """Each step that masks, and its mask."""
-    return [
-        (node, mask)
-        for node in _steps(match)
-        if op_name(node) in ("mul", "where", "masked_fill", "masked_fill_")
-        for mask in node.all_input_nodes
-        if mask is not _operand(node) and _is_tensor(mask)
-    ]
-
-
-def check_sum(match: Match, total: torch.Tensor) -> None:
-    """Raise `Reject` unless ``total`` is a sum over tokens, with at most one mask, of bools, and
-    with factors and sizes that `scaled_as_the_mean` can compute where the first output stands."""
-    if total.dim():
-        raise Reject(
-            "the divergences of single classes or tokens leave the graph, or are added up by more "
-            "than sum(), mean() and a mask; jsd[mask] ends the graph, jsd * mask does not"
-        )
-    masks = _masks(match)
-    if len(masks) > 1:
-        raise Reject("the losses have several masks, expected one")
-    for node, mask in masks:
-        _check_mask(match, node, mask)
-    varying = {_formula(count) for count in _divisors(match) if not isinstance(count, int)}
-    if not varying <= {*map(_formula, _sizes(match))}:
-        raise Reject("the mean is over a size that varies, neither sequences, tokens nor classes")
-    for factor in (n for node in _steps(match) for n in node.all_input_nodes if not _is_tensor(n)):
-        if factor > match.first:
-            raise Reject(f"{factor.name}, a weight, is computed only after {match.first.name}")
-
-
-def _check_mask(match: Match, node: fx.Node, mask: fx.Node) -> None:
-    before, logits = fake(_operand(node)), kept_rows(match)
-    bools = _bools(mask)
-    if bools is None:
-        raise Reject(f"the losses are multiplied by {fake(mask).dtype}, expected a mask of bools")
-    of_classes = hint(before.numel()) == hint(logits.numel())
-    of_tokens = hint(fake(bools).numel()) == hint(math.prod(logits.shape[:-1]))
-    if of_classes:
-        of_tokens &= fake(mask).shape[-1:] == (1,)
-    if match.view.effects.written(bools):
-        raise Reject(f"{bools.name}, the mask, is written in place")
-    if not of_tokens or [*map(hint, fake(node).shape)] != [*map(hint, before.shape)]:
-        raise Reject("the mask is not one of tokens")
-
-
-def _bools(mask: Any) -> fx.Node | None:
-    """The bools of which ``mask`` is a cast or a reshape."""
-    while isinstance(mask, fx.Node) and fake(mask).dtype != torch.bool:
-        mask = mask.args[0] if op_name(mask) in ("cast", "reshape") else None
-    return mask
-
-
-def mask_of(match: Match, like: fx.Proxy) -> fx.Proxy | None:
-    """Bools, as many as there are tokens: whose losses are added up. None for all."""
-    for node, mask in _masks(match):
-        bools = fx.Proxy(_bools(mask), like.tracer)  # type: ignore[arg-type]
-        return bools if op_name(node) in ("mul", "where") else bools.logical_not()
-    return None
-
-
-def _divisors(match: Match) -> Iterator[int]:
-    """The sizes that the sum is divided by."""
-    reduction, logits = match.bindings.get("kl_reduction", "none"), kept_rows(match)
-    if reduction in ("batchmean", "mean"):
-        yield logits.shape[0] if reduction == "batchmean" else logits.numel()
-    yield from (fake(node.args[0]).numel() for node in _steps(match) if op_name(node) == "mean")
-
-
-def _sizes(match: Match) -> tuple[int, int, int]:
-    """The numbers of sequences (or of tokens, if flat), of tokens, and of classes of them all."""
-    logits = kept_rows(match)
-    return match.values["hidden"].shape[0], math.prod(logits.shape[:-1]), logits.numel()
-
-
-def _formula(size: int | torch.SymInt) -> str:
+def _formula(size: Any) -> str:
     """Of the symbols: two that are as large today may differ tomorrow."""
     return str(size if isinstance(size, int) else size.node.expr.expand())
 
 
-def scaled_as_the_mean(
-    match: Match, total: fx.Proxy, hidden: fx.Proxy, weight: fx.Proxy
-) -> fx.Proxy:
-    """``total``, the sum over tokens, times and over all that the model scales it by until it is
-    one number. hidden: of the tokens."""
+def walk(view: View, value: fx.Node, sizes: Sizes, classes: bool) -> Iterator[Step]:
+    """The steps from ``value`` on, each linear in the one before, as far as nobody else needs a
+    gradient of what is passed. classes: the value has a dimension of classes, its last."""
+    while (step := _next(view, value, sizes, classes)) is not None:
+        yield step
+        if step.op in ("sum", "mean"):
+            classes = False
+        value = step.node
 
-    def size(count: int) -> Any:
-        if isinstance(count, int):
-            return count
-        sequences, tokens, _ = map(_formula, _sizes(match))
-        if _formula(count) == sequences:
-            return hidden.size(0)
-        number = hidden.flatten(0, -2).size(0)
-        return number if _formula(count) == tokens else number * weight.size(0)
 
-    for count in _divisors(match):
-        total = total / size(count)
-    masks = [node for node, _ in _masks(match)]
-    for node in _steps(match):
-        if op_name(node) in ("mul", "div") and node not in masks:
-            (factor,) = (arg for arg in node.args if arg is not _operand(node))
-            number: Any = fx.Proxy(factor, total.tracer) if isinstance(factor, fx.Node) else factor
-            total = total * number if op_name(node) == "mul" else total / number
-    return total
+def readers(node: fx.Node) -> list[fx.Node]:
+    """The users of ``node`` to which it gives no gradient, though it has one."""
+    if not fake(node).requires_grad:
+        return []
+    return [user for user in node.users if _has_no_gradient(user)]
+
+
+def _has_no_gradient(user: fx.Node) -> bool:
+    value = fake(user)
+    return isinstance(value, torch.Tensor) and not value.requires_grad
+
+
+def _next(view: View, source: fx.Node, sizes: Sizes, classes: bool) -> Step | None:
+    read = readers(source)
+    users = [user for user in source.users if user not in read]
+    if len(users) != 1:
+        return None
+    (node,) = users
+    value = fake(node)
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return None
+    rule = _RULES.get(str(op_name(node)).rstrip("_"))
+    args = positional(node)
+    if rule is None or sum(arg is source for arg in node.all_input_nodes) != 1:
+        return None
+    others = rule(view, node, source, args, sizes, classes)
+    return None if others is None else Step(node, source, others)
+
+
+_Others = tuple[fx.Node, ...] | None  # None: the step is not linear, or not known to be
+
+
+def _keeps(view: View, node: fx.Node, source: fx.Node, args: Any, sizes: Sizes, c: bool) -> _Others:
+    return () if args[0] is source else None
+
+
+def _reshapes(
+    view: View, node: fx.Node, source: fx.Node, args: Any, sizes: Sizes, c: bool
+) -> _Others:
+    before, after = fake(source).shape, fake(node).shape
+    if node.args[0] is not source or (c and str(before[-1]) != str(after[-1])):
+        return None
+    return () if all(map(sizes.known, (*before, *after))) else None
+
+
+def _reduces(
+    view: View, node: fx.Node, source: fx.Node, args: Any, sizes: Sizes, c: bool
+) -> _Others:
+    _, dim, keepdim, dtype = (*args, None, False, None)[:4]
+    dims = _dims(dim, fake(source).dim())
+    if args[0] is not source or dtype is not None or (c and fake(source).dim() - 1 not in dims):
+        return None
+    counts = [fake(source).shape[d] for d in dims]
+    whole = math.prod(counts)
+    if str(op_name(node)) == "mean" and not (sizes.known(whole) or all(map(sizes.known, counts))):
+        return None
+    return ()
+
+
+def _dims(dim: Any, rank: int) -> list[int]:
+    if dim is None or dim == () or dim == []:
+        return list(range(rank))
+    return sorted(d % rank for d in (dim if isinstance(dim, tuple | list) else (dim,)))
+
+
+def _scales(
+    view: View, node: fx.Node, source: fx.Node, args: Any, sizes: Sizes, c: bool
+) -> _Others:
+    if len(args) < 2 or node.kwargs or (op_name(node) in ("div", "div_") and args[0] is not source):
+        return None
+    return _factor(view, node, source, args[1] if args[0] is source else args[0], c)
+
+
+def _factor(view: View, node: fx.Node, source: fx.Node, factor: Any, classes: bool) -> _Others:
+    """What a step multiplies by: the same for all classes, without gradient, never written."""
+    if not isinstance(factor, fx.Node):
+        return () if isinstance(factor, int | float) else None
+    value = fake(factor)
+    if isinstance(value, torch.Tensor):
+        varies = classes and value.dim() > 0 and value.shape[-1:] != (1,)
+        if value.requires_grad or varies or view.effects.written(factor):
+            return None
+        if value.is_complex() or not same_sizes(fake(node).shape, fake(source).shape):
+            return None
+    return (factor,)
+
+
+def _masks(
+    view: View, node: fx.Node, source: fx.Node, args: Any, sizes: Sizes, c: bool
+) -> _Others:
+    if len(args) != 3:
+        return None
+    chosen, other, mask = _masked(node, args)
+    if chosen is not source or isinstance(other, fx.Node) or other != 0:
+        return None
+    return _factor(view, node, source, mask, c)
+
+
+def _masked(node: fx.Node, args: Any) -> tuple[Any, Any, Any]:
+    """(what is masked, what stands where it is not kept, the mask)"""
+    if op_name(node) == "where":
+        mask, kept, other = args if node.op == "call_function" else (args[1], args[0], args[2])
+        return (kept, other, mask) if isinstance(kept, fx.Node) else (other, kept, mask)
+    return args[0], args[2], args[1]
+
+
+def _adds(
+    view: View, node: fx.Node, source: fx.Node, args: Any, sizes: Sizes, c: bool
+) -> _Others:
+    if node.kwargs or len(node.args) != 2 or fake(node).dim():
+        return None
+    other = node.args[1] if node.args[0] is source else node.args[0]
+    if isinstance(other, fx.Node):
+        value = fake(other)
+        if isinstance(value, torch.Tensor) and value.dim():
+            return None
+        return (other,)
+    return () if isinstance(other, int | float) else None
+
+
+_RULES: dict[str, Callable[..., _Others]] = {
+    "cast": _keeps,
+    "neg": _keeps,
+    "reshape": _reshapes,
+    "sum": _reduces,
+    "mean": _reduces,
+    "mul": _scales,
+    "div": _scales,
+    "where": _masks,
+    "masked_fill": _masks,
+    "add": _adds,
+    "sub": _adds,
+}
+
+
+# -- coefficients ----------------------------------------------------------------------------------
+
+
+class Transpose:
+    """Records coefficients. proxies: of the tensors of ``sizes``, by name; operand: the proxy of
+    another operand of a step."""
+
+    def __init__(
+        self, sizes: Sizes, proxies: Mapping[str, Any], operand: Callable[[fx.Node], Any]
+    ) -> None:
+        self._sizes, self._proxies, self._operand = sizes, proxies, operand
+
+    def coefficient(
+        self, steps: list[Step], classes: bool = False, number: Number = 1.0
+    ) -> Number:
+        """What ``number`` times the end of ``steps`` takes each element of their first source
+        times: a number, or a tensor that can be expanded to it. With ``classes`` its last dimension
+        is 1."""
+        levels = [classes and not any(s.op in ("sum", "mean") for s in steps[:i]) for i in
+                  range(len(steps))]  # fmt: skip
+        for step, of_classes in zip(reversed(steps), reversed(levels), strict=True):
+            number = getattr(self, f"_{step.op}", self._keep)(step, number, of_classes)
+        return number
+
+    def _keep(self, step: Step, number: Number, classes: bool) -> Number:
+        return number
+
+    def _neg(self, step: Step, number: Number, classes: bool) -> Number:
+        return -number
+
+    def _sub(self, step: Step, number: Number, classes: bool) -> Number:
+        return number if step.node.args[0] is step.source else -number
+
+    def _mul(self, step: Step, number: Number, classes: bool) -> Number:
+        return times(number, self._other(step))
+
+    def _div(self, step: Step, number: Number, classes: bool) -> Number:
+        return number / self._other(step)
+
+    def _other(self, step: Step) -> Any:
+        args = step.node.args
+        return self.of(args[1] if args[0] is step.source else args[0])
+
+    def of(self, value: Any) -> Any:
+        """The proxy of an operand, in a dtype that products keep; a number as it is."""
+        if not isinstance(value, fx.Node):
+            return value
+        proxy, like = self._operand(value), fake(value)
+        narrow = isinstance(like, torch.Tensor) and like.dtype in (torch.float16, torch.bfloat16)
+        return proxy.float() if narrow else proxy
+
+    def _where(self, step: Step, number: Number, classes: bool) -> Number:
+        args = positional(step.node)
+        _, _, mask = _masked(step.node, args)
+        kept = op_name(step.node) == "where" and args[2] is not step.source
+        pair = (number, 0.0) if kept else (0.0, number)
+        return torch.where(self._operand(mask), *pair)
+
+    _masked_fill = _where
+
+    def _mean(self, step: Step, number: Number, classes: bool) -> Number:
+        shape = fake(step.source).shape
+        counts = [shape[d] for d in self._reduced(step)]
+        whole = math.prod(counts)
+        for count in [whole] if self._sizes.known(whole) else counts:
+            number = number / self.size(count)
+        return self._sum(step, number, classes)
+
+    def _sum(self, step: Step, number: Number, classes: bool) -> Number:
+        keepdim = (*positional(step.node), None, False)[2]
+        if dims_of(number) and not keepdim:
+            for dim in self._reduced(step):
+                number = number.unsqueeze(dim)
+        return number
+
+    def _reduced(self, step: Step) -> list[int]:
+        return _dims(positional(step.node)[1], fake(step.source).dim())
+
+    def _reshape(self, step: Step, number: Number, classes: bool) -> Number:
+        if not dims_of(number):
+            return number
+        before, after = list(fake(step.source).shape), list(fake(step.node).shape)
+        if classes:
+            before[-1] = after[-1] = 1
+        return number.expand(self.shape(after)).reshape(self.shape(before))
+
+    def shape(self, sizes: Any) -> tuple[Any, ...]:
+        return tuple(map(self.size, sizes))
+
+    def size(self, size: Any) -> Any:
+        return self._sizes.record(size, self._proxies)
+
+
+def times(a: Number, b: Number) -> Number:
+    """The product, without the factors of 1 that a graph need not compute."""
+    if isinstance(a, int | float) and a == 1:
+        return b
+    if isinstance(b, int | float) and b == 1:
+        return a
+    return a * b
+
+
+def dims_of(number: Number) -> int:
+    """The number of dimensions of a coefficient; 0 for a number."""
+    value = fake(number.node) if isinstance(number, fx.Proxy) else number
+    return value.dim() if isinstance(value, torch.Tensor) else 0

@@ -14,22 +14,13 @@ Numerics     Logits in the projection's dtype, softmax in fp32, parameter gradie
 
 import torch
 import torch.nn.functional as F
-from liger_fx.passes._chunked_loss import merge_chunked_losses
-from liger_fx.passes._rows import (
-    check_gain,
-    check_projection,
-    check_rows,
-    head_arguments,
-    logits_of,
-    needs_gradient,
-    rows,
-)
+from liger_fx.passes._head import Taken, head_rewrite
+from liger_fx.passes._rows import check_gain, check_projection, check_rows, logits_of, rows
+from liger_fx.passes.linear_logprobs import ENTROPIES, LOG_SUM_EXPS
 from torch import fx
 
-from liger_fx import ops
-from liger_fx.canonical import fake, hint, specialise
+from liger_fx.canonical import fake, hint
 from liger_fx.matcher import Match, Reject
-from liger_fx.rewrite import Rewrite
 
 
 def plain(
@@ -68,55 +59,20 @@ def lora_head(
     )
 
 
-def check(match: Match, weight, target, class_weight, ignore_index, softcap=1.0):
-    if class_weight is not None:
-        raise Reject("class weights are given; Liger's fused kernel weighs all classes alike")
+def check(match: Match) -> None:
+    values = match.values
+    target, softcap = values["target"], hint(values.get("softcap", 1.0))
     if target.is_floating_point():
         raise Reject("the target is class probabilities, not class indices")
-    check_projection(match, weight)
+    check_projection(match, values["weight"])
     if not _classes_are_where_expected(match, target):
         raise Reject("the class dimension of the loss is not the projection's output dimension")
     check_rows(match)
-    if not isinstance(ignore_index, int):
+    if not isinstance(values["ignore_index"], int):
         raise Reject("ignore_index is computed in the graph, expected a constant")
-    cap = hint(softcap)
-    if cap is None or cap <= 0:
+    if softcap is None or softcap <= 0:
         raise Reject("the softcap is computed in the graph or not positive, expected a constant")
     check_gain(match, target.numel(), logits_of(match))
-
-
-def replace(
-    match: Match,
-    hidden,
-    weight,
-    bias,
-    target,
-    ignore_index,
-    reduction,
-    label_smoothing,
-):
-    softcap = specialise(match.values.get("softcap", 0.0))
-    arguments = head_arguments(match, hidden, weight, bias)
-    head = (*arguments, target, ignore_index, float(label_smoothing), softcap)
-    chunking = (
-        match.settings["chunk_tokens"],
-        match.settings["accum_dtype"],
-        match.settings["skip_ignored"],
-    )
-    if reduction == "none":
-        loss = ops.linear_cross_entropy_per_token(*head, 1.0, *chunking)
-    else:
-        needed = (needs_gradient(match, name) for name in ("hidden", "weight", "bias"))
-        loss = ops.linear_cross_entropy(*head, *needed, *chunking)[0]
-    if reduction == "mean":
-        loss = loss / (target != ignore_index).sum()
-    return loss if match.output.dtype == torch.float32 else loss.to(match.output.dtype)
-
-
-def saved(match: Match) -> list[str]:
-    """The op of a sum computes its gradients in the forward and keeps nothing else."""
-    per_token = match.bindings["reduction"] == "none"
-    return ["hidden", "weight", "bias", "target"] if per_token else []
 
 
 def _classes_are_where_expected(match: Match, target: torch.Tensor) -> bool:
@@ -127,15 +83,13 @@ def _classes_are_where_expected(match: Match, target: torch.Tensor) -> bool:
     return logits.dim() in dims and target.dim() == logits.dim() - 1
 
 
-linear_cross_entropy = Rewrite(
+CROSS_ENTROPIES = [
+    Taken(pattern, "cross_entropy", check) for pattern in (plain, softcapped, classes_second)
+]
+
+linear_cross_entropy = head_rewrite(
     name="linear_cross_entropy",
-    patterns=[plain, softcapped, classes_second],
+    leading=CROSS_ENTROPIES,
+    beside=[*ENTROPIES, *LOG_SUM_EXPS],
     refuses=[(lora_head, "the logits are a sum (LoRA on the head?), not one projection")],
-    check=check,
-    replace=replace,
-    combine=merge_chunked_losses,
-    saved=saved,
-    settings={"chunk_tokens": 0, "accum_dtype": torch.float32, "skip_ignored": True},
-    gain="the logits never exist",
-    save_ops=["liger_fx::linear_cross_entropy"],
 )

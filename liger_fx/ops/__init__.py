@@ -14,8 +14,11 @@ from liger_fx.ops.rms_norm import rms_norm
 from liger_fx.ops.rope import rope, rope_interleaved
 from liger_fx.ops.swiglu import swiglu, swiglu_gate_up
 from liger_fx.ops.tiled_mlp import geglu_mlp, swiglu_mlp
+from liger_fx.ops.token_loss import DIVERGENCES, TAKES
 
 __all__ = [
+    "DIVERGENCES",
+    "TAKES",
     "add_rms_norm",
     "attention",
     "cross_entropy",
