@@ -74,17 +74,24 @@ def carry_in(view: View, source: View, node: fx.Node) -> fx.Node:
 
 
 def keep_in_checkpoints(gm: fx.GraphModule, op_names: Sequence[str]) -> None:
-    """Let checkpoints keep the outputs of these ops for the backward, and recompute the rest as
-    before.
+    """Let checkpoints that call one of these ops keep their outputs for the backward, and recompute
+    the rest as before.
 
     A body with a policy of its own keeps its policy: whoever wrote it can name the ops.
     """
     for body, recomputed in with_bodies(gm):
-        called = {n.target for n in body.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
-        kept = [op for op in called if op.name() in op_names]
-        if recomputed and kept:
-            contexts = functools.partial(create_selective_checkpoint_contexts, kept)
+        ops = (n.target for n in body.graph.nodes if isinstance(n.target, torch._ops.OpOverload))
+        if recomputed and any(op.name() in op_names for op in ops):
+            contexts = functools.partial(
+                create_selective_checkpoint_contexts, [*map(_overload, op_names)]
+            )
             body.meta.setdefault(_CONTEXT_FN, contexts)
+
+
+def _overload(name: str) -> torch._ops.OpOverload:
+    namespace, op = name.split("::")
+    overload: torch._ops.OpOverload = getattr(getattr(torch.ops, namespace), op).default
+    return overload
 
 
 def checkpoint_eagerly(gm: fx.GraphModule) -> None:

@@ -55,7 +55,8 @@ class Rewrite:
     check: ``check(match, **values)`` gets fake tensors and literals, and raises `Reject`.
     refuses: near twins, each a pattern and the reason for which it is left alone.
     join: ``join(view, matches, reject)`` makes of matches that have been checked, and of what else
-        is computed of the same values, those to replace; ``reject(node, reason)`` for others.
+        is computed of the same values, those to replace, which ``check`` gets too;
+        ``reject(node, reason)`` is for others.
     constants: names of bindings to which the replacement gives no gradient: what is computed of
         them may run without grad mode.
     saved: names of bindings that the op keeps for its backward, "output" among them if it keeps
@@ -65,7 +66,8 @@ class Rewrite:
     settings: the options ``<name>.<setting>`` and their defaults.
     gain: why it is worth making on every device, under every inner compiler. Without one,
         ``policy="auto"`` and ``"measure"`` decide from measurements.
-    save_ops: names of ops that activation checkpointing must keep rather than run again.
+    save_ops: names of ops whose results activation checkpointing must keep rather than compute
+        again: those that ``replace`` calls, and those that they consist of under autograd.
     """
 
     name: str
@@ -191,7 +193,6 @@ class _Application:
         if self.rewrite.join is not None:
             checked = [match for match in matches if self._is_checked(match)]
             matches = self.rewrite.join(graph.view, checked, self._reject)
-            return [match for match in matches if self._is_legal(match, graph)]
         return [m for m in matches if self._is_legal(m, graph) and self._is_checked(m)]
 
     def _find(self, graph: Legality) -> list[Match]:

@@ -24,6 +24,7 @@ from liger_fx.passes._chunks import whole_of
 from liger_fx.passes._rows import (
     head_arguments,
     kept_rows,
+    logits_of,
     slices,
     temperature,
 )
@@ -36,6 +37,7 @@ from liger_fx.matcher import Match, Matcher, Reject, candidates, interior
 from liger_fx.pattern import Pattern, traced
 from liger_fx.rewrite import Rewrite
 
+_OPS = ("linear_loss", "linear_token_losses", "linear_loss_kernel")
 _HIDDEN = ("hidden", "teacher_hidden")  # cut into chunks with the labels; all else is common
 
 
@@ -104,24 +106,53 @@ class Head(Match):
 
 
 def head_rewrite(
-    name: str, leading: Sequence[Taken], beside: Sequence[Taken], **rest: Any
+    name: str,
+    leading: Sequence[Taken],
+    beside: Sequence[Taken],
+    always: bool = False,
+    **rest: Any,
 ) -> Rewrite:
     """A rewrite that makes the op where one of ``leading`` is taken of a projection, and with it
-    what else is, of ``leading`` and ``beside``."""
+    what else is, of ``leading`` and ``beside``. always: even where the op saves nothing."""
     known = {taken.pattern.__name__: taken for taken in (*leading, *beside)}
+
+    def check(match: Match) -> None:
+        if not isinstance(match, Head):
+            known[match.pattern.name].check(match)
+        elif not always:
+            _check_gain(match)
+
     return Rewrite(
         name=name,
         patterns=[taken.pattern for taken in leading],
-        check=lambda match: known[match.pattern.name].check(match),
+        check=check,
         join=functools.partial(join, known),
         replace=replace,
         constants=["teacher_hidden", "teacher_weight", "teacher_bias"],
         saved=_saved,
         settings={"chunk_tokens": 0, "accum_dtype": torch.float32, "skip_ignored": True},
         gain="the logits never exist",
-        save_ops=["liger_fx::linear_loss_kernel"],
+        save_ops=[f"liger_fx::{op}" for op in _OPS],
         **rest,
     )
+
+
+def _check_gain(head: Head) -> None:
+    """Raise `Reject` where all logits fit one chunk, and no gradient needs them."""
+    lead = next((t.match for t in head.terms if "teacher_rows" in t.match.sources), None)
+    lead = lead or head.terms[0].match
+    prefixes = [p for p in ("", "teacher_") if f"{p}rows" in lead.sources]
+    heads = [logits_of(lead, prefix) for prefix in prefixes]
+    tokens = math.prod(kept_rows(lead).shape[:-1]) * len(head.chunks)
+    few = isinstance(tokens, int) and ops.fits_one_chunk(
+        tokens,
+        heads[0].shape[-1],
+        sum(logits.element_size() for logits in heads),
+        heads[0].device.type,
+        head.settings["chunk_tokens"],
+    )
+    if few and not heads[0].requires_grad:
+        raise Reject("no gradient is needed and the logits fit one chunk: nothing would be saved")
 
 
 def _saved(match: Match) -> list[str]:
@@ -195,17 +226,23 @@ def _check_together(terms: list[Term]) -> None:
     if {*names} & {*ops.DIVERGENCES} and {*names} & {*ops.TAKES[1:]}:
         raise Reject(f"{', '.join(names)} are taken of one projection; no kernel gives them all")
     divergences = [term.match for term in terms if "teacher_hidden" in term.match.bindings]
-    for match in (term.match for term in terms):
+    for match in (term.match for term in terms[1:]):
         if slices(match) != slices(first):
             raise Reject(f"{_named(terms)} are of other rows of the logits")
-        if match.values.get("softcap") != first.values.get("softcap"):
+        if match.bindings.get("softcap") is not first.bindings.get("softcap"):
             raise Reject(f"{_named(terms)} are of logits with another softcap")
-        if divergences and match not in divergences:
+        if not divergences and temperature(match) != temperature(first):
+            raise Reject(f"{_named(terms)} have different temperatures")
+    if not divergences:
+        return
+    for match in (term.match for term in terms):
+        if match not in divergences:
             _check_student(match)
-        elif temperature(match) != temperature((divergences or [first])[0]):
+        elif temperature(match) != temperature(divergences[0]):
             raise Reject(f"{_named(terms)} have different temperatures")
     teachers = [match.sources["teacher_rows"] for match in divergences]
-    if len({*teachers}) > 1 or any(slices(m, "teacher_rows") != slices(divergences[0], "teacher_rows") for m in divergences):
+    kept = [slices(match, "teacher_rows") for match in divergences]
+    if len({*teachers}) > 1 or any(rows != kept[0] for rows in kept):
         raise Reject("the divergences are from two teachers; the kernel has one")
 
 
@@ -453,14 +490,14 @@ class _Replacement:
             made = [self.read(term, values[i]) for i, term in enumerate(head.terms)]
         else:
             weights = self.weights()
-            total, values = ops.linear_loss(
-                *self.tensors(), weights, *self.literals(), head.every_value
-            )
+            made = ops.linear_loss(*self.tensors(), weights, *self.literals(), head.every_value)
+            total = made[0]
             if weights is None:
                 total = self._of_values(head.terms[0], self._steps(head.terms[0]), total)
-            made = [self.with_the_rest(total)]
             by_start = {term.start: i for i, term in enumerate(head.terms)}
-            reads = (by_start[start] for start in head.outputs[1:])
+            reads = [by_start[start] for start in head.outputs[1:]]
+            values = made[1] if reads else None
+            made = [self.with_the_rest(total)]
             made += [self.read(head.terms[i], values[i]) for i in reads]
         return tuple(
             value if fake(node).dtype == torch.float32 else value.to(fake(node).dtype)
@@ -502,7 +539,8 @@ class _Replacement:
         """Of the chunks, in any shapes of their tokens, the whole, flat."""
         if parts[0] is None:
             return None
-        leading = [self.hidden.size(dim) for dim in range(fake(self.hidden.node).dim() - 1)]
+        shape = fake(self.hidden.node).shape[:-1]
+        leading = [*self.transpose.shape(shape)]
         leading[self.head.along] = -1
         return torch.cat([p.reshape(leading) for p in parts], self.head.along).reshape(-1)
 

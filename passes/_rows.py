@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from liger_fx import ops
 from liger_fx.canonical import fake, hint, op_name, specialise
 from liger_fx.matcher import Match, Reject, ends
 from liger_fx.pattern import chain
@@ -99,26 +98,6 @@ def temperature(match: Match, name: str = "rows") -> float | None:
                 return None
             product *= specialise(divisor)
     return product
-
-
-def needs_gradient(match: Match, name: str) -> bool:
-    # The logits' own flag is false where grad mode is off.
-    value = match.values[name]
-    return value is not None and value.requires_grad and logits_of(match).requires_grad
-
-
-def check_gain(match: Match, tokens: int | torch.SymInt, *heads: torch.Tensor) -> None:
-    """Raise `Reject` where all ``heads`` fit one chunk, and no gradient needs their logits."""
-    itemsize = sum(logits.element_size() for logits in heads)
-    few = isinstance(tokens, int) and ops.fits_one_chunk(
-        tokens,
-        heads[0].shape[-1],
-        itemsize,
-        heads[0].device.type,
-        match.settings["chunk_tokens"],
-    )
-    if few and not heads[0].requires_grad:
-        raise Reject("no gradient is needed and the logits fit one chunk: nothing would be saved")
 
 
 def check_projection(match: Match, weight: torch.Tensor, prefix: str = "") -> None:

@@ -189,7 +189,7 @@ def _factor(view: View, node: fx.Node, source: fx.Node, factor: Any, classes: bo
         return () if isinstance(factor, int | float) else None
     value = fake(factor)
     if isinstance(value, torch.Tensor):
-        varies = classes and value.dim() > 0 and value.shape[-1:] != (1,)
+        varies = classes and value.dim() > 0 and str(value.shape[-1]) != "1"
         if value.requires_grad or varies or view.effects.written(factor):
             return None
         if value.is_complex() or not same_sizes(fake(node).shape, fake(source).shape):

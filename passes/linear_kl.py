@@ -29,12 +29,10 @@ import torch
 import torch.nn.functional as F
 from liger_fx.passes._head import Taken, head_rewrite
 from liger_fx.passes._rows import (
-    check_gain,
     check_projection,
     check_rows,
     keeps_or_scales_rows,
     kept_rows,
-    logits_of,
     temperature,
 )
 from liger_fx.passes.linear_cross_entropy import CROSS_ENTROPIES
@@ -179,8 +177,6 @@ def check(match: Match) -> None:
         raise Reject(
             "the weights of both divergences are not those of the mixture, or no constants"
         )
-    tokens = math.prod(student.shape[:-1])
-    check_gain(match, tokens, logits_of(match), logits_of(match, "teacher_"))
 
 
 def _teacher_share(match: Match) -> float | None:

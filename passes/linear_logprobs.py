@@ -123,5 +123,6 @@ linear_logprobs = head_rewrite(
     name="linear_logprobs",
     leading=LOG_PROBABILITIES,
     beside=[*ENTROPIES, *LOG_SUM_EXPS],
+    always=True,  # a policy and its reference, as long as they are the same, give the same numbers
     refuses=[(lora_head, "the logits are a sum (LoRA on the head?), not one projection")],
 )

@@ -11,6 +11,7 @@ again, chunk by chunk: `linear_token_losses`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -95,7 +96,7 @@ def _values_and_gradients(
 
 def _fake(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     takes, (input_grad, weight_grad, bias_grad) = rest[8], rest[14:17]
-    kept, rows = kept_dtype(weight.dtype), input.shape[:-1].numel()
+    kept, rows = kept_dtype(weight.dtype), math.prod(input.shape[:-1])
     return (
         input.new_empty((len(takes), rows), dtype=loss_dtype(input.dtype)),
         input.new_empty(input.shape) if input_grad else input.new_empty(0),

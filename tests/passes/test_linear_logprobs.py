@@ -131,11 +131,11 @@ def forward(self, L_hidden_: "f32[4, 9, 16]", L_weight_: "f32[31, 16]", L_labels
     loss_mask: "b8[4, 8]" = labels != -100
     eq: "b8[4, 8]" = labels == -100
     labels[eq] = 0;  setitem = labels
-    logical_not: "b8[4, 8]" = loss_mask.logical_not()
-    masked_fill: "i64[4, 8]" = labels.masked_fill(logical_not, -2147483648)
     getitem_2: "f32[4, 8, 16]" = l_hidden_[(slice(None, None, None), slice(None, -1, None), slice(None, None, None))]
-    linear_cross_entropy_per_token_default: "f32[4, 8]" = torch.ops.liger_fx.linear_cross_entropy_per_token.default(getitem_2, l_weight_, None, masked_fill, -2147483648, 0.0, 0.0, 1.0, 0, torch.float32, True)
-    neg: "f32[4, 8]" = -linear_cross_entropy_per_token_default
+    linear_token_losses_default: "f32[1, 32]" = torch.ops.liger_fx.linear_token_losses.default(getitem_2, l_weight_, None, labels, None, None, None, None, loss_mask, ['cross_entropy'], None, 0.0, 0.0, 1.0, 0.5, 0, torch.float32, True)
+    getitem_3: "f32[32]" = linear_token_losses_default[0]
+    reshape: "f32[4, 8]" = getitem_3.reshape((4, 8))
+    neg: "f32[4, 8]" = -reshape
     mul: "f32[4, 8]" = neg * loss_mask
     sum_1: "f32[4]" = mul.sum(-1)
     return (sum_1,)""",
@@ -153,8 +153,10 @@ def forward(self, L_hidden_: "f32[4, 9, 16]", L_weight_: "f32[31, 16]", L_labels
     l_labels_ = L_labels_
     getitem_1: "i64[4, 6]" = l_labels_[(slice(None, None, None), slice(3, None, None))]
     getitem_2: "f32[4, 6, 16]" = l_hidden_[(slice(None, None, None), slice(2, -1, None))]
-    linear_cross_entropy_per_token_default: "f32[4, 6]" = torch.ops.liger_fx.linear_cross_entropy_per_token.default(getitem_2, l_weight_, None, getitem_1, -2147483648, 0.0, 0.0, 0.7, 0, torch.float32, True)
-    neg: "f32[4, 6]" = -linear_cross_entropy_per_token_default
+    linear_token_losses_default: "f32[1, 24]" = torch.ops.liger_fx.linear_token_losses.default(getitem_2, l_weight_, None, getitem_1, None, None, None, None, None, ['cross_entropy'], None, 0.0, 0.0, 0.7, 0.5, 0, torch.float32, True)
+    getitem_3: "f32[24]" = linear_token_losses_default[0]
+    reshape: "f32[4, 6]" = getitem_3.reshape((4, 6))
+    neg: "f32[4, 6]" = -reshape
     return (neg,)""",
     )
 
@@ -178,15 +180,15 @@ def forward(self, L_labels_: "i64[4, 9]", L_hidden_: "f32[4, 9, 16]", L_weight_:
     l_weight_ = L_weight_
     mask: "b8[4, 9]" = l_labels_ != -100
     clamp: "i64[4, 9]" = l_labels_.clamp(min = 0)
-    logical_not: "b8[4, 9]" = mask.logical_not()
-    masked_fill: "i64[4, 9]" = clamp.masked_fill(logical_not, -2147483648)
-    linear_cross_entropy_per_token_default: "f32[2, 4, 9]" = torch.ops.liger_fx.linear_cross_entropy_per_token.default(l_hidden_, l_weight_, None, masked_fill, -2147483648, 0.0, 0.0, 1.0, 0, torch.float32, True, True)
-    getitem: "f32[4, 9]" = linear_cross_entropy_per_token_default[1]
-    neg_1: "f32[4, 9]" = -getitem
-    getitem_1: "f32[4, 9]" = linear_cross_entropy_per_token_default[0]
-    neg_2: "f32[4, 9]" = -getitem_1
-    mul: "f32[4, 9]" = neg_2 * mask
-    neg: "f32[4, 9]" = -neg_1
+    linear_token_losses_default: "f32[2, 36]" = torch.ops.liger_fx.linear_token_losses.default(l_hidden_, l_weight_, None, clamp, None, None, None, None, mask, ['cross_entropy', 'entropy'], None, 0.0, 0.0, 1.0, 0.5, 0, torch.float32, True)
+    getitem: "f32[36]" = linear_token_losses_default[0]
+    reshape: "f32[4, 9]" = getitem.reshape((4, 9))
+    neg_1: "f32[4, 9]" = -reshape
+    getitem_1: "f32[36]" = linear_token_losses_default[1]
+    reshape_1: "f32[4, 9]" = getitem_1.reshape((4, 9))
+    neg_2: "f32[4, 9]" = -reshape_1
+    mul: "f32[4, 9]" = neg_1 * mask
+    neg: "f32[4, 9]" = -neg_2
     mul_2: "f32[4, 9]" = neg * mask
     sum_2: "f32[]" = mul_2.sum()
     sum_3: "i64[]" = mask.sum()
@@ -215,16 +217,18 @@ def forward(self, L_hidden_: "f32[4, 9, 16]", L_weight_: "f32[31, 16]", L_labels
     l_weight_ = L_weight_
     l_labels_ = L_labels_
     clamp: "i64[4, 9]" = l_labels_.clamp(min = 0)
-    linear_cross_entropy_per_token_default: "f32[2, 4, 9]" = torch.ops.liger_fx.linear_cross_entropy_per_token.default(l_hidden_, l_weight_, None, clamp, -2147483648, 0.0, 0.0, 1.0, 0, torch.float32, True, True)
-    getitem: "f32[4, 9]" = linear_cross_entropy_per_token_default[1]
-    neg_1: "f32[4, 9]" = -getitem
-    getitem_1: "f32[4, 9]" = linear_cross_entropy_per_token_default[0]
-    neg_2: "f32[4, 9]" = -getitem_1
-    detach: "f32[4, 9]" = neg_1.detach()
+    linear_token_losses_default: "f32[2, 36]" = torch.ops.liger_fx.linear_token_losses.default(l_hidden_, l_weight_, None, clamp, None, None, None, None, None, ['cross_entropy', 'entropy'], None, 0.0, 0.0, 1.0, 0.5, 0, torch.float32, True)
+    getitem: "f32[36]" = linear_token_losses_default[0]
+    reshape: "f32[4, 9]" = getitem.reshape((4, 9))
+    neg_1: "f32[4, 9]" = -reshape
+    getitem_1: "f32[36]" = linear_token_losses_default[1]
+    reshape_1: "f32[4, 9]" = getitem_1.reshape((4, 9))
+    neg_2: "f32[4, 9]" = -reshape_1
+    detach: "f32[4, 9]" = neg_2.detach()
     _set_grad_enabled = torch._C._set_grad_enabled(False)
     entropy: "f32[4, 9]" = -detach
     _set_grad_enabled_1 = torch._C._set_grad_enabled(True)
-    return (neg_2, entropy)""",
+    return (neg_1, entropy)""",
     )
 
 
