@@ -384,9 +384,11 @@ def _is_returned_twice(node: fx.Node) -> bool:
 
 
 def _same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Have two tensors of one shape the same strides, where a dimension has more than one step?"""
+    """Have two tensors of one shape the same strides, where a dimension has more than one step? Of
+    symbols, two names of one stride can differ: Max(1, s0) and s0."""
     strides = zip(a.shape, a.stride(), b.stride(), strict=True)
-    return all(str(size) == "1" or str(x) == str(y) for size, x, y in strides)
+    same = all(str(size) == "1" or str(x) == str(y) for size, x, y in strides)
+    return same or (a.is_contiguous() and b.is_contiguous())
 
 
 def _erase(nodes: set[fx.Node]) -> None:

@@ -222,24 +222,24 @@ def _check_together(terms: list[Term]) -> None:
     names = [term.taken.name for term in terms]
     first = terms[0].match
     if len({*names}) < len(names):
-        raise Reject(f"{', '.join(names)} are taken of one projection; the op gives one of each")
+        raise Reject(f"{_named(terms)} are taken of one projection; the op gives one of each")
     if {*names} & {*ops.DIVERGENCES} and {*names} & {*ops.TAKES[1:]}:
-        raise Reject(f"{', '.join(names)} are taken of one projection; no kernel gives them all")
+        raise Reject(f"{_named(terms)} are taken of one projection; no kernel gives them all")
     divergences = [term.match for term in terms if "teacher_hidden" in term.match.bindings]
     for match in (term.match for term in terms[1:]):
         if slices(match) != slices(first):
-            raise Reject(f"{_named(terms)} are of other rows of the logits")
+            raise Reject(f"the {_named(terms)} are of different rows of the logits")
         if match.bindings.get("softcap") is not first.bindings.get("softcap"):
-            raise Reject(f"{_named(terms)} are of logits with another softcap")
+            raise Reject(f"the {_named(terms)} are of logits with different softcaps")
         if not divergences and temperature(match) != temperature(first):
-            raise Reject(f"{_named(terms)} have different temperatures")
+            raise Reject(f"the {_named(terms)} have different temperatures")
     if not divergences:
         return
     for match in (term.match for term in terms):
         if match not in divergences:
             _check_student(match)
         elif temperature(match) != temperature(divergences[0]):
-            raise Reject(f"{_named(terms)} have different temperatures")
+            raise Reject(f"the {_named(terms)} have different temperatures")
     teachers = [match.sources["teacher_rows"] for match in divergences]
     kept = [slices(match, "teacher_rows") for match in divergences]
     if len({*teachers}) > 1 or any(rows != kept[0] for rows in kept):

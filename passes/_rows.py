@@ -108,7 +108,8 @@ def check_projection(match: Match, weight: torch.Tensor, prefix: str = "") -> No
     if logits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise Reject(f"the logits are {logits.dtype}; the kernel computes in float32")
     if match.output.dtype == torch.float64:
-        raise Reject("the loss is computed in torch.float64; the kernel computes in float32")
+        name = match.pattern.name
+        raise Reject(f"{name} is computed in torch.float64; the kernel computes in float32")
 
 
 def head_arguments(

@@ -84,7 +84,6 @@ def squared_logsumexp(hidden, weight, bias, softmax_dim):
 
 
 def check_logprob(match: Match) -> None:
-    check_taken(match)
     values = match.values
     label, last = values["label"], {-1, values["label"].dim()}
     dims = {values["softmax_dim"], values["gather_dim"]}
@@ -92,6 +91,7 @@ def check_logprob(match: Match) -> None:
         raise Reject("the labels are not one class of the last dimension for each token")
     if match.chains.get("summed_rows", match.chains["rows"]) != match.chains["rows"]:
         raise Reject("the sum is taken over other logits than those of the labels")
+    check_taken(match)
 
 
 def check_taken(match: Match) -> None:

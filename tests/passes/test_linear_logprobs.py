@@ -411,18 +411,15 @@ def means_as_well(hidden, weight, labels):
     [
         (
             entropy_at_another_temperature,
-            "the entropy has another temperature than the log-probabilities",
+            "the cross_entropy and entropy have different temperatures",
         ),
-        (entropy_of_other_rows, "the entropy is not that of each token which has a label"),
-        (entropy_over_positions, "the entropy is not that of each token which has a label"),
-        (
-            entropy_in_fp64,
-            "the entropy is computed in torch.float64; the kernel computes in float32",
-        ),
+        (entropy_of_other_rows, "the cross_entropy and entropy are of different rows"),
+        (entropy_over_positions, "entropy is not taken over the classes of each token"),
+        (entropy_in_fp64, "negative_entropy is computed in torch.float64"),
         (entropy_before_the_label, "label (clamp) is computed only after sum_1"),
         (entropy_without_gradient_first, "grad mode is switched in the middle of it"),
         (temperature_in_place, "the value of `linear` (logits) is also used by `div_` (div_)"),
-        (two_entropies, "the value of `linear` (logits) is also used by `softmax` (probs)"),
+        (two_entropies, "entropy and entropy are taken of one projection"),
         (accuracy_as_well, "the value of `linear` (logits) is also used by `argmax` (argmax)"),
         (means_as_well, "the value of `linear` (logits) is also used by `mean` (mean)"),
         (lora, "the logits are a sum (LoRA on the head?), not one projection"),
