@@ -179,6 +179,13 @@ def check(match: Match) -> None:
         )
 
 
+def _agree(a: Sequence[int | torch.SymInt], b: Sequence[int | torch.SymInt]) -> bool:
+    """Are two shapes that eager combines the same? Sizes of other symbols are, or it would have
+    raised; only 1, which Dynamo makes a constant, is repeated for another."""
+    hints = [[hint(size) for size in shape] for shape in (a, b)]
+    return hints[0] == hints[1] and None not in hints[0]
+
+
 def _teacher_share(match: Match) -> float | None:
     """Of the mixture and of the divergences; None unless the student has the rest of both."""
     named = (f"{log}{who}_share" for who in ("student", "teacher") for log in ("", "log_"))

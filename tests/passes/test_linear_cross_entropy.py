@@ -286,7 +286,7 @@ def test_refuses_double_precision(hidden, weight, labels):
 
     assert_expected_inline(
         refusal(upcast, hidden, weight, labels),
-        """the loss is computed in torch.float64; the kernel computes in float32""",
+        """plain is computed in torch.float64; the kernel computes in float32""",
     )
 
 

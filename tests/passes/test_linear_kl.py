@@ -60,15 +60,51 @@ def forward(self, L_args_0_: "f32[2, 6, 8]", L_args_1_: "f32[13, 8]", L_args_2_:
     l_args_2_ = L_args_2_
     l_args_3_ = L_args_3_
     l_args_4_ = L_args_4_
+    student: "f32[2, 6, 13]" = torch._C._nn.linear(l_args_0_, l_args_1_)
+    reshape: "f32[12, 13]" = student.reshape(-1, 13)
     _set_grad_enabled = torch._C._set_grad_enabled(False)
+    linear_1: "f32[2, 6, 13]" = torch._C._nn.linear(l_args_2_, l_args_3_, None)
     _set_grad_enabled_1 = torch._C._set_grad_enabled(True)
+    reshape_1: "f32[12, 13]" = linear_1.reshape(-1, 13)
     reshape_2: "i64[12]" = l_args_4_.reshape(-1)
-    ne_3: "b8[12]" = reshape_2 != -100
-    linear_kl_default = torch.ops.liger_fx.linear_kl.default(l_args_0_, l_args_1_, None, None, None, l_args_2_, l_args_3_, None, None, -100, ne_3, 0.3, 0.7, None, 1.0, True, True, False, 0, torch.float32, True)
-    getitem: "f32[]" = linear_kl_default[0]
+    teacher_prob: "f32[12, 13]" = torch.nn.functional.softmax(reshape_1, dim = -1, dtype = torch.float32)
+    inf_mask: "b8[12, 13]" = torch.isinf(reshape)
+    student_logprob: "f32[12, 13]" = torch.nn.functional.log_softmax(reshape, dim = -1, dtype = torch.float32)
+    mul: "f32[12, 13]" = teacher_prob * student_logprob
+    prod_probs: "f32[12, 13]" = torch.masked_fill(mul, inf_mask, 0)
+    sum_1: "f32[12]" = torch.sum(prod_probs, dim = -1)
+    x: "f32[12]" = sum_1.view(-1)
+    ne: "b8[12]" = reshape_2 != -100
+    mask: "i32[12]" = ne.int()
+    view_1: "i32[12]" = mask.view(-1)
+    mul_1: "f32[12]" = x * view_1
+    sum_2: "f32[]" = torch.sum(mul_1, dim = 0)
+    neg: "f32[]" = -sum_2
+    mul_2: "f32[]" = 0.3 * neg
+    student_prob: "f32[12, 13]" = torch.nn.functional.softmax(reshape, dim = -1, dtype = torch.float32)
+    student_logprob_1: "f32[12, 13]" = torch.nn.functional.log_softmax(reshape, dim = -1, dtype = torch.float32)
+    teacher_logprob: "f32[12, 13]" = torch.nn.functional.log_softmax(reshape_1, dim = -1, dtype = torch.float32)
+    isinf_1: "b8[12, 13]" = torch.isinf(reshape)
+    isinf_2: "b8[12, 13]" = torch.isinf(reshape_1)
+    inf_mask_1: "b8[12, 13]" = isinf_1 | isinf_2
+    mul_3: "f32[12, 13]" = student_prob * teacher_logprob
+    prod_probs_1: "f32[12, 13]" = torch.masked_fill(mul_3, inf_mask_1, 0)
+    mul_4: "f32[12, 13]" = student_prob * student_logprob_1
+    masked_fill_2: "f32[12, 13]" = torch.masked_fill(mul_4, inf_mask_1, 0)
+    prod_probs_1 -= masked_fill_2;  prod_probs_2: "f32[12, 13]" = prod_probs_1
+    sum_3: "f32[12]" = torch.sum(prod_probs_2, dim = -1)
+    x_1: "f32[12]" = sum_3.view(-1)
+    ne_1: "b8[12]" = reshape_2 != -100
+    mask_1: "i32[12]" = ne_1.int()
+    view_3: "i32[12]" = mask_1.view(-1)
+    mul_5: "f32[12]" = x_1 * view_3
+    sum_4: "f32[]" = torch.sum(mul_5, dim = 0)
+    neg_1: "f32[]" = -sum_4
+    mul_6: "f32[]" = 0.7 * neg_1
+    add: "f32[]" = mul_2 + mul_6
     ne_2: "b8[2, 6]" = l_args_4_ != -100
     sum_5: "i64[]" = ne_2.sum()
-    truediv: "f32[]" = getitem / sum_5
+    truediv: "f32[]" = add / sum_5
     return (truediv,)""",
     )
 
@@ -84,16 +120,100 @@ def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_th_: "f32[2, 6, 6]
     l_th_ = L_th_
     l_tw_ = L_tw_
     l_y_ = L_y_
+    chunk = l_h_.chunk(3, dim = 1)
+    c: "f32[2, 2, 8]" = chunk[0]
+    c_1: "f32[2, 2, 8]" = chunk[1]
+    c_2: "f32[2, 2, 8]" = chunk[2]
+    student_logits_chunk: "f32[2, 2, 13]" = torch._C._nn.linear(c, l_w_)
+    student_logits_chunk_1: "f32[2, 2, 13]" = torch._C._nn.linear(c_1, l_w_)
+    student_logits_chunk_2: "f32[2, 2, 13]" = torch._C._nn.linear(c_2, l_w_)
     _set_grad_enabled = torch._C._set_grad_enabled(False)
+    chunk_1 = l_th_.chunk(3, dim = 1)
+    c_3: "f32[2, 2, 6]" = chunk_1[0]
+    c_4: "f32[2, 2, 6]" = chunk_1[1]
+    c_5: "f32[2, 2, 6]" = chunk_1[2]
+    teacher_logits_chunk: "f32[2, 2, 13]" = torch._C._nn.linear(c_3, l_tw_)
+    teacher_logits_chunk_1: "f32[2, 2, 13]" = torch._C._nn.linear(c_4, l_tw_)
+    teacher_logits_chunk_2: "f32[2, 2, 13]" = torch._C._nn.linear(c_5, l_tw_)
     _set_grad_enabled_1 = torch._C._set_grad_enabled(True)
+    teacher_chunk: "f32[4, 13]" = teacher_logits_chunk.reshape(-1, 13)
+    teacher_chunk_1: "f32[4, 13]" = teacher_logits_chunk_1.reshape(-1, 13)
+    teacher_chunk_2: "f32[4, 13]" = teacher_logits_chunk_2.reshape(-1, 13)
+    student_chunk: "f32[4, 13]" = student_logits_chunk.reshape(-1, 13)
+    student_chunk_1: "f32[4, 13]" = student_logits_chunk_1.reshape(-1, 13)
+    student_chunk_2: "f32[4, 13]" = student_logits_chunk_2.reshape(-1, 13)
     ne: "b8[2, 6]" = l_y_ != -100
     mask: "i32[2, 6]" = ne.int()
-    ne_4: "b8[2, 6]" = l_y_ != -100
-    linear_kl_default = torch.ops.liger_fx.linear_kl.default(l_h_, l_w_, None, None, None, l_th_, l_tw_, None, None, -100, ne_4, 0.0, 1.0, None, 1.0, True, True, False, 0, torch.float32, True)
-    getitem_9: "f32[]" = linear_kl_default[0]
+    chunk_2 = l_y_.chunk(3, dim = 1)
+    target_chunk: "i64[2, 2]" = chunk_2[0]
+    target_chunk_1: "i64[2, 2]" = chunk_2[1]
+    target_chunk_2: "i64[2, 2]" = chunk_2[2]
+    label_chunk: "i64[4]" = target_chunk.reshape(-1)
+    label_chunk_1: "i64[4]" = target_chunk_1.reshape(-1)
+    label_chunk_2: "i64[4]" = target_chunk_2.reshape(-1)
+    student_prob: "f32[4, 13]" = torch.nn.functional.softmax(student_chunk, dim = -1, dtype = torch.float32)
+    student_logprob: "f32[4, 13]" = torch.nn.functional.log_softmax(student_chunk, dim = -1, dtype = torch.float32)
+    teacher_logprob: "f32[4, 13]" = torch.nn.functional.log_softmax(teacher_chunk, dim = -1, dtype = torch.float32)
+    isinf: "b8[4, 13]" = torch.isinf(student_chunk)
+    isinf_1: "b8[4, 13]" = torch.isinf(teacher_chunk)
+    inf_mask: "b8[4, 13]" = isinf | isinf_1
+    mul: "f32[4, 13]" = student_prob * teacher_logprob
+    prod_probs: "f32[4, 13]" = torch.masked_fill(mul, inf_mask, 0)
+    mul_1: "f32[4, 13]" = student_prob * student_logprob
+    masked_fill_1: "f32[4, 13]" = torch.masked_fill(mul_1, inf_mask, 0)
+    prod_probs -= masked_fill_1;  prod_probs_1: "f32[4, 13]" = prod_probs
+    sum_1: "f32[4]" = torch.sum(prod_probs_1, dim = -1)
+    x: "f32[4]" = sum_1.view(-1)
+    ne_1: "b8[4]" = label_chunk != -100
+    mask_1: "i32[4]" = ne_1.int()
+    view_1: "i32[4]" = mask_1.view(-1)
+    mul_2: "f32[4]" = x * view_1
+    sum_2: "f32[]" = torch.sum(mul_2, dim = 0)
+    neg: "f32[]" = -sum_2
+    total_rkl_loss: "f32[]" = 0.0 + neg
+    student_prob_1: "f32[4, 13]" = torch.nn.functional.softmax(student_chunk_1, dim = -1, dtype = torch.float32)
+    student_logprob_1: "f32[4, 13]" = torch.nn.functional.log_softmax(student_chunk_1, dim = -1, dtype = torch.float32)
+    teacher_logprob_1: "f32[4, 13]" = torch.nn.functional.log_softmax(teacher_chunk_1, dim = -1, dtype = torch.float32)
+    isinf_2: "b8[4, 13]" = torch.isinf(student_chunk_1)
+    isinf_3: "b8[4, 13]" = torch.isinf(teacher_chunk_1)
+    inf_mask_1: "b8[4, 13]" = isinf_2 | isinf_3
+    mul_3: "f32[4, 13]" = student_prob_1 * teacher_logprob_1
+    prod_probs_2: "f32[4, 13]" = torch.masked_fill(mul_3, inf_mask_1, 0)
+    mul_4: "f32[4, 13]" = student_prob_1 * student_logprob_1
+    masked_fill_3: "f32[4, 13]" = torch.masked_fill(mul_4, inf_mask_1, 0)
+    prod_probs_2 -= masked_fill_3;  prod_probs_3: "f32[4, 13]" = prod_probs_2
+    sum_3: "f32[4]" = torch.sum(prod_probs_3, dim = -1)
+    x_1: "f32[4]" = sum_3.view(-1)
+    ne_2: "b8[4]" = label_chunk_1 != -100
+    mask_2: "i32[4]" = ne_2.int()
+    view_3: "i32[4]" = mask_2.view(-1)
+    mul_5: "f32[4]" = x_1 * view_3
+    sum_4: "f32[]" = torch.sum(mul_5, dim = 0)
+    neg_1: "f32[]" = -sum_4
+    total_rkl_loss += neg_1;  total_rkl_loss_1: "f32[]" = total_rkl_loss
+    student_prob_2: "f32[4, 13]" = torch.nn.functional.softmax(student_chunk_2, dim = -1, dtype = torch.float32)
+    student_logprob_2: "f32[4, 13]" = torch.nn.functional.log_softmax(student_chunk_2, dim = -1, dtype = torch.float32)
+    teacher_logprob_2: "f32[4, 13]" = torch.nn.functional.log_softmax(teacher_chunk_2, dim = -1, dtype = torch.float32)
+    isinf_4: "b8[4, 13]" = torch.isinf(student_chunk_2)
+    isinf_5: "b8[4, 13]" = torch.isinf(teacher_chunk_2)
+    inf_mask_2: "b8[4, 13]" = isinf_4 | isinf_5
+    mul_6: "f32[4, 13]" = student_prob_2 * teacher_logprob_2
+    prod_probs_4: "f32[4, 13]" = torch.masked_fill(mul_6, inf_mask_2, 0)
+    mul_7: "f32[4, 13]" = student_prob_2 * student_logprob_2
+    masked_fill_5: "f32[4, 13]" = torch.masked_fill(mul_7, inf_mask_2, 0)
+    prod_probs_4 -= masked_fill_5;  prod_probs_5: "f32[4, 13]" = prod_probs_4
+    sum_5: "f32[4]" = torch.sum(prod_probs_5, dim = -1)
+    x_2: "f32[4]" = sum_5.view(-1)
+    ne_3: "b8[4]" = label_chunk_2 != -100
+    mask_3: "i32[4]" = ne_3.int()
+    view_5: "i32[4]" = mask_3.view(-1)
+    mul_8: "f32[4]" = x_2 * view_5
+    sum_6: "f32[]" = torch.sum(mul_8, dim = 0)
+    neg_2: "f32[]" = -sum_6
+    total_rkl_loss_1 += neg_2;  total_rkl_loss_2: "f32[]" = total_rkl_loss_1
     view_6: "i32[12]" = mask.view(-1)
     sum_7: "i64[]" = torch.sum(view_6, dim = 0)
-    truediv: "f32[]" = getitem_9 / sum_7
+    truediv: "f32[]" = total_rkl_loss_2 / sum_7
     return (truediv,)""",
     )
 
@@ -114,22 +234,32 @@ def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_th_: "f32[2, 6, 6]
     y: "i64[12]" = l_y_.reshape(-1)
     ne: "b8[12]" = y != -100
     valid: "i64[]" = ne.sum()
+    linear_token_losses_default: "f32[2, 12]" = torch.ops.liger_fx.linear_token_losses.default(l_h_, l_w_, None, y, None, l_th_, l_tw_, None, None, ['cross_entropy', 'forward_kl'], -100, 0.0, 0.0, 1.0, 0.5, 0, torch.float32, True)
+    getitem: "f32[12]" = linear_token_losses_default[0]
+    sum_4: "f32[]" = getitem.sum()
     ne_2: "b8[12]" = y != -100
-    sum_4: "i64[]" = ne_2.sum()
-    new_ones: "f32[]" = l_h_.new_ones((), dtype = torch.float32)
-    truediv_1: "f32[]" = new_ones / sum_4
-    mul_4: "f32[]" = truediv_1 * 0.6
-    truediv_2: "f32[]" = new_ones / valid
-    mul_5: "f32[]" = truediv_2 * 0.4
-    linear_kl_default = torch.ops.liger_fx.linear_kl.default(l_h_, l_w_, None, mul_4, mul_5, l_th_, l_tw_, None, y, -100, ne_2, 1.0, 0.0, None, 1.0, True, True, False, 0, torch.float32, True)
-    getitem: "f32[]" = linear_kl_default[0]
-    getitem_1: "f32[2]" = linear_kl_default[1]
-    getitem_2: "f32[]" = getitem_1[0]
-    truediv_3: "f32[]" = getitem_2 / sum_4
-    getitem_3: "f32[2]" = linear_kl_default[1]
-    getitem_4: "f32[]" = getitem_3[1]
-    truediv_4: "f32[]" = getitem_4 / valid
-    return (getitem, truediv_3, truediv_4)""",
+    sum_5: "i64[]" = ne_2.sum()
+    truediv_1: "f32[]" = 1.0 / sum_5
+    ne_3: "b8[12]" = y != -100
+    sum_6: "i64[]" = ne_3.sum()
+    truediv_2: "f32[]" = sum_4 / sum_6
+    getitem_1: "f32[12]" = linear_token_losses_default[1]
+    reshape_3: "f32[12]" = getitem_1.reshape((12,))
+    neg_1: "f32[12]" = -reshape_3
+    x: "f32[12]" = neg_1.view(-1)
+    ne_1: "b8[12]" = y != -100
+    mask: "i32[12]" = ne_1.int()
+    view_1: "i32[12]" = mask.view(-1)
+    mul_1: "f32[12]" = x * view_1
+    sum_3: "f32[]" = torch.sum(mul_1, dim = 0)
+    neg: "f32[]" = -sum_3
+    kl: "f32[]" = neg / valid
+    mul_2: "f32[]" = 0.6 * truediv_2
+    mul_3: "f32[]" = 0.4 * kl
+    add: "f32[]" = mul_2 + mul_3
+    detach: "f32[]" = truediv_2.detach()
+    detach_1: "f32[]" = kl.detach()
+    return (add, detach, detach_1)""",
     )
 
 
@@ -151,12 +281,22 @@ def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_th_: "f32[2, 6, 6]
     l_y_ = L_y_
     _log_api_usage_once = torch._C._log_api_usage_once('python.nn_module')
     getitem_2: "i64[2, 5]" = l_y_[(slice(None, None, None), slice(1, None, None))]
+    ne: "b8[2, 5]" = getitem_2 != -100
+    mask: "i32[2, 5]" = ne.int()
+    view_1: "i32[10]" = mask.view(-1)
+    expand: "i32[10]" = view_1.expand((10,))
+    reshape_2: "i32[10]" = expand.reshape((10,))
+    expand_1: "i32[10]" = reshape_2.expand((10,))
+    reshape_3: "i32[10]" = expand_1.reshape(-1)
+    neg_1: "i32[10]" = -reshape_3
+    float_2: "f32[10]" = neg_1.float()
+    stack: "f32[1, 10]" = torch.stack([float_2])
     getitem_3: "f32[2, 5, 8]" = l_h_[(slice(None, None, None), slice(None, -1, None))]
     getitem_4: "f32[2, 5, 6]" = l_th_[(slice(None, None, None), slice(None, -1, None))]
-    ne_1: "b8[2, 5]" = getitem_2 != -100
-    linear_kl_default = torch.ops.liger_fx.linear_kl.default(getitem_3, l_w_, None, None, None, getitem_4, l_tw_, None, None, -100, ne_1, 1.0, 0.0, None, 1.0, True, True, False, 0, torch.float32, True)
-    getitem_5: "f32[]" = linear_kl_default[0]
-    return (getitem_5,)""",
+    linear_loss_default = torch.ops.liger_fx.linear_loss.default(getitem_3, l_w_, None, None, None, getitem_4, l_tw_, None, stack, ['forward_kl'], None, 0.0, 0.0, 1.0, 0.5, 0, torch.float32, True, False)
+    getitem_5: "f32[]" = linear_loss_default[0]
+    neg: "f32[]" = -getitem_5
+    return (neg,)""",
     )
     torch.testing.assert_close(found.value, fn(*heads, labels))
 
