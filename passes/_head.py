@@ -479,7 +479,11 @@ class _Replacement:
         }
         self.lead = head.terms[0].match
         self.hidden = proxies["hidden"]
-        self.transpose = Transpose(head.sizes, proxies, self.by_node.__getitem__)
+        self.transpose = Transpose(head.sizes, proxies, self.operand)
+
+    def operand(self, node: fx.Node) -> Any:
+        value = self.head.view.resolve(node)
+        return self.by_node[value] if isinstance(value, fx.Node) else value
 
     def record(self) -> Any:
         head = self.head
@@ -655,7 +659,7 @@ class _Replacement:
             for term in terms:
                 for i, step in enumerate(term.steps):
                     added = step.added
-                    if step.node in done or added is None or added in seen:
+                    if step.node in done or added is None or self.head.view.resolve(added) in seen:
                         continue
                     done.add(step.node)
                     if isinstance(added, int | float) and added == 0:

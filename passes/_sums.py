@@ -23,8 +23,8 @@ Number = Any  # a number, or the proxy of a tensor
 
 @dataclass(frozen=True)
 class Step:
-    """``node``, linear in ``source``. ``others``: its other operands, by which it multiplies or
-    divides, or which it adds: tensors that `coefficient` needs, and terms of another origin."""
+    """``node``, linear in ``source``. ``others``: its other operands, resolved, by which it
+    multiplies or divides, or which it adds: what coefficients need, and terms of another origin."""
 
     node: fx.Node
     source: fx.Node
@@ -185,6 +185,7 @@ def _scales(
 
 def _factor(view: View, node: fx.Node, source: fx.Node, factor: Any, classes: bool) -> _Others:
     """What a step multiplies by: the same for all classes, without gradient, never written."""
+    factor = view.resolve(factor)
     if not isinstance(factor, fx.Node):
         return () if isinstance(factor, int | float) else None
     value = fake(factor)
@@ -221,7 +222,7 @@ def _adds(
 ) -> _Others:
     if node.kwargs or len(node.args) != 2 or fake(node).dim():
         return None
-    other = node.args[1] if node.args[0] is source else node.args[0]
+    other = view.resolve(node.args[1] if node.args[0] is source else node.args[0])
     if isinstance(other, fx.Node):
         value = fake(other)
         if isinstance(value, torch.Tensor) and value.dim():
@@ -249,8 +250,8 @@ _RULES: dict[str, Callable[..., _Others]] = {
 
 
 class Transpose:
-    """Records coefficients. proxies: of the tensors of ``sizes``, by name; operand: the proxy of
-    another operand of a step."""
+    """Records coefficients. proxies: of the tensors of ``sizes``, by name; operand: the proxy, or
+    the number, of another operand of a step."""
 
     def __init__(
         self, sizes: Sizes, proxies: Mapping[str, Any], operand: Callable[[fx.Node], Any]
@@ -292,9 +293,9 @@ class Transpose:
         """The proxy of an operand, in a dtype that products keep; a number as it is."""
         if not isinstance(value, fx.Node):
             return value
-        proxy, like = self._operand(value), fake(value)
+        operand, like = self._operand(value), fake(value)
         narrow = isinstance(like, torch.Tensor) and like.dtype in (torch.float16, torch.bfloat16)
-        return proxy.float() if narrow else proxy
+        return operand.float() if narrow else operand
 
     def _where(self, step: Step, number: Number, classes: bool) -> Number:
         args = positional(step.node)

@@ -60,51 +60,33 @@ def forward(self, L_args_0_: "f32[2, 6, 8]", L_args_1_: "f32[13, 8]", L_args_2_:
     l_args_2_ = L_args_2_
     l_args_3_ = L_args_3_
     l_args_4_ = L_args_4_
-    student: "f32[2, 6, 13]" = torch._C._nn.linear(l_args_0_, l_args_1_)
-    reshape: "f32[12, 13]" = student.reshape(-1, 13)
     _set_grad_enabled = torch._C._set_grad_enabled(False)
-    linear_1: "f32[2, 6, 13]" = torch._C._nn.linear(l_args_2_, l_args_3_, None)
     _set_grad_enabled_1 = torch._C._set_grad_enabled(True)
-    reshape_1: "f32[12, 13]" = linear_1.reshape(-1, 13)
     reshape_2: "i64[12]" = l_args_4_.reshape(-1)
-    teacher_prob: "f32[12, 13]" = torch.nn.functional.softmax(reshape_1, dim = -1, dtype = torch.float32)
-    inf_mask: "b8[12, 13]" = torch.isinf(reshape)
-    student_logprob: "f32[12, 13]" = torch.nn.functional.log_softmax(reshape, dim = -1, dtype = torch.float32)
-    mul: "f32[12, 13]" = teacher_prob * student_logprob
-    prod_probs: "f32[12, 13]" = torch.masked_fill(mul, inf_mask, 0)
-    sum_1: "f32[12]" = torch.sum(prod_probs, dim = -1)
-    x: "f32[12]" = sum_1.view(-1)
     ne: "b8[12]" = reshape_2 != -100
     mask: "i32[12]" = ne.int()
-    view_1: "i32[12]" = mask.view(-1)
-    mul_1: "f32[12]" = x * view_1
-    sum_2: "f32[]" = torch.sum(mul_1, dim = 0)
-    neg: "f32[]" = -sum_2
-    mul_2: "f32[]" = 0.3 * neg
-    student_prob: "f32[12, 13]" = torch.nn.functional.softmax(reshape, dim = -1, dtype = torch.float32)
-    student_logprob_1: "f32[12, 13]" = torch.nn.functional.log_softmax(reshape, dim = -1, dtype = torch.float32)
-    teacher_logprob: "f32[12, 13]" = torch.nn.functional.log_softmax(reshape_1, dim = -1, dtype = torch.float32)
-    isinf_1: "b8[12, 13]" = torch.isinf(reshape)
-    isinf_2: "b8[12, 13]" = torch.isinf(reshape_1)
-    inf_mask_1: "b8[12, 13]" = isinf_1 | isinf_2
-    mul_3: "f32[12, 13]" = student_prob * teacher_logprob
-    prod_probs_1: "f32[12, 13]" = torch.masked_fill(mul_3, inf_mask_1, 0)
-    mul_4: "f32[12, 13]" = student_prob * student_logprob_1
-    masked_fill_2: "f32[12, 13]" = torch.masked_fill(mul_4, inf_mask_1, 0)
-    prod_probs_1 -= masked_fill_2;  prod_probs_2: "f32[12, 13]" = prod_probs_1
-    sum_3: "f32[12]" = torch.sum(prod_probs_2, dim = -1)
-    x_1: "f32[12]" = sum_3.view(-1)
     ne_1: "b8[12]" = reshape_2 != -100
     mask_1: "i32[12]" = ne_1.int()
-    view_3: "i32[12]" = mask_1.view(-1)
-    mul_5: "f32[12]" = x_1 * view_3
-    sum_4: "f32[]" = torch.sum(mul_5, dim = 0)
-    neg_1: "f32[]" = -sum_4
-    mul_6: "f32[]" = 0.7 * neg_1
-    add: "f32[]" = mul_2 + mul_6
+    mul_7: "f32[12]" = -0.3 * mask
+    expand: "f32[12]" = mul_7.expand((12,))
+    reshape_3: "f32[12]" = expand.reshape((12,))
+    expand_1: "f32[12]" = reshape_3.expand((12,))
+    reshape_4: "f32[12]" = expand_1.reshape(-1)
+    neg_2: "f32[12]" = -reshape_4
+    mul_8: "f32[12]" = -0.7 * mask_1
+    expand_2: "f32[12]" = mul_8.expand((12,))
+    reshape_5: "f32[12]" = expand_2.reshape((12,))
+    expand_3: "f32[12]" = reshape_5.expand((12,))
+    reshape_6: "f32[12]" = expand_3.reshape(-1)
+    neg_3: "f32[12]" = -reshape_6
+    float_1: "f32[12]" = neg_2.float()
+    float_2: "f32[12]" = neg_3.float()
+    stack: "f32[2, 12]" = torch.stack([float_1, float_2])
+    linear_loss_default = torch.ops.liger_fx.linear_loss.default(l_args_0_, l_args_1_, None, None, None, l_args_2_, l_args_3_, None, stack, ['forward_kl', 'reverse_kl'], None, 0.0, 0.0, 1.0, 0.5, 0, torch.float32, True, False)
+    getitem: "f32[]" = linear_loss_default[0]
     ne_2: "b8[2, 6]" = l_args_4_ != -100
     sum_5: "i64[]" = ne_2.sum()
-    truediv: "f32[]" = add / sum_5
+    truediv: "f32[]" = getitem / sum_5
     return (truediv,)""",
     )
 
@@ -120,28 +102,8 @@ def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_th_: "f32[2, 6, 6]
     l_th_ = L_th_
     l_tw_ = L_tw_
     l_y_ = L_y_
-    chunk = l_h_.chunk(3, dim = 1)
-    c: "f32[2, 2, 8]" = chunk[0]
-    c_1: "f32[2, 2, 8]" = chunk[1]
-    c_2: "f32[2, 2, 8]" = chunk[2]
-    student_logits_chunk: "f32[2, 2, 13]" = torch._C._nn.linear(c, l_w_)
-    student_logits_chunk_1: "f32[2, 2, 13]" = torch._C._nn.linear(c_1, l_w_)
-    student_logits_chunk_2: "f32[2, 2, 13]" = torch._C._nn.linear(c_2, l_w_)
     _set_grad_enabled = torch._C._set_grad_enabled(False)
-    chunk_1 = l_th_.chunk(3, dim = 1)
-    c_3: "f32[2, 2, 6]" = chunk_1[0]
-    c_4: "f32[2, 2, 6]" = chunk_1[1]
-    c_5: "f32[2, 2, 6]" = chunk_1[2]
-    teacher_logits_chunk: "f32[2, 2, 13]" = torch._C._nn.linear(c_3, l_tw_)
-    teacher_logits_chunk_1: "f32[2, 2, 13]" = torch._C._nn.linear(c_4, l_tw_)
-    teacher_logits_chunk_2: "f32[2, 2, 13]" = torch._C._nn.linear(c_5, l_tw_)
     _set_grad_enabled_1 = torch._C._set_grad_enabled(True)
-    teacher_chunk: "f32[4, 13]" = teacher_logits_chunk.reshape(-1, 13)
-    teacher_chunk_1: "f32[4, 13]" = teacher_logits_chunk_1.reshape(-1, 13)
-    teacher_chunk_2: "f32[4, 13]" = teacher_logits_chunk_2.reshape(-1, 13)
-    student_chunk: "f32[4, 13]" = student_logits_chunk.reshape(-1, 13)
-    student_chunk_1: "f32[4, 13]" = student_logits_chunk_1.reshape(-1, 13)
-    student_chunk_2: "f32[4, 13]" = student_logits_chunk_2.reshape(-1, 13)
     ne: "b8[2, 6]" = l_y_ != -100
     mask: "i32[2, 6]" = ne.int()
     chunk_2 = l_y_.chunk(3, dim = 1)
@@ -151,69 +113,42 @@ def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_th_: "f32[2, 6, 6]
     label_chunk: "i64[4]" = target_chunk.reshape(-1)
     label_chunk_1: "i64[4]" = target_chunk_1.reshape(-1)
     label_chunk_2: "i64[4]" = target_chunk_2.reshape(-1)
-    student_prob: "f32[4, 13]" = torch.nn.functional.softmax(student_chunk, dim = -1, dtype = torch.float32)
-    student_logprob: "f32[4, 13]" = torch.nn.functional.log_softmax(student_chunk, dim = -1, dtype = torch.float32)
-    teacher_logprob: "f32[4, 13]" = torch.nn.functional.log_softmax(teacher_chunk, dim = -1, dtype = torch.float32)
-    isinf: "b8[4, 13]" = torch.isinf(student_chunk)
-    isinf_1: "b8[4, 13]" = torch.isinf(teacher_chunk)
-    inf_mask: "b8[4, 13]" = isinf | isinf_1
-    mul: "f32[4, 13]" = student_prob * teacher_logprob
-    prod_probs: "f32[4, 13]" = torch.masked_fill(mul, inf_mask, 0)
-    mul_1: "f32[4, 13]" = student_prob * student_logprob
-    masked_fill_1: "f32[4, 13]" = torch.masked_fill(mul_1, inf_mask, 0)
-    prod_probs -= masked_fill_1;  prod_probs_1: "f32[4, 13]" = prod_probs
-    sum_1: "f32[4]" = torch.sum(prod_probs_1, dim = -1)
-    x: "f32[4]" = sum_1.view(-1)
     ne_1: "b8[4]" = label_chunk != -100
     mask_1: "i32[4]" = ne_1.int()
-    view_1: "i32[4]" = mask_1.view(-1)
-    mul_2: "f32[4]" = x * view_1
-    sum_2: "f32[]" = torch.sum(mul_2, dim = 0)
-    neg: "f32[]" = -sum_2
-    total_rkl_loss: "f32[]" = 0.0 + neg
-    student_prob_1: "f32[4, 13]" = torch.nn.functional.softmax(student_chunk_1, dim = -1, dtype = torch.float32)
-    student_logprob_1: "f32[4, 13]" = torch.nn.functional.log_softmax(student_chunk_1, dim = -1, dtype = torch.float32)
-    teacher_logprob_1: "f32[4, 13]" = torch.nn.functional.log_softmax(teacher_chunk_1, dim = -1, dtype = torch.float32)
-    isinf_2: "b8[4, 13]" = torch.isinf(student_chunk_1)
-    isinf_3: "b8[4, 13]" = torch.isinf(teacher_chunk_1)
-    inf_mask_1: "b8[4, 13]" = isinf_2 | isinf_3
-    mul_3: "f32[4, 13]" = student_prob_1 * teacher_logprob_1
-    prod_probs_2: "f32[4, 13]" = torch.masked_fill(mul_3, inf_mask_1, 0)
-    mul_4: "f32[4, 13]" = student_prob_1 * student_logprob_1
-    masked_fill_3: "f32[4, 13]" = torch.masked_fill(mul_4, inf_mask_1, 0)
-    prod_probs_2 -= masked_fill_3;  prod_probs_3: "f32[4, 13]" = prod_probs_2
-    sum_3: "f32[4]" = torch.sum(prod_probs_3, dim = -1)
-    x_1: "f32[4]" = sum_3.view(-1)
     ne_2: "b8[4]" = label_chunk_1 != -100
     mask_2: "i32[4]" = ne_2.int()
-    view_3: "i32[4]" = mask_2.view(-1)
-    mul_5: "f32[4]" = x_1 * view_3
-    sum_4: "f32[]" = torch.sum(mul_5, dim = 0)
-    neg_1: "f32[]" = -sum_4
-    total_rkl_loss += neg_1;  total_rkl_loss_1: "f32[]" = total_rkl_loss
-    student_prob_2: "f32[4, 13]" = torch.nn.functional.softmax(student_chunk_2, dim = -1, dtype = torch.float32)
-    student_logprob_2: "f32[4, 13]" = torch.nn.functional.log_softmax(student_chunk_2, dim = -1, dtype = torch.float32)
-    teacher_logprob_2: "f32[4, 13]" = torch.nn.functional.log_softmax(teacher_chunk_2, dim = -1, dtype = torch.float32)
-    isinf_4: "b8[4, 13]" = torch.isinf(student_chunk_2)
-    isinf_5: "b8[4, 13]" = torch.isinf(teacher_chunk_2)
-    inf_mask_2: "b8[4, 13]" = isinf_4 | isinf_5
-    mul_6: "f32[4, 13]" = student_prob_2 * teacher_logprob_2
-    prod_probs_4: "f32[4, 13]" = torch.masked_fill(mul_6, inf_mask_2, 0)
-    mul_7: "f32[4, 13]" = student_prob_2 * student_logprob_2
-    masked_fill_5: "f32[4, 13]" = torch.masked_fill(mul_7, inf_mask_2, 0)
-    prod_probs_4 -= masked_fill_5;  prod_probs_5: "f32[4, 13]" = prod_probs_4
-    sum_5: "f32[4]" = torch.sum(prod_probs_5, dim = -1)
-    x_2: "f32[4]" = sum_5.view(-1)
     ne_3: "b8[4]" = label_chunk_2 != -100
     mask_3: "i32[4]" = ne_3.int()
-    view_5: "i32[4]" = mask_3.view(-1)
-    mul_8: "f32[4]" = x_2 * view_5
-    sum_6: "f32[]" = torch.sum(mul_8, dim = 0)
-    neg_2: "f32[]" = -sum_6
-    total_rkl_loss_1 += neg_2;  total_rkl_loss_2: "f32[]" = total_rkl_loss_1
+    mul_9: "f32[4]" = -1.0 * mask_1
+    expand: "f32[4]" = mul_9.expand((4,))
+    reshape_9: "f32[4]" = expand.reshape((4,))
+    expand_1: "f32[4]" = reshape_9.expand((4,))
+    reshape_10: "f32[4]" = expand_1.reshape(-1)
+    neg_3: "f32[4]" = -reshape_10
+    mul_10: "f32[4]" = -1.0 * mask_2
+    expand_2: "f32[4]" = mul_10.expand((4,))
+    reshape_11: "f32[4]" = expand_2.reshape((4,))
+    expand_3: "f32[4]" = reshape_11.expand((4,))
+    reshape_12: "f32[4]" = expand_3.reshape(-1)
+    neg_4: "f32[4]" = -reshape_12
+    mul_11: "f32[4]" = -1.0 * mask_3
+    expand_4: "f32[4]" = mul_11.expand((4,))
+    reshape_13: "f32[4]" = expand_4.reshape((4,))
+    expand_5: "f32[4]" = reshape_13.expand((4,))
+    reshape_14: "f32[4]" = expand_5.reshape(-1)
+    neg_5: "f32[4]" = -reshape_14
+    reshape_15: "f32[2, 2]" = neg_3.reshape([2, -1])
+    reshape_16: "f32[2, 2]" = neg_4.reshape([2, -1])
+    reshape_17: "f32[2, 2]" = neg_5.reshape([2, -1])
+    cat: "f32[2, 6]" = torch.cat([reshape_15, reshape_16, reshape_17], 1)
+    reshape_18: "f32[12]" = cat.reshape(-1)
+    float_1: "f32[12]" = reshape_18.float()
+    stack: "f32[1, 12]" = torch.stack([float_1])
+    linear_loss_default = torch.ops.liger_fx.linear_loss.default(l_h_, l_w_, None, None, None, l_th_, l_tw_, None, stack, ['reverse_kl'], None, 0.0, 0.0, 1.0, 0.5, 0, torch.float32, True, False)
+    getitem_9: "f32[]" = linear_loss_default[0]
     view_6: "i32[12]" = mask.view(-1)
     sum_7: "i64[]" = torch.sum(view_6, dim = 0)
-    truediv: "f32[]" = total_rkl_loss_2 / sum_7
+    truediv: "f32[]" = getitem_9 / sum_7
     return (truediv,)""",
     )
 
@@ -499,7 +434,7 @@ def test_refuses_a_teacher_that_is_trained(heads, labels):
     fn = distilled(teacher=F.linear)
     assert_expected_inline(
         refusal(fn, h, w, th, tw.requires_grad_(), labels),
-        """the teacher's logits require a gradient; the kernel gives them none""",
+        """target (view_3) is computed only after sum_1""",
     )
 
 
