@@ -62,6 +62,12 @@ class Term:
     match: Match
     inner: list[Step] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    read: list[fx.Node] = field(default_factory=list)  # for its number alone, without a gradient
+
+    @property
+    def path(self) -> list[fx.Node]:
+        """The nodes from the start to the end."""
+        return [self.start, *(step.node for step in self.steps)]
 
     @property
     def root(self) -> fx.Node:
@@ -95,6 +101,17 @@ class Head(Match):
     @property
     def terms(self) -> list[Term]:
         return self.chunks[0]
+
+    @property
+    def first(self) -> fx.Node:
+        """Where the op stands: at the first of the outputs, or where one is first used, if only
+        there all is known that the op reads."""
+        first = min(self.outputs)
+        read = [value for value in self.bindings.values() if isinstance(value, fx.Node)]
+        if all(node < first for node in read):
+            return first
+        users = {user for node in self.outputs for user in node.users}
+        return min(users - self.nodes, default=first)
 
     @property
     def spelling(self) -> str:
@@ -347,72 +364,51 @@ def _summed(view: View, chunks: list[list[Term]]) -> Head | None:
     if end is None:
         return None
     for term in terms:
-        nodes = [term.start, *(step.node for step in term.steps)]
-        term.steps = term.steps[: nodes.index(end)] if end in nodes else []
+        term.steps = term.steps[: term.path.index(end)] if end in term.path else []
     return _head(view, chunks, adding, end)
 
 
 def _end(term: Term) -> fx.Node | None:
     """The first scalar."""
-    nodes = [term.start, *(step.node for step in term.steps)]
-    return next((node for node in nodes if not fake(node).dim()), None)
+    return next((node for node in term.path if not fake(node).dim()), None)
 
 
 def _meeting(terms: list[Term]) -> fx.Node | None:
     """The first node to which all terms lead."""
-    first, *others = [{term.start, *(s.node for s in term.steps)} for term in terms]
+    first, *others = [{*term.path} for term in terms]
     common = first.intersection(*others)
     return min(common) if common else None
 
 
 def _head(view: View, chunks: list[list[Term]], adding: list[Term], end: fx.Node) -> Head | None:
     terms = [term for chunk in chunks for term in chunk]
-    passed = {step.node for term in adding for step in term.steps}
-    read = {term.start: _last_read(term, end) for term in terms}
-    outputs = [end, *(start for start, last in read.items() if last and start is not end)]
-    if len(chunks) > 1 and len(outputs) > 1:
+    outputs = [end]
+    for term in terms:
+        term.read = [] if term.start is end else [term.start] if term not in adding else [
+            node for node in term.path if node is not end and readers(node)
+        ]
+        outputs += (node for node in term.read if node not in outputs)
+    if len(outputs) > 1 and (
+        len(chunks) > 1 or any(step.in_place for term in adding for step in term.steps)
+    ):
         return None
-    kept = {step.node for term in adding for step in term.steps[: max(read[term.start] - 1, 0)]}
-    first = min(outputs)
-    own = passed | {term.start for term in terms}
-    operands = {
-        other
-        for term in terms
-        for step in (*term.inner, *term.steps)
-        for other in step.others
-        if other not in own
-    }
-    if any(not operand < first for operand in operands):
-        return None
-    if kept and any(step.in_place for term in adding for step in term.steps):
-        return None
+    own = {node for term in terms for node in term.path}
+    steps = [step for term in terms for step in (*term.inner, *term.steps)]
+    operands = {other for step in steps for other in step.others} - own
     head = _joined(view, chunks, outputs, operands)
-    if head is None:
+    if head is None or any(not operand < head.first for operand in operands):
         return None
-    head.nodes -= kept
     head.summed = True
-    head.every_value = any(_sees_unweighted(term, read[term.start], adding) for term in terms)
+    head.every_value = any(_is_read_unweighted(term) for term in terms)
     return head
 
 
-def _last_read(term: Term, end: fx.Node) -> int:
-    """How many of the nodes of a term, from its start on, are needed for whoever reads them without
-    a gradient: 0 for none."""
-    if not term.steps and term.start is not end:
-        return 1  # a value without gradient
-    nodes = [term.start, *(step.node for step in term.steps)][:-1]
-    return max((i for i, node in enumerate(nodes, 1) if readers(node)), default=0)
-
-
-def _sees_unweighted(term: Term, read: int, adding: list[Term]) -> bool:
-    """Does a reader see values that a later step, or no step, weighs?"""
-    if not read:
+def _is_read_unweighted(term: Term) -> bool:
+    """Is a value read that a later step, or no step, weighs?"""
+    if not term.read:
         return False
-    if not any(term is other for other in adding):
-        return True
-    nodes = [term.start, *(step.node for step in term.steps)]
-    earliest = next(i for i, node in enumerate(nodes) if readers(node))
-    return any(step.weighs_tokens for step in term.steps[earliest:])
+    at = term.path.index(term.read[0])
+    return not term.steps or any(step.weighs_tokens for step in term.steps[at:])
 
 
 def _apart(view: View, terms: list[Term]) -> Match:
@@ -498,11 +494,7 @@ class _Replacement:
             total = made[0]
             if weights is None:
                 total = self._of_values(head.terms[0], self._steps(head.terms[0]), total)
-            by_start = {term.start: i for i, term in enumerate(head.terms)}
-            reads = [by_start[start] for start in head.outputs[1:]]
-            values = made[1] if reads else None
-            made = [self.with_the_rest(total)]
-            made += [self.read(head.terms[i], values[i]) for i in reads]
+            made = [self.with_the_rest(total), *self.reads(made)]
         return tuple(
             value if fake(node).dtype == torch.float32 else value.to(fake(node).dtype)
             for value, node in zip(made, head.outputs, strict=True)
@@ -668,6 +660,28 @@ class _Replacement:
                     sign = -1.0 if step.op == "sub" and step.node.args[1] is added else 1.0
                     total = total + times(times(self.transpose.of(added), sign), number)
         return total
+
+    def reads(self, made: Any) -> list[Any]:
+        """The numbers of the nodes that are read on the way to the sum."""
+        terms, wanted = self.head.terms, self.head.outputs[1:]
+        if not wanted:
+            return []
+        values = made[1]
+        found = {term.start: self.read(term, values[i]) for i, term in enumerate(terms)}
+        steps = {step.node: step for term in terms for step in term.steps}
+        for node in sorted(steps):
+            if node <= max(wanted):
+                found[node] = self.copy(node, found)
+        return [found[node] for node in wanted]
+
+    def copy(self, node: fx.Node, found: dict[fx.Node, Any]) -> Any:
+        """The node once more, of other values."""
+
+        def operand(arg: fx.Node) -> Any:
+            return found[arg] if arg in found else self.operand(arg)
+
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), operand)
+        return self.hidden.tracer.create_proxy(node.op, node.target, args, kwargs)
 
     def read(self, term: Term, values: Any) -> Any:
         """The start of a term, of its values [N]."""

@@ -280,7 +280,10 @@ class Transpose:
         return number if step.node.args[0] is step.source else -number
 
     def _mul(self, step: Step, number: Number, classes: bool) -> Number:
-        return times(number, self._other(step))
+        other = self._other(step)
+        if dims_of(other) and not fake(other.node).is_floating_point():  # what is left out stays out, whatever it is divided by: 1/0
+            return torch.where(other != 0, times(number, other), 0.0)
+        return times(number, other)
 
     def _div(self, step: Step, number: Number, classes: bool) -> Number:
         return number / self._other(step)

@@ -112,18 +112,20 @@ def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_th_: "f32[2, 6, 6]
     getitem_2: "i64[2, 5]" = l_y_[(Ellipsis, slice(1, None, None))]
     contiguous_2: "i64[2, 5]" = getitem_2.contiguous()
     view_2: "i64[10]" = contiguous_2.view(-1)
-    getitem_3: "f32[2, 5, 8]" = l_h_[(Ellipsis, slice(None, -1, None), slice(None, None, None))]
-    getitem_4: "f32[2, 5, 6]" = l_th_[(Ellipsis, slice(None, -1, None), slice(None, None, None))]
     ne: "b8[10]" = view_2 != -100
     sum_1: "i64[]" = ne.sum()
-    new_ones: "f32[]" = l_h_.new_ones((), dtype = torch.float32)
-    truediv_2: "f32[]" = new_ones / sum_1
-    mul_3: "f32[]" = truediv_2 * 0.3
-    truediv_3: "f32[]" = new_ones / 10
-    mul_4: "f32[]" = truediv_3 * 4.0
-    mul_5: "f32[]" = mul_4 * 0.7
-    linear_kl_default = torch.ops.liger_fx.linear_kl.default(getitem_3, l_w_, None, mul_3, mul_5, getitem_4, l_tw_, None, view_2, -100, None, 0.0, 0.0, 0.0, 2.0, True, True, False, 0, torch.float32, True)
-    getitem_5: "f32[]" = linear_kl_default[0]
+    truediv_2: "f32[]" = 0.3 / sum_1
+    float_1: "f32[]" = truediv_2.float()
+    reshape: "f32[1]" = float_1.reshape(1)
+    new_full: "f32[1]" = l_h_.new_full((1,), 0.27999999999999997, dtype = torch.float32)
+    float_2: "f32[1]" = new_full.float()
+    reshape_1: "f32[1]" = float_2.reshape(1)
+    stack: "f32[2, 1]" = torch.stack([reshape, reshape_1])
+    getitem_3: "f32[2, 5, 8]" = l_h_[(Ellipsis, slice(None, -1, None), slice(None, None, None))]
+    getitem_4: "f32[2, 5, 6]" = l_th_[(Ellipsis, slice(None, -1, None), slice(None, None, None))]
+    linear_loss_default = torch.ops.liger_fx.linear_loss.default(getitem_3, l_w_, None, view_2, None, getitem_4, l_tw_, None, stack, ['cross_entropy', 'jensen_shannon'], -100, 0.0, 0.0, 2.0, 0.0, 0, torch.float32, True, False)
+    getitem_5: "f32[]" = linear_loss_default[0]
+    getitem_6: "f32[2, 10]" = linear_loss_default[1]
     return (getitem_5,)""",
     )
 
@@ -141,8 +143,16 @@ def forward(self, L_h_: "f32[2, 6, 8]", L_w_: "f32[13, 8]", L_th_: "f32[2, 6, 6]
     _set_grad_enabled = torch._C._set_grad_enabled(False)
     _set_grad_enabled_1 = torch._C._set_grad_enabled(True)
     mask: "b8[2, 6]" = l_y_ != -100
-    linear_kl_default = torch.ops.liger_fx.linear_kl.default(l_h_, l_w_, None, None, None, l_th_, l_tw_, None, None, -100, mask, 0.0, 0.0, 0.3, 1.0, True, True, False, 0, torch.float32, True)
-    getitem: "f32[]" = linear_kl_default[0]
+    ne_1: "b8[2, 6]" = mask != 0
+    where: "f32[2, 6]" = torch.where(ne_1, mask, 0.0)
+    unsqueeze: "f32[2, 6, 1]" = where.unsqueeze(2)
+    expand: "f32[2, 6, 1]" = unsqueeze.expand((2, 6, 1))
+    reshape: "f32[12]" = expand.reshape(-1)
+    float_1: "f32[12]" = reshape.float()
+    stack_1: "f32[1, 12]" = torch.stack([float_1])
+    linear_loss_default = torch.ops.liger_fx.linear_loss.default(l_h_, l_w_, None, None, None, l_th_, l_tw_, None, stack_1, ['jensen_shannon'], None, 0.0, 0.0, 1.0, 0.3, 0, torch.float32, True, False)
+    getitem: "f32[]" = linear_loss_default[0]
+    getitem_1: "f32[1, 12]" = linear_loss_default[1]
     sum_3: "i64[]" = mask.sum()
     truediv: "f32[]" = getitem / sum_3
     return (truediv,)""",
@@ -216,7 +226,7 @@ def test_refuses_a_mask_of_classes(hidden, weight):
     student = torch.randn(1, V, H, device=DEVICE, requires_grad=True), weight
     assert_expected_inline(
         refusal(fn, *student, *teacher, torch.arange(V, device=DEVICE)),
-        """the mask is not one of tokens""",
+        """the divergences of single classes leave the graph, or are added up by more than sum(), mean(), masks and weights of tokens; jsd[mask] ends the graph, jsd * mask does not""",
     )
 
 
@@ -327,7 +337,7 @@ def test_a_choice_of_tokens_breaks_the_graph(heads, labels):
     torch.testing.assert_close(value, fn(*heads, labels))
     assert_expected_inline(
         reasons(liger_fx.Report.merged(liger_fx.reports())),
-        """the divergences of single classes or tokens leave the graph, or are added up by more than sum(), mean() and a mask; jsd[mask] ends the graph, jsd * mask does not""",
+        """the divergences of single classes leave the graph, or are added up by more than sum(), mean(), masks and weights of tokens; jsd[mask] ends the graph, jsd * mask does not""",
     )
 
 
