@@ -28,7 +28,7 @@ from liger_fx.passes._rows import (
     slices,
     temperature,
 )
-from liger_fx.passes._sums import Number, Sizes, Step, Transpose, dims_of, readers, times, walk
+from liger_fx.passes._sums import Number, Sizes, Step, Transpose, dims_of, is_tensor, readers, times, walk
 from torch import fx
 
 from liger_fx import ops
@@ -582,9 +582,11 @@ class _Replacement:
     def _row(self, number: Number, tokens: Any) -> Any:
         if dims_of(number):
             return number.float()
-        if not isinstance(number, fx.Proxy):
-            number = self.hidden.new_full((1,), number, dtype=torch.float32)
-        row = number.float().reshape(1)
+        row = (
+            number.float().reshape(1)
+            if is_tensor(number)
+            else self.hidden.new_full((1,), number, dtype=torch.float32)
+        )
         return row if tokens is None else row.expand_as(tokens)
 
     def weight_of(self, i: int) -> Number:
@@ -599,7 +601,7 @@ class _Replacement:
         if dims_of(number):
             return number
         shape = self.transpose.shape(term.tokens.shape)
-        if not isinstance(number, fx.Proxy):
+        if not is_tensor(number):
             return self.hidden.new_full(shape, number, dtype=torch.float32)
         return number.float().expand(shape)
 

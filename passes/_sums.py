@@ -351,7 +351,10 @@ def times(a: Number, b: Number) -> Number:
     return a * b
 
 
+def is_tensor(number: Number) -> bool:
+    return isinstance(number, fx.Proxy) and isinstance(fake(number.node), torch.Tensor)
+
+
 def dims_of(number: Number) -> int:
     """The number of dimensions of a coefficient; 0 for a number."""
-    value = fake(number.node) if isinstance(number, fx.Proxy) else number
-    return value.dim() if isinstance(value, torch.Tensor) else 0
+    return fake(number.node).dim() if is_tensor(number) else 0
