@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,6 +22,12 @@ class Unavailable(Exception):
 def needs_cuda(device: torch.device, what: str) -> None:
     if device.type != "cuda":
         raise Unavailable(f"{what} needs a GPU")
+
+
+def needs_package(module: str, package: str) -> None:
+    """module: what ``package`` is imported as."""
+    if find_spec(module) is None:
+        raise Unavailable(f"{package} is not installed")
 
 
 def reason(error: Exception) -> str:

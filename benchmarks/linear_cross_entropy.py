@@ -12,6 +12,14 @@ operations, at ``--tflops``.
 ``--grid`` measures the errors first and then 36 cells, each arm in each of them, and compares
 liger_fx with the fastest peer that is exact: one whose gradients are no further from fp64 than
 plain Inductor's, at any share of ignored labels. An arm compiles a shape once for all shares.
+
+An arm whose package is not installed is left out. The newest are
+
+    liger_cute    liger-kernel's own three kernels for sm90; all logits exist (nvidia-cutlass-dsl)
+    liger_scaled  liger-kernel's loss of each token, made again in the backward (nvidia-cutlass-dsl)
+    quack         QuACK's chunks, on sm90 with exponentials in the place of logits (quack-kernels)
+    quack_logits  QuACK's chunks of logits, which other GPUs get (quack-kernels)
+    trl           TRL's head: tiles of tokens and classes, made again in the backward (trl)
 """
 
 from __future__ import annotations
@@ -25,7 +33,17 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from _harness import Args, Benchmark, compared, options, several
-from _measure import GIB, IGNORE, Unavailable, labels_like, lap_times, needs_cuda, reason, run_laps
+from _measure import (
+    GIB,
+    IGNORE,
+    Unavailable,
+    labels_like,
+    lap_times,
+    needs_cuda,
+    needs_package,
+    reason,
+    run_laps,
+)
 from _output import Panel, Row, columns, failures, markdown
 from torch import Tensor, nn
 from torch._inductor import metrics
@@ -34,6 +52,7 @@ PERIOD = 512  # tokens of one prompt and its answer
 LEAST_LAPS, ENOUGH_MS = 3, 250  # laps of a large shape, and what those of a small one may take
 OURS, PLAIN = "liger_fx", "inductor"
 NOISE = 1.05  # an error is a random number too
+TRL_CLASSES = 32768  # classes of a tile, as in TRL's trainers
 
 Head = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -86,13 +105,66 @@ def liger(device: torch.device, **settings: Any) -> Head:
     return partial(liger_fused_linear_cross_entropy, ignore_index=IGNORE, **settings)
 
 
+def liger_cute(device: torch.device) -> Head:
+    """Liger's kernels for sm90, which hold all logits and take no ignored label out."""
+    needs_cuda(device, "Liger's CuTe head")
+    needs_package("cutlass", "nvidia-cutlass-dsl")
+    from liger_kernel.ops.cutedsl.ops import fused_linear_cross_entropy_sm90 as sm90
+
+    return partial(sm90.liger_fused_linear_cross_entropy_sm90, ignore_index=IGNORE)
+
+
+def liger_scaled(device: torch.device) -> Head:
+    """Liger's loss of each token: kernels for sm90, chunks of PyTorch's operations elsewhere. Both
+    make the logits again in the backward."""
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
+        LigerFusedLinearScaledCrossEntropyFunction,
+    )
+
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+        needs_package("cutlass", "nvidia-cutlass-dsl")
+
+    def head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        losses = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, labels)
+        return losses.sum() / (labels != IGNORE).sum()
+
+    return head
+
+
 def cut_cross_entropy(device: torch.device) -> Head:
     needs_cuda(device, "cut-cross-entropy")
-    try:
-        from cut_cross_entropy import linear_cross_entropy
-    except ImportError as error:
-        raise Unavailable("cut-cross-entropy is not installed") from error
+    needs_package("cut_cross_entropy", "cut-cross-entropy")
+    from cut_cross_entropy import linear_cross_entropy
+
     return partial(linear_cross_entropy, ignore_index=IGNORE)
+
+
+def quack(device: torch.device, **settings: Any) -> Head:
+    needs_cuda(device, "QuACK")
+    needs_package("quack", "quack-kernels")
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return partial(chunked_linear_cross_entropy, ignore_index=IGNORE, **settings)
+
+
+def trl(device: torch.device) -> Head:
+    """The head that TRL's trainers add to a model: only labels that count are projected, and the
+    logits are made again in the backward."""
+    needs_package("trl", "trl")
+    try:
+        from trl.kernels import ChunkedLogProbFunction
+    except ImportError as error:
+        raise Unavailable("trl is older than 1.16") from error
+
+    def head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        counted = labels != IGNORE
+        settings = 1.0, TRL_CLASSES, None, 1.0, ()  # temperature, chunk, softcap, scale, outputs
+        logprobs, *_ = ChunkedLogProbFunction.apply(
+            hidden[counted], weight, None, labels[counted], *settings
+        )
+        return -logprobs.mean()
+
+    return head
 
 
 def torch_chunked(device: torch.device) -> Head:
@@ -114,7 +186,12 @@ ARMS: dict[str, Callable[[torch.device], Head]] = {
     "liger": liger,
     "liger_fp32": partial(liger, accum_dtype=torch.float32),
     "liger_fp32_large": partial(liger, accum_dtype=torch.float32, chunk_mem_const=8),
+    "liger_cute": liger_cute,
+    "liger_scaled": liger_scaled,
     "cut_cross_entropy": cut_cross_entropy,
+    "quack": quack,
+    "quack_logits": partial(quack, use_scaled_exp=False),
+    "trl": trl,
     "torch_chunked": torch_chunked,
     "liger_fx": liger_fx,
 }
@@ -276,11 +353,11 @@ def run(args: Args) -> Iterator[list[Row]]:
     args.ignored = args.ignored or ([0.0, 0.5, 0.8] if args.grid else [0.0, 0.5])
 
     def shapes(otherwise: Sequence[Shape]) -> Sequence[Shape]:
-        return [Shape(*args.shape)] if args.shape else otherwise
+        return [Shape(*sizes) for sizes in args.shape or otherwise]
 
     qualified: set[str] = set()
     if args.grid or args.error:
-        (shape,) = shapes([FITS_IN_FP64])
+        shape, *_ = shapes([FITS_IN_FP64])
         errors = []
         for rows in error_rows(shape, args):
             errors += rows
@@ -383,7 +460,13 @@ def panels(args: Args) -> list[Panel]:
 
 OPTIONS = options(
     __doc__,
-    shape={"type": int, "nargs": 3, "metavar": ("N", "H", "V")},
+    shape={
+        "type": int,
+        "nargs": 3,
+        "action": "append",
+        "metavar": ("N", "H", "V"),
+        "help": "may be given several times; errors are those of the first",
+    },
     ignored={"type": float, "nargs": "+", "help": "shares of labels"},
     arms=several(ARMS),
     warmup={"type": int, "default": 2, "help": "calls, the compiling one included"},

@@ -135,6 +135,7 @@ VARIABLES: dict[str, Any] = dict(
     summary=results.summary,
     head_grid=joined.head_grid,
     head_errors=joined.head_errors,
+    head_peers=joined.head_peers,
     attention_masks=joined.attention_masks,
     long_context=joined.long_context,
     profile=joined.profile,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from results import Row, markdown, rows
 
@@ -48,6 +49,29 @@ def head_errors() -> str:
         if "hidden_ratio" in row
     ]
     return markdown(["arm", "hidden state", "weight"], lines, ["---", "---:", "---:"])
+
+
+def head_peers() -> str:
+    """A line for each of the newest peers, ms and GiB in each cell; "" where it was not measured."""
+    found = rows("linear_cross_entropy_peers")
+    cells: dict[tuple[Any, ...], dict[str, str]] = {}
+    for row in found:
+        if "ms" in row:
+            cell = row["tokens"], row["hidden"], row["ignored"]
+            cells.setdefault(cell, {})[row["arm"]] = f"{row['ms']:.1f} / {row['extra_gib']:.2f}"
+    lines = [
+        (
+            row["arm"],
+            f"{row['hidden_ratio']:.2f}",
+            f"{row['weight_ratio']:.2f}",
+            *(of_cell.get(row["arm"], "") for of_cell in cells.values()),
+        )
+        for row in found
+        if "hidden_ratio" in row and row["ignored"] == 0
+    ]
+    titles = ["arm", "error of hidden state", "of weight"]
+    titles += [f"{n:,} x {h:,}, {ignored:.0%} ignored" for n, h, ignored in cells]
+    return markdown(titles, lines, ["---", *["---:"] * (len(titles) - 1)])
 
 
 def attention_masks() -> str:

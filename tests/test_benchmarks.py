@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -257,6 +258,32 @@ def test_errors_of_several_shares(run: Run, stand_ins: None) -> None:
     for row in rows:
         assert row["weight_error"] > 0.4 if row["arm"] == "liger" else row["weight_error"] < 0.01
     assert table(printed, "1024", "32", "512", "50%", "eager")[-3:] == ["1.000"] * 3
+
+
+def test_peers_are_exact_or_say_why_they_are_left_out(run: Run) -> None:
+    peers = ["liger_scaled", "trl", "liger_cute", "quack", "quack_logits"]
+    arms = ["eager", *(peer for peer in peers if peer != "trl" or find_spec("trl"))]
+    _, rows = run(linear_cross_entropy, "--error", *SHAPE, "--ignored", "0", "0.5", "--arms", *arms)
+    for row in rows:
+        if row["arm"] in ("liger_cute", "quack", "quack_logits"):
+            assert row["error"].startswith("left out: ") and "needs a GPU" in row["error"]
+        else:
+            assert row["loss_error"] < 1e-4 and row["hidden_error"] < 0.01 > row["weight_error"]
+
+
+def test_a_package_that_is_missing_is_named() -> None:
+    with pytest.raises(_measure.Unavailable, match="^some-package is not installed$"):
+        _measure.needs_package("some_package", "some-package")
+
+
+def test_errors_are_those_of_the_first_shape(run: Run, stand_ins: None) -> None:
+    second = ["--shape", "512", "32", "256", "--ignored", "0"]
+    _, rows = run(linear_cross_entropy, "--grid", *SHAPE, *second, "--arms", "inductor", "liger_fx")
+    assert [(row["tokens"], "ms" in row) for row in rows if row["arm"] == "inductor"] == [
+        (1024, False),
+        (1024, True),
+        (512, True),
+    ]
 
 
 def test_times_of_several_shares(run: Run, stand_ins: None, picture: Path) -> None:
