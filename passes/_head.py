@@ -28,7 +28,17 @@ from liger_fx.passes._rows import (
     slices,
     temperature,
 )
-from liger_fx.passes._sums import Number, Sizes, Step, Transpose, dims_of, is_tensor, readers, times, walk
+from liger_fx.passes._sums import (
+    Number,
+    Sizes,
+    Step,
+    Transpose,
+    dims_of,
+    is_tensor,
+    readers,
+    times,
+    walk,
+)
 from torch import fx
 
 from liger_fx import ops
@@ -54,7 +64,7 @@ class Taken:
     beta: Callable[[Match], float] = lambda match: 0.5
 
 
-@dataclass
+@dataclass(eq=False)
 class Term:
     """A value and the steps that follow it, first those that end in a value of each token."""
 
@@ -79,6 +89,10 @@ class Term:
         return self.inner[-1].node if self.inner else self.root
 
     @property
+    def has_teacher(self) -> bool:
+        return "teacher_rows" in self.match.sources
+
+    @property
     def has_classes(self) -> bool:
         return self.match.bindings.get("kl_reduction") == "none"
 
@@ -88,7 +102,7 @@ class Term:
         return kept_rows(self.match)[..., 0]
 
 
-@dataclass
+@dataclass(eq=False)
 class Head(Match):
     """All that is taken of one projection, in ``chunks`` of terms. ``summed``: the first output is
     the sum of everything; the others, or all without it, are values of single tokens."""
@@ -156,11 +170,9 @@ def head_rewrite(
 
 def _check_gain(head: Head) -> None:
     """Raise `Reject` where all logits fit one chunk, and no gradient needs them."""
-    lead = next((t.match for t in head.terms if "teacher_rows" in t.match.sources), None)
-    lead = lead or head.terms[0].match
-    prefixes = [p for p in ("", "teacher_") if f"{p}rows" in lead.sources]
-    heads = [logits_of(lead, prefix) for prefix in prefixes]
-    tokens = math.prod(kept_rows(lead).shape[:-1]) * len(head.chunks)
+    lead = max(head.terms, key=lambda term: term.has_teacher)
+    heads = [logits_of(lead.match, prefix) for prefix in ("", "teacher_")[: 1 + lead.has_teacher]]
+    tokens = math.prod(lead.tokens.shape) * len(head.chunks)
     few = isinstance(tokens, int) and ops.fits_one_chunk(
         tokens,
         heads[0].shape[-1],
@@ -242,24 +254,21 @@ def _check_together(terms: list[Term]) -> None:
         raise Reject(f"{_named(terms)} are taken of one projection; the op gives one of each")
     if {*names} & {*ops.DIVERGENCES} and {*names} & {*ops.TAKES[1:]}:
         raise Reject(f"{_named(terms)} are taken of one projection; no kernel gives them all")
-    divergences = [term.match for term in terms if "teacher_hidden" in term.match.bindings]
-    for match in (term.match for term in terms[1:]):
+    divergences = [term.match for term in terms if term.has_teacher]
+    tempered = divergences or [first]
+    for term in terms:
+        match = term.match
         if slices(match) != slices(first):
             raise Reject(f"the {_named(terms)} are of different rows of the logits")
         if match.bindings.get("softcap") is not first.bindings.get("softcap"):
             raise Reject(f"the {_named(terms)} are of logits with different softcaps")
-        if not divergences and temperature(match) != temperature(first):
-            raise Reject(f"the {_named(terms)} have different temperatures")
-    if not divergences:
-        return
-    for match in (term.match for term in terms):
-        if match not in divergences:
+        if divergences and not term.has_teacher:
             _check_student(match)
-        elif temperature(match) != temperature(divergences[0]):
+        elif match is not tempered[0] and temperature(match) != temperature(tempered[0]):
             raise Reject(f"the {_named(terms)} have different temperatures")
-    teachers = [match.sources["teacher_rows"] for match in divergences]
+    teachers = {match.sources["teacher_rows"] for match in divergences}
     kept = [slices(match, "teacher_rows") for match in divergences]
-    if len({*teachers}) > 1 or any(rows != kept[0] for rows in kept):
+    if len(teachers) > 1 or any(rows != kept[0] for rows in kept):
         raise Reject("the divergences are from two teachers; the kernel has one")
 
 
@@ -384,9 +393,13 @@ def _head(view: View, chunks: list[list[Term]], adding: list[Term], end: fx.Node
     terms = [term for chunk in chunks for term in chunk]
     outputs = [end]
     for term in terms:
-        term.read = [] if term.start is end else [term.start] if term not in adding else [
-            node for node in term.path if node is not end and readers(node)
-        ]
+        term.read = (
+            []
+            if term.start is end
+            else [term.start]
+            if term not in adding
+            else [node for node in term.path if node is not end and readers(node)]
+        )
         outputs += (node for node in term.read if node not in outputs)
     if len(outputs) > 1 and (
         len(chunks) > 1 or any(step.in_place for term in adding for step in term.steps)
@@ -394,6 +407,8 @@ def _head(view: View, chunks: list[list[Term]], adding: list[Term], end: fx.Node
         return None
     own = {node for term in terms for node in term.path}
     steps = [step for term in terms for step in (*term.inner, *term.steps)]
+    if any(step.in_place and step.written not in {step.source, *own} for step in steps):
+        return None  # somebody else's number is added to
     operands = {other for step in steps for other in step.others} - own
     head = _joined(view, chunks, outputs, operands)
     if head is None or any(not operand < head.first for operand in operands):
@@ -441,10 +456,9 @@ def _joined(
         along = cut["hidden"].dim
     bindings |= {_operand_name(node): node for node in operands}
     nodes = set().union(*(interior(view, node, bindings) for node in outputs))
-    shared = dict(chunks=chunks, along=along)
     return Head(
         view, lead.pattern, tuple(outputs), bindings, lead.chains, lead.sources, nodes,
-        lead.settings, recomputed=lead.recomputed, **shared,
+        lead.settings, recomputed=lead.recomputed, chunks=chunks, along=along,
     )  # fmt: skip
 
 
@@ -484,8 +498,8 @@ class _Replacement:
     def record(self) -> Any:
         head = self.head
         if not head.summed:
-            mask = _mask_of_users(head)
-            mask = None if mask is None else fx.Proxy(mask, self.hidden.tracer)
+            node = _mask_of_users(head)
+            mask = None if node is None else fx.Proxy(node, self.hidden.tracer)
             values = ops.linear_token_losses(*self.tensors(), mask, *self.literals())
             made = [self.read(term, values[i]) for i, term in enumerate(head.terms)]
         else:
@@ -507,10 +521,9 @@ class _Replacement:
         teacher: tuple[Any, ...] = (None, None, None)
         divergence = self._of("teacher_hidden")
         if divergence is not None:
-            given = (self.proxies[f"teacher_{name}"] for name in ("hidden", "weight"))
-            teacher = head_arguments(
-                divergence.match, *given, self.bias("teacher_"), prefix="teacher_"
-            )
+            hidden, weight = (self.proxies[f"teacher_{name}"] for name in ("hidden", "weight"))
+            bias = self.bias("teacher_")
+            teacher = head_arguments(divergence.match, hidden, weight, bias, "teacher_")
         return *student, self.target(), self.class_weight(), *teacher
 
     def bias(self, prefix: str) -> Any:
@@ -702,8 +715,8 @@ class _Replacement:
 
 
 def _mask_of_users(head: Head) -> fx.Node | None:
-    """The mask of bools by which every output, and nothing else of it, is multiplied."""
-    masks = {_mask_of(head, node) for node in head.outputs}
+    """The mask of bools of tokens by which every output, and nothing else of it, is multiplied."""
+    masks = {_mask_of(head, node) if fake(node).dim() else None for node in head.outputs}
     return masks.pop() if len(masks) == 1 else None
 
 

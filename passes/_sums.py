@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from liger_fx.canonical import View, fake, op_name, positional, same_sizes
+from liger_fx.matcher import Reject
 
 Number = Any  # a number, or the proxy of a tensor
 
@@ -37,6 +38,11 @@ class Step:
     @property
     def in_place(self) -> bool:
         return str(op_name(self.node)).endswith("_")
+
+    @property
+    def written(self) -> Any:
+        """What the step writes to if it works in place."""
+        return self.node.args[0]
 
     @property
     def weighs_tokens(self) -> bool:
@@ -81,9 +87,11 @@ class Sizes:
         return []
 
     def record(self, size: Any, proxies: Mapping[str, Any]) -> Any:
-        """The size, as a number or a proxy."""
+        """The size, as a number or a proxy. Raises `Reject` for one that is not known."""
         if isinstance(size, int):
             return size
+        if not self.known(size):
+            raise Reject(f"the size {size} is not one of the head's tensors")
         product: Any = 1
         for factor in self._factors(size):
             if isinstance(factor, int):
@@ -122,6 +130,9 @@ def _has_no_gradient(user: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and not value.requires_grad
 
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # sums are computed in float32
+
+
 def _next(view: View, source: fx.Node, sizes: Sizes, classes: bool) -> Step | None:
     read = readers(source)
     users = [user for user in source.users if user not in read]
@@ -129,7 +140,7 @@ def _next(view: View, source: fx.Node, sizes: Sizes, classes: bool) -> Step | No
         return None
     (node,) = users
     value = fake(node)
-    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+    if not isinstance(value, torch.Tensor) or value.dtype not in _DTYPES:
         return None
     rule = _RULES.get(str(op_name(node)).rstrip("_"))
     args = positional(node)
@@ -198,9 +209,7 @@ def _factor(view: View, node: fx.Node, source: fx.Node, factor: Any, classes: bo
     return (factor,)
 
 
-def _masks(
-    view: View, node: fx.Node, source: fx.Node, args: Any, sizes: Sizes, c: bool
-) -> _Others:
+def _masks(view: View, node: fx.Node, source: fx.Node, args: Any, sizes: Sizes, c: bool) -> _Others:
     if len(args) != 3:
         return None
     chosen, other, mask = _masked(node, args)
@@ -217,9 +226,7 @@ def _masked(node: fx.Node, args: Any) -> tuple[Any, Any, Any]:
     return args[0], args[2], args[1]
 
 
-def _adds(
-    view: View, node: fx.Node, source: fx.Node, args: Any, sizes: Sizes, c: bool
-) -> _Others:
+def _adds(view: View, node: fx.Node, source: fx.Node, args: Any, sizes: Sizes, c: bool) -> _Others:
     if node.kwargs or len(node.args) != 2 or fake(node).dim():
         return None
     other = view.resolve(node.args[1] if node.args[0] is source else node.args[0])
@@ -258,9 +265,7 @@ class Transpose:
     ) -> None:
         self._sizes, self._proxies, self._operand = sizes, proxies, operand
 
-    def coefficient(
-        self, steps: list[Step], classes: bool = False, number: Number = 1.0
-    ) -> Number:
+    def coefficient(self, steps: list[Step], classes: bool = False, number: Number = 1.0) -> Number:
         """What ``number`` times the end of ``steps`` takes each element of their first source
         times: a number, or a tensor that can be expanded to it. With ``classes`` its last dimension
         is 1."""
@@ -281,7 +286,9 @@ class Transpose:
 
     def _mul(self, step: Step, number: Number, classes: bool) -> Number:
         other = self._other(step)
-        if dims_of(other) and not fake(other.node).is_floating_point():  # what is left out stays out, whatever it is divided by: 1/0
+        if (
+            dims_of(other) and not fake(other.node).is_floating_point()
+        ):  # what is left out stays out, whatever it is divided by: 1/0
             return torch.where(other != 0, times(number, other), 0.0)
         return times(number, other)
 

@@ -142,7 +142,9 @@ class _Sum(torch.autograd.Function):
     def backward(ctx: Any, grad_total: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         gradients = [
-            scaled(next(saved), grad_total).to(ctx.dtype) if want and grad_total is not None else None
+            scaled(next(saved), grad_total).to(ctx.dtype)
+            if want and grad_total is not None
+            else None
             for want in ctx.wanted
         ]
         return None, None, *gradients, *(None,) * (_ARGUMENTS - 3)
@@ -162,7 +164,9 @@ class _Values(torch.autograd.Function):
         ctx.save_for_backward(*tensors, mask)
         ctx.literals, ctx.chunking = literals, chunking
         none = (False, False, False)
-        values: Tensor = linear_loss_kernel(*tensors, None, mask, *literals, *none, *chunking, True)[0]
+        values: Tensor = linear_loss_kernel(
+            *tensors, None, mask, *literals, *none, *chunking, True
+        )[0]
         return values
 
     @staticmethod

@@ -168,7 +168,9 @@ def _token_loss_kernel(
                 if SMOOTHED:
                     weight = of_loss * each
                     if class_weight_ptr is not None:
-                        of_class = tl.load(class_weight_ptr + start + column, mask=inside, other=0.0)
+                        of_class = tl.load(
+                            class_weight_ptr + start + column, mask=inside, other=0.0
+                        )
                         gradient -= weight * of_class.to(tl.float32)
                     else:
                         gradient -= weight
