@@ -43,6 +43,7 @@ from torch import fx
 
 from liger_fx import ops
 from liger_fx.canonical import View, fake, op_name, same_sizes, specialise
+from liger_fx.effects import without_grad
 from liger_fx.matcher import Match, Matcher, Reject, candidates, interior
 from liger_fx.pattern import Pattern, traced
 from liger_fx.rewrite import Rewrite
@@ -118,14 +119,19 @@ class Head(Match):
 
     @property
     def first(self) -> fx.Node:
-        """Where the op stands: at the first of the outputs, or where one is first used, if only
-        there all is known that the op reads."""
+        """The node before which the op stands: the first of the outputs, or the first one at which
+        all is known that the op reads, if that is before any output is used."""
         first = min(self.outputs)
         read = [value for value in self.bindings.values() if isinstance(value, fx.Node)]
         if all(node < first for node in read):
             return first
         users = {user for node in self.outputs for user in node.users}
-        return min(users - self.nodes, default=first)
+        last = min(users - self.nodes, default=first)
+        off = without_grad(self.view.graph) - {*self.outputs}
+        at = max(read).next
+        while at < last and (at in off or at.target is torch._C._set_grad_enabled):
+            at = at.next
+        return min(at, last)
 
     @property
     def spelling(self) -> str:
@@ -242,8 +248,9 @@ def _terms(view: View, known: Mapping[str, Taken], matches: list[Match]) -> list
     for term in terms:
         term.taken.check(term.match)
     _check_together(terms)
+    taken = set().union(*(match.nodes for match in matches))
     for term in terms:
-        _follow(view, term)
+        _follow(view, term, taken)
     return terms
 
 
@@ -286,10 +293,10 @@ def _named(terms: list[Term]) -> str:
     return " and ".join(term.taken.name for term in terms)
 
 
-def _follow(view: View, term: Term) -> None:
+def _follow(view: View, term: Term, taken: set[fx.Node]) -> None:
     """Find the steps after a value. Raises `Reject` for classes that are not added up."""
     sizes = _sizes(term.match.bindings, term.match)
-    steps = list(walk(view, term.root, sizes, term.has_classes))
+    steps = list(walk(view, term.root, sizes, term.has_classes, taken))
     if not term.has_classes:
         term.steps = steps
         return
@@ -707,10 +714,10 @@ class _Replacement:
         return values.reshape(self.transpose.shape(shape)) if len(shape) else values.sum()
 
     def _unweighted(self, term: Term, values: Any, shape: Any) -> Any:
-        values = values.reshape(self.transpose.shape(shape)) if len(shape) else values.sum()
-        number = self._of_values(term, term.inner)
         if not len(shape):
-            return self._of_values(term, term.inner, values)
+            return self._of_values(term, term.inner, values.sum())
+        values = values.reshape(self.transpose.shape(shape))
+        number = self._of_values(term, term.inner)
         return -values if isinstance(number, float) and number == -1.0 else times(values, number)
 
 

@@ -9,7 +9,7 @@ end takes each value times: the transpose of the steps, applied to 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +76,7 @@ class Sizes:
         self._tokens, self._classes = tokens, classes
 
     def known(self, size: Any) -> bool:
-        return isinstance(size, int) or bool(self._factors(size))
+        return _constant(size) is not None or bool(self._factors(size))
 
     def _factors(self, size: Any) -> list[Any]:
         if _formula(size) in self._places:
@@ -88,8 +88,9 @@ class Sizes:
 
     def record(self, size: Any, proxies: Mapping[str, Any]) -> Any:
         """The size, as a number or a proxy. Raises `Reject` for one that is not known."""
-        if isinstance(size, int):
-            return size
+        constant = _constant(size)
+        if constant is not None:
+            return constant
         if not self.known(size):
             raise Reject(f"the size {size} is not one of the head's tensors")
         product: Any = 1
@@ -103,15 +104,23 @@ class Sizes:
         return product
 
 
+def _constant(size: Any) -> int | None:
+    """The number that ``size`` is, of symbols that a view has fixed as well."""
+    return int(_formula(size)) if _formula(size).isdigit() else None
+
+
 def _formula(size: Any) -> str:
     """Of the symbols: two that are as large today may differ tomorrow."""
     return str(size if isinstance(size, int) else size.node.expr.expand())
 
 
-def walk(view: View, value: fx.Node, sizes: Sizes, classes: bool) -> Iterator[Step]:
+def walk(
+    view: View, value: fx.Node, sizes: Sizes, classes: bool, taken: Container[fx.Node]
+) -> Iterator[Step]:
     """The steps from ``value`` on, each linear in the one before, as far as nobody else needs a
-    gradient of what is passed. classes: the value has a dimension of classes, its last."""
-    while (step := _next(view, value, sizes, classes)) is not None:
+    gradient of what is passed. classes: the value has a dimension of classes, its last. taken:
+    nodes that are computed otherwise."""
+    while (step := _next(view, value, sizes, classes, taken)) is not None:
         yield step
         if step.op in ("sum", "mean"):
             classes = False
@@ -133,9 +142,11 @@ def _has_no_gradient(user: fx.Node) -> bool:
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # sums are computed in float32
 
 
-def _next(view: View, source: fx.Node, sizes: Sizes, classes: bool) -> Step | None:
+def _next(
+    view: View, source: fx.Node, sizes: Sizes, classes: bool, taken: Container[fx.Node]
+) -> Step | None:
     read = readers(source)
-    users = [user for user in source.users if user not in read]
+    users = [user for user in source.users if user not in read and user not in taken]
     if len(users) != 1:
         return None
     (node,) = users
