@@ -90,7 +90,7 @@ def test_modes_of_inductor(mode, model, args):
 
 def test_options_reach_the_op(model, args):
     options = {"linear_cross_entropy.chunk_tokens": 5, "inner": "eager"}
-    with mock.patch.object(sys.modules["liger_fx.ops.linear_cross_entropy"], "run") as run:
+    with mock.patch.object(sys.modules["liger_fx.ops.linear_loss"], "run") as run:
         run.side_effect = RuntimeError("seen")
         with pytest.raises(RuntimeError, match="seen"):
             torch.compile(model, backend="liger_fx", options=options)(*args)
@@ -160,7 +160,7 @@ def test_counters_of_torch(model, args):
 
 def test_explain_runs_no_kernel(model, args):
     calls = mock.Mock(side_effect=AssertionError("a kernel ran"))
-    with mock.patch.object(sys.modules["liger_fx.ops.linear_cross_entropy"], "run", calls):
+    with mock.patch.object(sys.modules["liger_fx.ops.linear_loss"], "run", calls):
         report = liger_fx.explain(model, args)
     assert report.counts == {"linear_cross_entropy": 1}
     assert liger_fx.reports() == [], "nothing was compiled"

@@ -130,12 +130,6 @@ def in_check(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     change(check=lambda match: count())
 
 
-def in_also(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """While the further outputs of a match are looked for."""
-    raise_at_one = AtOneRoot(at)
-    change(also=lambda match: raise_at_one(match.root) or ())
-
-
 def replaced_by(wrong: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch, int], None]:
     """A replacement that goes wrong once: ``wrong(x)`` instead of the rewrite's own."""
 
@@ -186,7 +180,6 @@ def in_policy(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch, int], None]] = {
     "matching raises": in_matching,
     "check raises": in_check,
-    "also raises": in_also,
     "the policy raises": in_policy,
     "replace raises": replaced_by(fail),
     "replace raises after it has recorded": replaced_by(record_and_fail),
@@ -322,19 +315,19 @@ def test_other_rewrites_go_on():
     assert liger_fx.reports()[-1].counts == {"linear_cross_entropy": 1}
 
 
-def test_a_fault_in_combining_costs_no_more_than_the_combination():
-    """torchtune's chunks: each loss is a match of its own, and stays one."""
+def test_a_fault_in_joining_costs_no_more_than_the_head():
+    """torchtune's chunks."""
 
     def chunked(h: Tensor, w: Tensor, y: Tensor) -> Any:
         losses = [F.cross_entropy(F.linear(c, w), t) for c, t in zip(h.chunk(2), y.chunk(2))]  # noqa: B905
         return losses[0] + losses[1]
 
     (at,) = (i for i, r in enumerate(DEFAULT) if r.name == "linear_cross_entropy")
-    DEFAULT[at] = dataclasses.replace(DEFAULT[at], combine=lambda view, matches: fail(view))
+    DEFAULT[at] = dataclasses.replace(DEFAULT[at], join=lambda view, *_: fail(view))
     program = Program(chunked, lambda: (trained(ROWS, H), trained(V, H), torch.arange(ROWS)))
     program.run(with_liger_fx(policy="all", inner="aot_eager")).assert_like(program.run())
     assert internal_errors(liger_fx.reports())
-    assert count("linear_cross_entropy") == 2
+    assert count("linear_cross_entropy") == 0
 
 
 # -- the table of measurements ---------------------------------------------------------------------

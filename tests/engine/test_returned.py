@@ -204,8 +204,8 @@ def forward(self, L_self_modules_embed_parameters_weight_: "f32[300, 16]", L_tok
     getitem_1: "i64[2, 6]" = pad[(Ellipsis, slice(1, None, None))]
     labels: "i64[2, 6]" = getitem_1.contiguous()
     view_1: "i64[12]" = labels.view(-1)
-    linear_cross_entropy_default = torch.ops.liger_fx.linear_cross_entropy.default(rms_norm, l_self_modules_out_parameters_weight_, None, view_1, -100, 0.0, 0.0, True, True, False, 0, torch.float32, True)
-    getitem_2: "f32[]" = linear_cross_entropy_default[0]
+    linear_loss_default = torch.ops.liger_fx.linear_loss.default(rms_norm, l_self_modules_out_parameters_weight_, None, view_1, None, None, None, None, None, ['cross_entropy'], -100, 0.0, 0.0, 1.0, 0.5, 0, torch.float32, True, False)
+    getitem_2: "f32[]" = linear_loss_default[0]
     ne: "b8[12]" = view_1 != -100
     sum_1: "i64[]" = ne.sum()
     truediv: "f32[]" = getitem_2 / sum_1
@@ -488,14 +488,14 @@ def gate_of_an_mlp(h, out, y):
     return (F.silu(gate) * F.linear(h, out.weight + 1)).sum(), gate
 
 
-def class_weights(h, out, y):
+def two_losses(h, out, y):
     logits = out(h)
-    weights = torch.ones(V, device=h.device)
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), weights), logits
+    losses = (F.cross_entropy(logits.flatten(0, 1), labels.flatten()) for labels in (y, y.roll(1)))
+    return sum(losses), logits
 
 
 @pytest.mark.parametrize(
-    "head", [no_loss, gate_of_an_mlp, class_weights], ids=lambda head: head.__name__
+    "head", [no_loss, gate_of_an_mlp, two_losses], ids=lambda head: head.__name__
 )
 def test_logits_without_a_fused_loss_are_a_tensor(head, tokens):
     model = compiled(Model(head), policy="all")
