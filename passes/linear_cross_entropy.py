@@ -14,8 +14,9 @@ Numerics     Logits in the projection's dtype, softmax in fp32, parameter gradie
 
 import torch
 import torch.nn.functional as F
-from liger_fx.passes._head import Taken, head_rewrite
+from liger_fx.passes._head import head_rewrite
 from liger_fx.passes._rows import check_projection, check_rows, rows
+from liger_fx.passes._taken import Taken
 from liger_fx.passes.linear_logprobs import ENTROPIES, LOG_SUM_EXPS
 from torch import fx
 

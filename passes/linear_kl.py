@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from liger_fx.passes._head import Taken, head_rewrite
+from liger_fx.passes._head import head_rewrite
 from liger_fx.passes._rows import (
     check_projection,
     check_rows,
@@ -35,6 +35,7 @@ from liger_fx.passes._rows import (
     kept_rows,
     temperature,
 )
+from liger_fx.passes._taken import Taken
 from liger_fx.passes.linear_cross_entropy import CROSS_ENTROPIES
 from torch import fx
 

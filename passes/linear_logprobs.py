@@ -19,11 +19,12 @@ Numerics     Softmax in fp32. The backward projects again, chunk by chunk: the g
 
 import torch
 import torch.nn.functional as F
-from liger_fx.passes._head import Taken, head_rewrite
+from liger_fx.passes._head import head_rewrite
 from liger_fx.passes._rows import check_projection, check_rows, keeps_or_scales_rows, temperature
+from liger_fx.passes._taken import Taken
 from torch import fx
 
-from liger_fx.canonical import fake, op_name, same_sizes
+from liger_fx.canonical import op_name, same_sizes
 from liger_fx.matcher import Match, Reject
 from liger_fx.pattern import chain
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from _spellings import B, H, S, T, V
+from _spellings import B, S, T, V
 from _util import DEVICE, capture, reasons, show
 from liger_fx.passes import linear_cross_entropy, linear_kl, linear_logprobs
 
