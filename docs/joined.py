@@ -52,7 +52,7 @@ def head_errors() -> str:
 
 
 def head_peers() -> str:
-    """A line for each of the newest peers, ms and GiB in each cell; "" where it was not measured."""
+    """A line for each of the newest peers, ms and GiB in each cell; "" where not measured."""
     found = rows("linear_cross_entropy_peers")
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in found:

@@ -1,5 +1,5 @@
-"""From what is taken of rows of logits to matches: one for each projection, that ends in a sum where
-it can (`passes._head`)."""
+"""From what is taken of rows of logits to matches: one for each projection, which ends in a sum
+where there is one (`passes._head`)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from liger_fx.passes._chunks import whole_of
 from liger_fx.passes._rows import slices, temperature
-from liger_fx.passes._sums import readers, walk
+from liger_fx.passes._sums import Walk, readers
 from liger_fx.passes._taken import Head, Taken, Term, sizes_of
 from torch import fx
 
@@ -106,8 +106,8 @@ def _check_student(match: Match) -> None:
     values = match.values
     if values["class_weight"] is not None or values["label_smoothing"] or "softcap" in values:
         raise Reject(
-            "the cross-entropy beside a divergence has class weights, label smoothing or a softcap; "
-            "the kernel has not"
+            "the cross-entropy beside a divergence has class weights, label smoothing or a "
+            "softcap; the kernel has not"
         )
 
 
@@ -118,15 +118,16 @@ def _named(terms: list[Term]) -> str:
 def _follow(view: View, term: Term, taken: set[fx.Node]) -> None:
     """Find the steps after a value. Raises `Reject` for classes that are not added up."""
     sizes = sizes_of(term.match.bindings, term.match)
-    steps = list(walk(view, term.root, sizes, term.has_classes, taken))
+    steps = list(Walk(view, sizes, taken).steps(term.root, term.has_classes))
     if not term.has_classes:
         term.steps = steps
         return
-    at = next((i for i, step in enumerate(steps, 1) if step.op in ("sum", "mean")), None)
+    at = next((i for i, step in enumerate(steps, 1) if step.reduces), None)
     if at is None or any(readers(step.source) for step in steps[:at]):
         raise Reject(
-            "the divergences of single classes leave the graph, or are added up by more than sum(), "
-            "mean(), masks and weights of tokens; jsd[mask] ends the graph, jsd * mask does not"
+            "the divergences of single classes leave the graph, or are added up by more than "
+            "sum(), mean(), masks and weights of tokens; jsd[mask] ends the graph, jsd * mask does "
+            "not"
         )
     term.inner, term.steps = steps[:at], steps[at:]
 
@@ -216,21 +217,16 @@ def _head(view: View, chunks: list[list[Term]], adding: list[Term], end: fx.Node
     terms = [term for chunk in chunks for term in chunk]
     outputs = [end]
     for term in terms:
-        term.read = (
-            []
-            if term.start is end
-            else [term.start]
-            if term not in adding
-            else [node for node in term.path if node is not end and readers(node)]
-        )
+        of_path = [node for node in term.path if readers(node)] if term in adding else [term.start]
+        term.read = [node for node in of_path if node is not end]
         outputs += (node for node in term.read if node not in outputs)
     if len(outputs) > 1 and (
-        len(chunks) > 1 or any(step.in_place for term in adding for step in term.steps)
+        len(chunks) > 1 or any(step.written for term in adding for step in term.steps)
     ):
         return None
     own = {node for term in terms for node in term.path}
     steps = [step for term in terms for step in (*term.inner, *term.steps)]
-    if any(step.in_place and step.written not in {step.source, *own} for step in steps):
+    if any(step.written not in {None, step.source, *own} for step in steps):
         return None  # somebody else's number is added to
     operands = {other for step in steps for other in step.others} - own
     head = _joined(view, chunks, outputs, operands)

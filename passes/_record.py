@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from liger_fx.passes._rows import head_arguments, kept_rows, temperature
-from liger_fx.passes._sums import Number, Step, Transpose, dims_of, is_tensor, times
+from liger_fx.passes._sums import Step
 from liger_fx.passes._taken import Head, Term
+from liger_fx.passes._transpose import Number, Transpose, dims_of, is_tensor, times
 from torch import fx
 
 from liger_fx import ops
@@ -168,7 +169,7 @@ class _Replacement:
     def _of_values(self, term: Term, steps: list[Step], number: Number = 1.0) -> Number:
         """The transpose of ``steps`` and of what the model reduces by itself, of ``number``; flat
         if of tokens."""
-        number = self.transpose.coefficient(steps, term.has_classes, number)
+        number = self.transpose.apply(steps, term.has_classes, number)
         if dims_of(number):
             shape = list(fake(term.root).shape)
             if term.has_classes:
@@ -200,22 +201,20 @@ class _Replacement:
 
     def with_the_rest(self, total: Any) -> Any:
         """``total`` and what else the model adds on the way to the end."""
-        end = self.head.outputs[0]
-        seen = {step.node for terms in self.head.chunks for t in terms for step in t.steps}
-        seen |= {term.start for terms in self.head.chunks for term in terms}
-        done = set()
+        own = {node for terms in self.head.chunks for term in terms for node in term.path}
+        steps: dict[fx.Node, list[Step]] = {}  # each that adds, and those after it
         for terms in self.head.chunks:
             for term in terms:
                 for i, step in enumerate(term.steps):
-                    added = step.added
-                    if step.node in done or added is None or self.head.view.resolve(added) in seen:
-                        continue
-                    done.add(step.node)
-                    if isinstance(added, int | float) and added == 0:
-                        continue
-                    number = self.transpose.coefficient(term.steps[i + 1 :])
-                    sign = -1.0 if step.op == "sub" and step.node.args[1] is added else 1.0
-                    total = total + times(times(self.transpose.of(added), sign), number)
+                    if step.op in ("add", "sub"):
+                        steps.setdefault(step.node, term.steps[i:])
+        for step, *rest in steps.values():
+            added = self.head.view.resolve(step.operand)
+            if added in own or (isinstance(added, int | float) and added == 0):
+                continue
+            negated = step.op == "sub" and step.node.args[0] is step.source
+            number = times(self.transpose.of(added), self.transpose.apply(rest))
+            total = total - number if negated else total + number
         return total
 
     def reads(self, made: Any) -> list[Any]:

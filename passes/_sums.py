@@ -1,25 +1,24 @@
-"""From what is taken of each token to the sum that it ends in: linear steps, and their transpose.
+"""From what is taken of each token to the sum in which it ends: steps that are linear in it.
 
 A loss over tokens is a sum of values, each times a coefficient: a mask, a weight of the token, one
-over a number of tokens, a share of several losses. `walk` follows a value through steps that are
-linear in it, as far as these go; `coefficient` goes back from the end and gives the number that the
-end takes each value times: the transpose of the steps, applied to 1.
+over a number of tokens, a share of several losses. `Walk` follows a value as far as the steps are
+linear; `passes._transpose` goes back from the end and gives the coefficients.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from liger_fx.passes._sizes import Sizes
 from torch import fx
 
 from liger_fx.canonical import View, fake, op_name, positional, same_sizes
-from liger_fx.matcher import Reject
 
-Number = Any  # a number, or the proxy of a tensor
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # sums are computed in float32
 
 
 @dataclass(frozen=True)
@@ -33,16 +32,21 @@ class Step:
 
     @property
     def op(self) -> str:
-        return str(op_name(self.node)).rstrip("_")
+        return _op(self.node)
 
     @property
-    def in_place(self) -> bool:
-        return str(op_name(self.node)).endswith("_")
+    def reduces(self) -> bool:
+        return self.op in ("sum", "mean")
+
+    @property
+    def dims(self) -> list[int]:
+        """Those of the source that are reduced."""
+        return _dims(positional(self.node), fake(self.source).dim())
 
     @property
     def written(self) -> Any:
-        """What the step writes to if it works in place."""
-        return self.node.args[0]
+        """What the step writes to if it works in place, else nothing."""
+        return self.node.args[0] if str(op_name(self.node)).endswith("_") else None
 
     @property
     def weighs_tokens(self) -> bool:
@@ -51,328 +55,145 @@ class Step:
         return any(isinstance(value, torch.Tensor) and value.dim() for value in values)
 
     @property
-    def added(self) -> Any:
-        """What the step adds to its source; None if it adds nothing."""
-        if self.op not in ("add", "sub"):
-            return None
-        return next((arg for arg in self.node.args if arg is not self.source), None)
+    def operand(self) -> Any:
+        """The other one of two arguments, as the node has it."""
+        left, right = self.node.args
+        return right if left is self.source else left
 
 
-class Sizes:
-    """The sizes that a graph can compute of the tensors that a match reads: numbers, dimensions of
-    these tensors, the product of the leading ones of a hidden state, and that times the classes."""
-
-    def __init__(self, tensors: Mapping[str, Any], tokens: Any, classes: Any) -> None:
-        self._places: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for name, value in tensors.items():
-            if isinstance(value, torch.Tensor):
-                for dim, size in enumerate(value.shape):
-                    self._places.setdefault(_formula(size), (name, (dim,)))
-        labels = next((n for n in ("target", "label") if n in tensors), None)
-        for name in filter(None, (labels, "hidden")):
-            shape = tensors[name].shape[:-1] if name == "hidden" else tensors[name].shape
-            product = math.prod(shape)
-            self._places.setdefault(_formula(product), (name, tuple(range(len(shape)))))
-        self._tokens, self._classes = tokens, classes
-
-    def known(self, size: Any) -> bool:
-        return _constant(size) is not None or bool(self._factors(size))
-
-    def _factors(self, size: Any) -> list[Any]:
-        if _formula(size) in self._places:
-            return [size]
-        if _formula(size) == _formula(self._tokens * self._classes):
-            tokens = [self._tokens] if self.known(self._tokens) else []
-            return [*tokens, self._classes] if tokens else []
-        return []
-
-    def record(self, size: Any, proxies: Mapping[str, Any]) -> Any:
-        """The size, as a number or a proxy. Raises `Reject` for one that is not known."""
-        constant = _constant(size)
-        if constant is not None:
-            return constant
-        if not self.known(size):
-            raise Reject(f"the size {size} is not one of the head's tensors")
-        product: Any = 1
-        for factor in self._factors(size):
-            if isinstance(factor, int):
-                product = product * factor
-                continue
-            name, dims = self._places[_formula(factor)]
-            for dim in dims:
-                product = product * proxies[name].size(dim)
-        return product
+def _op(node: fx.Node) -> str:
+    return str(op_name(node)).rstrip("_")
 
 
-def _constant(size: Any) -> int | None:
-    """The number that ``size`` is, of symbols that a view has fixed as well."""
-    return int(_formula(size)) if _formula(size).isdigit() else None
+def _dims(args: tuple[Any, ...], rank: int) -> list[int]:
+    dim = args[1] if len(args) > 1 else None
+    if dim in (None, (), []):
+        return list(range(rank))
+    return sorted(d % rank for d in (dim if isinstance(dim, tuple | list) else (dim,)))
 
 
-def _formula(size: Any) -> str:
-    """Of the symbols: two that are as large today may differ tomorrow."""
-    return str(size if isinstance(size, int) else size.node.expr.expand())
-
-
-def walk(
-    view: View, value: fx.Node, sizes: Sizes, classes: bool, taken: Container[fx.Node]
-) -> Iterator[Step]:
-    """The steps from ``value`` on, each linear in the one before, as far as nobody else needs a
-    gradient of what is passed. classes: the value has a dimension of classes, its last. taken:
-    nodes that are computed otherwise."""
-    while (step := _next(view, value, sizes, classes, taken)) is not None:
-        yield step
-        if step.op in ("sum", "mean"):
-            classes = False
-        value = step.node
+def masked(node: fx.Node) -> tuple[Any, Any, Any, bool]:
+    """Of a ``where`` or a ``masked_fill``: what is masked, what stands elsewhere, the mask, and
+    whether it says what is kept."""
+    args = positional(node)
+    if _op(node) != "where":
+        return args[0], args[2], args[1], False
+    mask, first, second = args if node.op == "call_function" else (args[1], args[0], args[2])
+    kept = isinstance(first, fx.Node)
+    return (first, second, mask, True) if kept else (second, first, mask, False)
 
 
 def readers(node: fx.Node) -> list[fx.Node]:
     """The users of ``node`` to which it gives no gradient, though it has one."""
     if not fake(node).requires_grad:
         return []
-    return [user for user in node.users if _has_no_gradient(user)]
+    values = ((user, fake(user)) for user in node.users)
+    return [u for u, value in values if isinstance(value, torch.Tensor) and not value.requires_grad]
 
 
-def _has_no_gradient(user: fx.Node) -> bool:
-    value = fake(user)
-    return isinstance(value, torch.Tensor) and not value.requires_grad
+class Walk:
+    """Steps after values. sizes: which a coefficient can be computed of. taken: nodes that are
+    computed otherwise."""
 
+    def __init__(self, view: View, sizes: Sizes, taken: Container[fx.Node]) -> None:
+        self.view, self.sizes, self.taken = view, sizes, taken
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # sums are computed in float32
+    def steps(self, value: fx.Node, classes: bool) -> Iterator[Step]:
+        """The steps from ``value`` on, each linear in the one before, as far as nobody else needs a
+        gradient of what is passed. classes: the value has a dimension of classes, its last."""
+        while (step := self._next(value, classes)) is not None:
+            yield step
+            value, classes = step.node, classes and not step.reduces
 
-
-def _next(
-    view: View, source: fx.Node, sizes: Sizes, classes: bool, taken: Container[fx.Node]
-) -> Step | None:
-    read = readers(source)
-    users = [user for user in source.users if user not in read and user not in taken]
-    if len(users) != 1:
-        return None
-    (node,) = users
-    value = fake(node)
-    if not isinstance(value, torch.Tensor) or value.dtype not in _DTYPES:
-        return None
-    rule = _RULES.get(str(op_name(node)).rstrip("_"))
-    args = positional(node)
-    if rule is None or sum(arg is source for arg in node.all_input_nodes) != 1:
-        return None
-    others = rule(view, node, source, args, sizes, classes)
-    return None if others is None else Step(node, source, others)
-
-
-_Others = tuple[fx.Node, ...] | None  # None: the step is not linear, or not known to be
-
-
-def _keeps(view: View, node: fx.Node, source: fx.Node, args: Any, sizes: Sizes, c: bool) -> _Others:
-    return () if args[0] is source else None
-
-
-def _reshapes(
-    view: View, node: fx.Node, source: fx.Node, args: Any, sizes: Sizes, c: bool
-) -> _Others:
-    before, after = fake(source).shape, fake(node).shape
-    if node.args[0] is not source or (c and str(before[-1]) != str(after[-1])):
-        return None
-    return () if all(map(sizes.known, (*before, *after))) else None
-
-
-def _reduces(
-    view: View, node: fx.Node, source: fx.Node, args: Any, sizes: Sizes, c: bool
-) -> _Others:
-    _, dim, keepdim, dtype = (*args, None, False, None)[:4]
-    dims = _dims(dim, fake(source).dim())
-    if args[0] is not source or dtype is not None or (c and fake(source).dim() - 1 not in dims):
-        return None
-    counts = [fake(source).shape[d] for d in dims]
-    whole = math.prod(counts)
-    if str(op_name(node)) == "mean" and not (sizes.known(whole) or all(map(sizes.known, counts))):
-        return None
-    return ()
-
-
-def _dims(dim: Any, rank: int) -> list[int]:
-    if dim is None or dim == () or dim == []:
-        return list(range(rank))
-    return sorted(d % rank for d in (dim if isinstance(dim, tuple | list) else (dim,)))
-
-
-def _scales(
-    view: View, node: fx.Node, source: fx.Node, args: Any, sizes: Sizes, c: bool
-) -> _Others:
-    if len(args) < 2 or node.kwargs or (op_name(node) in ("div", "div_") and args[0] is not source):
-        return None
-    return _factor(view, node, source, args[1] if args[0] is source else args[0], c)
-
-
-def _factor(view: View, node: fx.Node, source: fx.Node, factor: Any, classes: bool) -> _Others:
-    """What a step multiplies by: the same for all classes, without gradient, never written."""
-    factor = view.resolve(factor)
-    if not isinstance(factor, fx.Node):
-        return () if isinstance(factor, int | float) else None
-    value = fake(factor)
-    if isinstance(value, torch.Tensor):
-        varies = classes and value.dim() > 0 and str(value.shape[-1]) != "1"
-        if value.requires_grad or varies or view.effects.written(factor):
+    def _next(self, source: fx.Node, classes: bool) -> Step | None:
+        read = readers(source)
+        users = [user for user in source.users if user not in read and user not in self.taken]
+        if len(users) != 1:
             return None
-        if value.is_complex() or not same_sizes(fake(node).shape, fake(source).shape):
+        (node,) = users
+        value, rule = fake(node), _RULES.get(_op(node))
+        if not isinstance(value, torch.Tensor) or value.dtype not in _DTYPES or rule is None:
             return None
-    return (factor,)
+        others = rule(self, node, source, classes)
+        return None if others is None else Step(node, source, others)
 
+    # Rules: the other operands of a step; None if it is not linear in its source, or not known to
+    # be. With ``classes`` these are treated alike.
 
-def _masks(view: View, node: fx.Node, source: fx.Node, args: Any, sizes: Sizes, c: bool) -> _Others:
-    if len(args) != 3:
-        return None
-    chosen, other, mask = _masked(node, args)
-    if chosen is not source or isinstance(other, fx.Node) or other != 0:
-        return None
-    return _factor(view, node, source, mask, c)
+    def _keeps(self, node: fx.Node, source: fx.Node, classes: bool) -> _Others:
+        return () if node.args[0] is source else None
 
+    def _reshapes(self, node: fx.Node, source: fx.Node, classes: bool) -> _Others:
+        before, after = fake(source).shape, fake(node).shape
+        if node.args[0] is not source or (classes and str(before[-1]) != str(after[-1])):
+            return None
+        return () if all(map(self.sizes.known, (*before, *after))) else None
 
-def _masked(node: fx.Node, args: Any) -> tuple[Any, Any, Any]:
-    """(what is masked, what stands where it is not kept, the mask)"""
-    if op_name(node) == "where":
-        mask, kept, other = args if node.op == "call_function" else (args[1], args[0], args[2])
-        return (kept, other, mask) if isinstance(kept, fx.Node) else (other, kept, mask)
-    return args[0], args[2], args[1]
+    def _reduces(self, node: fx.Node, source: fx.Node, classes: bool) -> _Others:
+        args = positional(node)
+        shape, dims = fake(source).shape, _dims(args, fake(source).dim())
+        if args[0] is not source or args[3:] not in ((), (None,)):  # another dtype
+            return None
+        if classes and len(shape) - 1 not in dims:
+            return None
+        if _op(node) == "mean" and not self.sizes.known(math.prod(shape[d] for d in dims)):
+            return None
+        return ()
 
+    def _scales(self, node: fx.Node, source: fx.Node, classes: bool) -> _Others:
+        if node.kwargs or len(node.args) != 2 or (_op(node) == "div" and node.args[1] is source):
+            return None
+        left, right = node.args
+        if left is right:
+            return None
+        return self._factor(node, source, right if left is source else left, classes)
 
-def _adds(view: View, node: fx.Node, source: fx.Node, args: Any, sizes: Sizes, c: bool) -> _Others:
-    if node.kwargs or len(node.args) != 2 or fake(node).dim():
-        return None
-    other = view.resolve(node.args[1] if node.args[0] is source else node.args[0])
-    if isinstance(other, fx.Node):
+    def _masks(self, node: fx.Node, source: fx.Node, classes: bool) -> _Others:
+        if len(positional(node)) != 3:
+            return None
+        chosen, other, mask, _ = masked(node)
+        if chosen is not source or isinstance(other, fx.Node) or other != 0:
+            return None
+        return self._factor(node, source, mask, classes)
+
+    def _factor(self, node: fx.Node, source: fx.Node, factor: Any, classes: bool) -> _Others:
+        """What a step multiplies by: a number, or a tensor without gradient, never written."""
+        factor = self.view.resolve(factor)
+        if not isinstance(factor, fx.Node):
+            return () if isinstance(factor, int | float) else None
+        value = fake(factor)
+        if isinstance(value, torch.Tensor):
+            varies = classes and value.dim() > 0 and str(value.shape[-1]) != "1"
+            known = not (value.requires_grad or value.is_complex() or varies)
+            if not known or self.view.effects.written(factor):
+                return None
+            if not same_sizes(fake(node).shape, fake(source).shape):  # broadcast
+                return None
+        return (factor,)
+
+    def _adds(self, node: fx.Node, source: fx.Node, classes: bool) -> _Others:
+        """Scalars only: other terms, and what else is added up."""
+        if node.kwargs or len(node.args) != 2 or fake(node).dim() or node.args[0] is node.args[1]:
+            return None
+        left, right = node.args
+        other = self.view.resolve(right if left is source else left)
+        if not isinstance(other, fx.Node):
+            return () if isinstance(other, int | float) else None
         value = fake(other)
-        if isinstance(value, torch.Tensor) and value.dim():
-            return None
-        return (other,)
-    return () if isinstance(other, int | float) else None
+        return None if isinstance(value, torch.Tensor) and value.dim() else (other,)
 
 
-_RULES: dict[str, Callable[..., _Others]] = {
-    "cast": _keeps,
-    "neg": _keeps,
-    "reshape": _reshapes,
-    "sum": _reduces,
-    "mean": _reduces,
-    "mul": _scales,
-    "div": _scales,
-    "where": _masks,
-    "masked_fill": _masks,
-    "add": _adds,
-    "sub": _adds,
+_Others = tuple[fx.Node, ...] | None
+_RULES: dict[str, Callable[[Walk, fx.Node, fx.Node, bool], _Others]] = {
+    "cast": Walk._keeps,
+    "neg": Walk._keeps,
+    "reshape": Walk._reshapes,
+    "sum": Walk._reduces,
+    "mean": Walk._reduces,
+    "mul": Walk._scales,
+    "div": Walk._scales,
+    "where": Walk._masks,
+    "masked_fill": Walk._masks,
+    "add": Walk._adds,
+    "sub": Walk._adds,
 }
-
-
-# -- coefficients ----------------------------------------------------------------------------------
-
-
-class Transpose:
-    """Records coefficients. proxies: of the tensors of ``sizes``, by name; operand: the proxy, or
-    the number, of another operand of a step."""
-
-    def __init__(
-        self, sizes: Sizes, proxies: Mapping[str, Any], operand: Callable[[fx.Node], Any]
-    ) -> None:
-        self._sizes, self._proxies, self._operand = sizes, proxies, operand
-
-    def coefficient(self, steps: list[Step], classes: bool = False, number: Number = 1.0) -> Number:
-        """What ``number`` times the end of ``steps`` takes each element of their first source
-        times: a number, or a tensor that can be expanded to it. With ``classes`` its last dimension
-        is 1."""
-        levels = [classes and not any(s.op in ("sum", "mean") for s in steps[:i]) for i in
-                  range(len(steps))]  # fmt: skip
-        for step, of_classes in zip(reversed(steps), reversed(levels), strict=True):
-            number = getattr(self, f"_{step.op}", self._keep)(step, number, of_classes)
-        return number
-
-    def _keep(self, step: Step, number: Number, classes: bool) -> Number:
-        return number
-
-    def _neg(self, step: Step, number: Number, classes: bool) -> Number:
-        return -number
-
-    def _sub(self, step: Step, number: Number, classes: bool) -> Number:
-        return number if step.node.args[0] is step.source else -number
-
-    def _mul(self, step: Step, number: Number, classes: bool) -> Number:
-        other = self._other(step)
-        if (
-            dims_of(other) and not fake(other.node).is_floating_point()
-        ):  # what is left out stays out, whatever it is divided by: 1/0
-            return torch.where(other != 0, times(number, other), 0.0)
-        return times(number, other)
-
-    def _div(self, step: Step, number: Number, classes: bool) -> Number:
-        return number / self._other(step)
-
-    def _other(self, step: Step) -> Any:
-        args = step.node.args
-        return self.of(args[1] if args[0] is step.source else args[0])
-
-    def of(self, value: Any) -> Any:
-        """The proxy of an operand, in a dtype that products keep; a number as it is."""
-        if not isinstance(value, fx.Node):
-            return value
-        operand, like = self._operand(value), fake(value)
-        narrow = isinstance(like, torch.Tensor) and like.dtype in (torch.float16, torch.bfloat16)
-        return operand.float() if narrow else operand
-
-    def _where(self, step: Step, number: Number, classes: bool) -> Number:
-        args = positional(step.node)
-        _, _, mask = _masked(step.node, args)
-        kept = op_name(step.node) == "where" and args[2] is not step.source
-        pair = (number, 0.0) if kept else (0.0, number)
-        return torch.where(self._operand(mask), *pair)
-
-    _masked_fill = _where
-
-    def _mean(self, step: Step, number: Number, classes: bool) -> Number:
-        shape = fake(step.source).shape
-        counts = [shape[d] for d in self._reduced(step)]
-        whole = math.prod(counts)
-        for count in [whole] if self._sizes.known(whole) else counts:
-            number = number / self.size(count)
-        return self._sum(step, number, classes)
-
-    def _sum(self, step: Step, number: Number, classes: bool) -> Number:
-        keepdim = (*positional(step.node), None, False)[2]
-        if dims_of(number) and not keepdim:
-            for dim in self._reduced(step):
-                number = number.unsqueeze(dim)
-        return number
-
-    def _reduced(self, step: Step) -> list[int]:
-        return _dims(positional(step.node)[1], fake(step.source).dim())
-
-    def _reshape(self, step: Step, number: Number, classes: bool) -> Number:
-        if not dims_of(number):
-            return number
-        before, after = list(fake(step.source).shape), list(fake(step.node).shape)
-        if classes:
-            before[-1] = after[-1] = 1
-        return number.expand(self.shape(after)).reshape(self.shape(before))
-
-    def shape(self, sizes: Any) -> tuple[Any, ...]:
-        return tuple(map(self.size, sizes))
-
-    def size(self, size: Any) -> Any:
-        return self._sizes.record(size, self._proxies)
-
-
-def times(a: Number, b: Number) -> Number:
-    """The product, without the factors of 1 that a graph need not compute."""
-    if isinstance(a, int | float) and a == 1:
-        return b
-    if isinstance(b, int | float) and b == 1:
-        return a
-    return a * b
-
-
-def is_tensor(number: Number) -> bool:
-    return isinstance(number, fx.Proxy) and isinstance(fake(number.node), torch.Tensor)
-
-
-def dims_of(number: Number) -> int:
-    """The number of dimensions of a coefficient; 0 for a number."""
-    return fake(number.node).dim() if is_tensor(number) else 0

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from liger_fx.passes._rows import kept_rows
-from liger_fx.passes._sums import Sizes, Step
+from liger_fx.passes._sizes import Sizes
+from liger_fx.passes._sums import Step
 from torch import fx
 
 from liger_fx.canonical import fake

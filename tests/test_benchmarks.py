@@ -272,7 +272,7 @@ def test_peers_are_exact_or_say_why_they_are_left_out(run: Run) -> None:
 
 
 def test_a_package_that_is_missing_is_named() -> None:
-    with pytest.raises(_measure.Unavailable, match="^some-package is not installed$"):
+    with pytest.raises(_measure.Unavailable, match=r"^some-package is not installed$"):
         _measure.needs_package("some_package", "some-package")
 
 

@@ -197,8 +197,8 @@ def _linear_loss(*arguments: Any) -> tuple[Tensor, Tensor]:
     CPU float64 as well). target: int64, as many labels as input has rows; None if no cross-entropy
     is taken. class_weight: [V] or None, without gradient. teacher_*: the same as of the student,
     with a hidden size and a dtype of its own, for a divergence; it gets no gradient. weights:
-    floating point [takes, N] or [takes, 1], without gradient: a number for each token's values; None
-    for 1. takes, ignore_index, label_smoothing, softcap, temperature, beta: as for
+    floating point [takes, N] or [takes, 1], without gradient: what each token's values are taken
+    times; None for 1. takes, ignore_index, label_smoothing, softcap, temperature, beta: as for
     `liger_fx.ops.token_loss.TokenLoss`. chunk_tokens: 0 chooses by memory budget. accum_dtype: of
     the sums of parameter gradients over chunks. skip_ignored: do not project tokens whose weights
     are zero, or of which a cross-entropy alone is taken and whose label is ignored. every_value:
@@ -262,7 +262,8 @@ def _check(arguments: Sequence[Any]) -> None:
         raise ValueError(f"expected torchtune's divergences or jensen_shannon, got {list(takes)}")
     if teacher is not None and (any(of_labels) or tensors[4] is not None):
         raise ValueError(
-            "beside a divergence there is no label smoothing, softcap or class weight: pass 0 and None"
+            "label smoothing, softcap and class weights are not computed beside a divergence; pass "
+            "0, 0 and None"
         )
     if ("cross_entropy" in takes) != (target is not None):
         raise ValueError("expected a target if a cross-entropy is taken, and only then")

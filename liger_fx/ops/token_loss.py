@@ -1,4 +1,4 @@
-"""What a loss takes of a row of logits, and its gradient: on a CPU, by Triton and by Liger's kernel.
+"""What a loss takes of a row of logits, and its gradient: in PyTorch, and by Liger's kernel.
 
 For a row of logits ``l``, its label ``y``, class weights ``w`` (1 without) and V classes::
 
@@ -11,7 +11,7 @@ the cross-entropy as `torch.nn.functional.cross_entropy` defines it, 0 where ``y
 ``squared_logsumexp`` is ``L^2``, the z-loss of PaLM (Chowdhery et al., 2022, section 5). The
 gradients over ``z`` are::
 
-    dL / dz[c] = q[c]                  dL^2 / dz[c] = 2 L q[c]      dH / dz[c] = -q[c] (log q[c] + H)
+    dL / dz[c] = q[c]          dL^2 / dz[c] = 2 L q[c]          dH / dz[c] = -q[c] (log q[c] + H)
 
 What is taken of two heads, a divergence, is in `liger_fx.ops.kl_loss`.
 """
