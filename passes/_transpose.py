@@ -29,10 +29,10 @@ class Transpose:
         """What ``number`` times the end of ``steps`` takes each element of their first source
         times: a number, or a tensor that can be expanded to the source. With ``classes``, the last
         dimension of the source, that of the tensor is 1."""
-        level = classes and not any(step.reduces for step in steps)
-        for step in reversed(steps):
-            level |= classes and step.reduces
-            number = getattr(self, f"_{step.op}", self._keep)(step, number, level)
+        first = next((i for i, step in enumerate(steps) if step.reduces), len(steps))
+        for i, step in reversed([*enumerate(steps)]):
+            rule = getattr(self, f"_{step.op}", self._keep)
+            number = rule(step, number, classes and i <= first)
         return number
 
     def size(self, size: Any) -> Any:
