@@ -759,7 +759,7 @@ class _CrossEntropy(torch.autograd.Function):
         loss, *gradients = linear_cross_entropy(
             *given, *absent, target, *settings, 0.0, *needs, 0, torch.float32, True
         )
-        ctx.settings = settings
+        ctx.settings, ctx.projection = settings, weakref.ref(projection)
         ctx.save_for_backward(logits, target, *gradients)
         return loss
 
@@ -767,12 +767,12 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         logits, target, *gradients = ctx.saved_tensors
-        projection, _ = _plain_projection(logits)
+        projection = ctx.projection()  # its logits may have been read since
         known = [
             scaled(gradient, grad) if need else None
             for gradient, need in zip(gradients, projection.needs, strict=False)
         ]
-        args = logits._node, _Each(target.reshape(-1)), grad, *ctx.settings
+        args = _node_of(logits), _Each(target.reshape(-1)), grad, *ctx.settings
         node = _Known(_cross_entropy_gradient, args, {}, projection, known)
         return _made(_mirror(logits), node, logits.device), *[None] * 4
 

@@ -65,6 +65,7 @@ def run(
     lengths: tuple[int, ...] = (),
     compute_metrics: Any = None,
     resume: str | None = None,
+    by_layers: bool = False,
     **args: Any,
 ) -> Run:
     torch._dynamo.reset()
@@ -74,6 +75,8 @@ def run(
     start = {name: p.detach().clone() for name, p in made.named_parameters()}
     if backend is not None:
         made.compile(backend=backend)
+    if by_layers:
+        liger_fx.huggingface.compile(made, **OPTIONS)
     trained = trainer(
         made,
         arguments(folder, **args),

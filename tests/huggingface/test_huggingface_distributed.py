@@ -89,18 +89,27 @@ DDP_CASES: dict[str, dict[str, Any]] = {
     "split, all used": dict(model=large_head, ddp_find_unused_parameters=False),
     "split, tied": dict(model=functools.partial(large_head, tie_word_embeddings=True)),
     "split, small buckets": dict(model=large_head, ddp_bucket_cap_mb=1),
+    "layers": dict(by_layers=True),
+    "layers, bf16": dict(by_layers=True, bf16=True),
+    "layers, checkpointing": dict(by_layers=True, gradient_checkpointing=True),
+    "layers, tied, small buckets": dict(
+        by_layers=True,
+        model=functools.partial(large_head, tie_word_embeddings=True),
+        ddp_bucket_cap_mb=0.01,
+    ),
 }
 
 
 def _under_ddp(folder: Path, world: int, device: str) -> dict[str, Any]:
     found = {}
     for name, case in DDP_CASES.items():
+        whole = world > 1 and not case.get("by_layers")
         done = run(
             folder,
-            liger_fx.backend(**OPTIONS) if world > 1 else None,
+            liger_fx.backend(**OPTIONS) if whole else None,
             use_cpu=device == "cpu",
             per_device_train_batch_size=JOINT_BATCH // world,
-            **case,
+            **(case if world > 1 else case | {"by_layers": False}),
         )
         found[name] = dict(
             losses=done.losses,
@@ -108,6 +117,7 @@ def _under_ddp(folder: Path, world: int, device: str) -> dict[str, Any]:
             read=done.read,
             heads=fused_heads(),
             deferred=[len(report.deferred) for report in liger_fx.reports()],
+            modules=[len(report.modules) for report in liger_fx.reports()],
         )
     return found
 
@@ -117,12 +127,15 @@ def test_ddp(device, tmp_path):
     (joint,) = outcomes(tmp_path, _under_ddp, 1, device)
     for two in outcomes(tmp_path, _under_ddp, 2, device):
         for name, case in two.items():
-            tolerance = 2e-3 if name == "bf16" else 1e-5
+            tolerance = 2e-3 if "bf16" in name else 1e-5
             assert case["losses"] == pytest.approx(joint[name]["losses"], rel=tolerance), name
             for parameter, update in case["updates"].items():
                 error = relative_error(update, joint[name]["updates"][parameter])
                 assert error <= 30 * tolerance, (name, parameter)
             assert case["read"] == (0, 0), name
+            if "layers" in name:  # whole, and of evaluation; the checkpoint's are of its own
+                assert case["modules"][:3] == [1, 2, 1], (name, case["modules"])
+                continue
             assert case["deferred"] == case["heads"], name
             assert set(case["heads"]) == ({0, 1} if _in_parts(name) else {1}), name
 
