@@ -4,6 +4,7 @@ computes on the joint batch, and no logits made."""
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from _trainer import collator, language_model, samples  # noqa: E402
 from test_huggingface import OPTIONS, fused_heads, run  # noqa: E402
 
 from liger_fx.huggingface import LigerFxPlugin, defer_logits  # noqa: E402
+from liger_fx.huggingface import compile as by_layers  # noqa: E402
 
 pytestmark = pytest.mark.integrations
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -169,38 +171,41 @@ def _train(accelerator: Any, model: nn.Module, world: int) -> dict[str, Any]:
     return dict(losses=losses, gradients=gradients, read=materialized() - before, units=units)
 
 
+MODELS = {"untied": language_model, "tied": tied}
+
+
 def _under_fsdp(folder: Path, world: int, device: str) -> dict[str, Any]:
     found = {}
-    for name, model in {"untied": language_model, "tied": tied}.items():
-        for mixed_precision in ("no", "bf16"):
-            for checkpointing in (False, True):
-                torch._dynamo.reset()
-                accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-                fused = world > 1
-                dynamo = LigerFxPlugin(options=OPTIONS, use_regional_compilation=True)
-                fsdp = accelerate.FullyShardedDataParallelPlugin(
-                    fsdp_version=2,
-                    auto_wrap_policy="transformer_based_wrap",
-                    cpu_ram_efficient_loading=False,
-                    activation_checkpointing=checkpointing,
-                )
-                accelerator = accelerate.Accelerator(
-                    cpu=device == "cpu",
-                    mixed_precision=mixed_precision,
-                    dynamo_plugin=dynamo if fused else None,
-                    fsdp_plugin=fsdp if fused and device != "cpu" else None,
-                )
-                # accelerate allows TF32 on a GPU where it compiles, and one process does not compile.
-                torch.backends.cuda.matmul.allow_tf32 = False
-                made = model()
-                if fused:
-                    if device == "cpu":
-                        _shard_on_a_cpu(accelerator, fsdp)
-                    defer_logits(made)
-                elif checkpointing:
-                    made.gradient_checkpointing_enable()
-                case = f"{name}, {mixed_precision}, checkpointing={checkpointing}"
-                found[case] = _train(accelerator, made, world)
+    for way, (name, model), mixed_precision, checkpointing in itertools.product(
+        ("plugin", "layers"), MODELS.items(), ("no", "bf16"), (False, True)
+    ):
+        torch._dynamo.reset()
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        fused = world > 1
+        dynamo = LigerFxPlugin(options=OPTIONS, use_regional_compilation=True)
+        fsdp = accelerate.FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            cpu_ram_efficient_loading=False,
+            activation_checkpointing=checkpointing,
+        )
+        accelerator = accelerate.Accelerator(
+            cpu=device == "cpu",
+            mixed_precision=mixed_precision,
+            dynamo_plugin=dynamo if fused and way == "plugin" else None,
+            fsdp_plugin=fsdp if fused and device != "cpu" else None,
+        )
+        # accelerate allows TF32 on a GPU where it compiles, and one process does not compile.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        made = model()
+        if fused:
+            if device == "cpu":
+                _shard_on_a_cpu(accelerator, fsdp)
+            defer_logits(made) if way == "plugin" else by_layers(made, **OPTIONS)
+        elif checkpointing:
+            made.gradient_checkpointing_enable()
+        case = f"{way}, {name}, {mixed_precision}, checkpointing={checkpointing}"
+        found[case] = _train(accelerator, made, world)
     return found
 
 
