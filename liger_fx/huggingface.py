@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,14 @@ from transformers import Cache, PreTrainedModel, TrainerCallback
 from liger_fx.deferred import DeferredLogits, Head
 from liger_fx.dynamo import Backend, backend
 from liger_fx.report import Place, Rejection, Report
+
+
+log = logging.getLogger("liger_fx")
+
+_WITH_A_CACHE = (
+    "liger_fx: layers that are given a cache of keys and values are not compiled; for training "
+    "call the model with use_cache=False, or set model.config.use_cache = False"
+)
 
 
 class LigerFxCallback(TrainerCallback):
@@ -96,13 +105,22 @@ def _region(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _call(run: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    # A graph of a layer with a cache holds the layer's index: it would be compiled for each layer.
-    cached = any(isinstance(given, Cache) for given in (*args, *kwargs.values()))
-    if cached or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _fills_a_cache(module, *args, *kwargs.values()):
         return module._call_impl(*args, **kwargs)
     # Gradients are sent layer by layer without DDPOptimizer, which would cut a layer in parts.
     with torch._dynamo.config.patch(optimize_ddp=False):
         return run(module, *args, **kwargs)
+
+
+def _fills_a_cache(module: nn.Module, *given: Any) -> bool:
+    """A graph that fills a cache holds the index of its layer: each layer would be compiled."""
+    if not any(isinstance(argument, Cache) for argument in given):
+        return False
+    if module.training and getattr(module, "gradient_checkpointing", False):
+        return False  # the layer leaves the cache out
+    if module.training and torch.is_grad_enabled():
+        torch._logging.warning_once(log, _WITH_A_CACHE)
+    return True
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
