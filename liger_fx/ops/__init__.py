@@ -4,7 +4,7 @@ Each is registered with `torch.library` under ``liger_fx::``.
 """
 
 from liger_fx.ops.add_rms_norm import add_rms_norm
-from liger_fx.ops.attention import attention, document_plan, padding_plan
+from liger_fx.ops.attention import attention, document_plan, masked_attention, padding_plan
 from liger_fx.ops.chunked_head import fits_one_chunk
 from liger_fx.ops.cross_entropy import cross_entropy
 from liger_fx.ops.geglu import geglu
@@ -23,6 +23,7 @@ from liger_fx.ops.tiled_mlp import geglu_mlp, swiglu_mlp
 __all__ = [
     "add_rms_norm",
     "attention",
+    "masked_attention",
     "cross_entropy",
     "document_plan",
     "fits_one_chunk",
