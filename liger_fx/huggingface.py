@@ -22,37 +22,50 @@ import torch.nn.functional as F
 from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Cache, PreTrainedModel, TrainerCallback
 
 from liger_fx.deferred import DeferredLogits, Head
-from liger_fx.dynamo import Backend, backend
+from liger_fx.dynamo import backend
+from liger_fx.options import Options
 from liger_fx.report import Place, Rejection, Report
-
 
 log = logging.getLogger("liger_fx")
 
 _WITH_A_CACHE = (
-    "liger_fx: layers that are given a cache of keys and values are not compiled; for training "
-    "call the model with use_cache=False, or set model.config.use_cache = False"
+    "liger_fx: layers that are given a cache of keys and values are not compiled; for training call "
+    "the model with use_cache=False"
 )
 
 
+# One graph takes about 3 s more to compile for each layer (H100), layers one by one no more.
+DEEP = 8
+
+
 class LigerFxCallback(TrainerCallback):
-    """``Trainer(..., callbacks=[LigerFxCallback()])``: compiles the model with liger_fx, in place.
+    """``Trainer(..., callbacks=[LigerFxCallback()])``: compiles the model with liger_fx, in place:
+    as one graph, or from 8 layers on layer by layer (`compile`).
 
     options: as for `liger_fx.backend`. Raises OptionError, a ValueError.
     """
 
     def __init__(self, **options: Any) -> None:
+        self._options = options
         self._backend = backend(**options)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
-        trained["model"].compile(backend=self._backend)
+        self._compile(trained["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
         # With ``model_init``, ``train()`` has made a new model.
-        if trained["model"]._compiled_call_impl is None:
-            trained["model"].compile(backend=self._backend)
+        if all(module._compiled_call_impl is None for module in trained["model"].modules()):
+            self._compile(trained["model"])
+
+    def _compile(self, model: nn.Module) -> None:
+        if sum(not _is_norm(module) for _, module in _layers_and_norms(model)) >= DEEP:
+            compile(model, **self._options)
+        else:
+            model.compile(backend=self._backend)
 
 
 @dataclass
@@ -78,7 +91,8 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     model: of transformers, maybe with adapters or under a wrapper. The layers are the items of its
     outermost ``nn.ModuleList``s. A layer's own activation checkpoint becomes part of its graph.
     Norms beside the layers are compiled too, and everything else runs as it is. A layer that is
-    given a cache, as in generation, is not compiled. Each report says which modules run its graph.
+    given a cache, as in generation, is not compiled: ``config.use_cache`` is switched off, as by
+    Trainer. Each report says which modules run its graph.
     options: as for `liger_fx.backend`. Returns ``model``. Raises ValueError for a model without
     layers, and OptionError, a ValueError.
     """
@@ -89,7 +103,10 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
             'use model.compile(backend="liger_fx")'
         )
     shared = backend(**options)
-    shared.publish(_report_on_head(model))
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.get_text_config().use_cache = False
+    shared.publish(_report_on_head(model, shared.options))
     for names in regions.values():
         of_region = copy.copy(shared)
         of_region.accept = functools.partial(_tell_modules, names)
@@ -100,13 +117,15 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
-def _region(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return module._call_impl(*args, **kwargs)
+def _region(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # `self` is left out of places
+    return self._call_impl(*args, **kwargs)
 
 
 def _call(run: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling() or _fills_a_cache(module, *args, *kwargs.values()):
         return module._call_impl(*args, **kwargs)
+    if DistributedDataParallel._get_active_ddp_module() is None:
+        return run(module, *args, **kwargs)
     # Gradients are sent layer by layer without DDPOptimizer, which would cut a layer in parts.
     with torch._dynamo.config.patch(optimize_ddp=False):
         return run(module, *args, **kwargs)
@@ -124,7 +143,7 @@ def _fills_a_cache(module: nn.Module, *given: Any) -> bool:
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A copy of ``function`` with a limit of recompilations of its own, which Dynamo counts for each
+    """A copy of ``function`` with a limit of recompilations of its own: Dynamo counts them for each
     code object."""
     code = function.__code__.replace()
     return types.FunctionType(code, function.__globals__, function.__name__)
@@ -170,17 +189,29 @@ def _tell_modules(names: list[str], report: Report) -> None:
     report.modules = names
 
 
-def _report_on_head(model: nn.Module) -> Report:
-    """Defer the logits, if they can be."""
-    language_model = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+def _report_on_head(model: nn.Module, options: Options) -> Report:
+    """Defer the logits, if they shall and can be."""
     try:
-        if language_model is None:
-            raise ValueError(f"{type(model).__name__} holds no model of transformers")
-        head = defer_logits(language_model).get_output_embeddings()
+        _require_chosen(options)
+        projection = defer_logits(_language_model(model)).get_output_embeddings()
     except ValueError as error:
         return Report(rejections=[Rejection("linear_cross_entropy", str(error))])
-    name = next(name for name, module in model.named_modules() if module is head)
+    name = next(name for name, module in model.named_modules() if module is projection)
     return Report(deferred=[Place(name)], modules=[name])
+
+
+def _require_chosen(options: Options) -> None:
+    name, policy = "linear_cross_entropy", options.policy
+    listed = isinstance(policy, str) or name in policy
+    if not listed or name in options.disable or options.logits != "on_demand":
+        raise ValueError("the options policy, disable or logits leave the head as it is")
+
+
+def _language_model(model: nn.Module) -> PreTrainedModel:
+    for module in model.modules():  # below adapters and wrappers
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise ValueError(f"{type(model).__name__} holds no model of transformers")
 
 
 def defer_logits(model: PreTrainedModel) -> PreTrainedModel:

@@ -102,7 +102,7 @@ class Report:
 
     seconds: time spent on matching and rewriting. nodes: size of the graph as Dynamo made it.
     skipped: what was not looked into, a sentence each, and where. deferred: the projections whose
-    logits are returned, and computed when they are read. modules: those that share this graph, where
+    logits are returned, and computed when they are read. modules: those that run this graph, where
     they were compiled one by one. note: what the program around the graph leaves out, if that is
     known.
     """
@@ -174,7 +174,8 @@ class Report:
             ("several", "refused", f"{_counted(names)}: {reason}")
             for reason, names in several.items()
         ]
-        head = f"liger_fx: graph of {self.nodes} nodes, matched in {self.seconds * 1e3:.1f} ms"
+        graph = f"graph of {self.nodes} nodes, matched in {self.seconds * 1e3:.1f} ms"
+        head = f"liger_fx: {graph}" if self.nodes else "liger_fx: no graph"
         if self.modules:
             head += f", for {self._modules()}"
         if not lines:

@@ -155,8 +155,8 @@ def _as_consumed(repeated: fx.Node, heads: int) -> list[Any]:
 
 def _predicates(match: Match) -> Any:
     """What the mask says, a `Mask` without what is true of every key. `GIVEN` for an input of the
-    graph, None for a mask that stays as it is where keys are grouped, which only the kernel of a CPU
-    can do. Raises `Reject`."""
+    graph, None for a mask that stays as it is where keys are grouped, which only a CPU's kernel can
+    do. Raises `Reject`."""
     if match.values["mask"] is None:
         return Mask(causal=bool(match.values["is_causal"]))
     try:

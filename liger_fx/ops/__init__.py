@@ -23,7 +23,6 @@ from liger_fx.ops.tiled_mlp import geglu_mlp, swiglu_mlp
 __all__ = [
     "add_rms_norm",
     "attention",
-    "masked_attention",
     "cross_entropy",
     "document_plan",
     "fits_one_chunk",
@@ -34,6 +33,7 @@ __all__ = [
     "linear_cross_entropy_per_token",
     "linear_cross_entropy_per_token_backward",
     "linear_kl",
+    "masked_attention",
     "padding_plan",
     "rms_norm",
     "rope",

@@ -31,13 +31,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import (
     register_flop_formula,
     sdpa_backward_flop_count,
     sdpa_flop_count,
 )
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from liger_fx.ops.library import differentiable, kernel, once_differentiable
 
@@ -122,8 +122,9 @@ def _plan_padding(valid: Tensor) -> Plan:
     return segments, rows.to(torch.int8), after, _facts(kind, 3 * batch, longest, tokens)
 
 
-# By mask, with its version: layers share one, and reading it waits for the device.
-_of_masks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# Layers share a mask, and reading it waits for the device. By memory, since autograd hands another
+# tensor to a backward; as long as a weak reference exists, no other memory gets the same address.
+_of_masks: dict[Any, tuple[StorageWeakRef, tuple[Plan | None, int | None]]] = {}
 
 
 def _plan_of(mask: Tensor) -> tuple[Plan | None, int | None]:
@@ -131,17 +132,18 @@ def _plan_of(mask: Tensor) -> tuple[Plan | None, int | None]:
     [b, 1, s, s], true where a key is seen."""
     if mask.is_inference():  # it may be written to, and nobody counts
         return _read_mask(mask)
-    version, found = _of_masks.get(mask, (None, None))
-    if version != mask._version:
-        found = _read_mask(mask)
-        _of_masks[mask] = mask._version, found
-    return found
+    memory = StorageWeakRef(mask.untyped_storage())
+    key = memory.cdata, mask.storage_offset(), mask.shape, mask.stride(), mask._version
+    if key not in _of_masks:
+        for old in [old for old, (of, _) in _of_masks.items() if of.expired()]:
+            del _of_masks[old]
+        _of_masks[key] = memory, _read_mask(mask)
+    return _of_masks[key][1]
 
 
 def _read_mask(mask: Tensor) -> tuple[Plan | None, int | None]:
-    """Two diagonals say which keys are padding and where documents start: a token that is valid sees
-    itself, and the one before if that is of its document. All else follows, or the mask is another.
-    """
+    """Two diagonals say which keys are padding and where documents start: a valid token sees itself,
+    and the one before if that is of its document. All else follows, or the mask is another."""
     token = torch.arange(mask.shape[-1], device=mask.device)
     ahead = token - token.unsqueeze(1)
     valid = mask[:, 0].diagonal(0, 1, 2)

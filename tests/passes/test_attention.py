@@ -327,7 +327,10 @@ def test_a_mask_that_is_an_input_is_read_when_it_is_there():
     [
         (torch.ones(B, HEADS, S, S).bool(), "nothing is known of what l_mask_ lets a query see"),
         (torch.ones(1, 1, S, S).bool(), "nothing is known of what l_mask_ lets a query see"),
-        (torch.ones(B, 1, S, S), "the mask l_mask_ is torch.float32, and not zero or minus infinity"),
+        (
+            torch.ones(B, 1, S, S),
+            "the mask l_mask_ is torch.float32, and not zero or minus infinity",
+        ),
     ],
     ids=["of heads", "of all rows", "of numbers"],
 )
