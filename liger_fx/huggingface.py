@@ -33,8 +33,8 @@ from liger_fx.report import Place, Rejection, Report
 log = logging.getLogger("liger_fx")
 
 _WITH_A_CACHE = (
-    "liger_fx: layers that are given a cache of keys and values are not compiled; for training call "
-    "the model with use_cache=False"
+    "liger_fx: layers that are given a cache of keys and values are not compiled; "
+    "for training call the model with use_cache=False"
 )
 
 

@@ -142,8 +142,9 @@ def _plan_of(mask: Tensor) -> tuple[Plan | None, int | None]:
 
 
 def _read_mask(mask: Tensor) -> tuple[Plan | None, int | None]:
-    """Two diagonals say which keys are padding and where documents start: a valid token sees itself,
-    and the one before if that is of its document. All else follows, or the mask is another."""
+    """Two diagonals say which keys are padding and where documents start: a valid token sees
+    itself, and the one before if that is of its document. All else follows, or the mask is another.
+    """
     token = torch.arange(mask.shape[-1], device=mask.device)
     ahead = token - token.unsqueeze(1)
     valid = mask[:, 0].diagonal(0, 1, 2)
