@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Cache, PreTrainedModel, TrainerCallback
 
 from liger_fx.deferred import DeferredLogits, Head
-from liger_fx.dynamo import backend
+from liger_fx.dynamo import Backend, backend
 from liger_fx.options import Options
 from liger_fx.report import Place, Rejection, Report
 
@@ -110,25 +110,42 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     for names in regions.values():
         of_region = copy.copy(shared)
         of_region.accept = functools.partial(_tell_modules, names)
-        run = torch.compile(_own_code(_region), backend=of_region)
+        form = _Form(of_region)
         for name in names:
             module = model.get_submodule(name)
-            module._compiled_call_impl = functools.partial(_call, run, module)
+            module._compiled_call_impl = functools.partial(form, module)
     return model
+
+
+class _Form:
+    """Equal modules, with one compiled region: one for each way in which they have hooks, since
+    Dynamo does not guard that a module has none."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.regions: dict[tuple[int, ...], Callable[..., Any]] = {}
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _fills_a_cache(module, *args, *kwargs.values()):
+            return module._call_impl(*args, **kwargs)
+        hooked = tuple(i for i, part in enumerate(module.modules()) if _has_hooks(part))
+        if hooked not in self.regions:
+            self.regions[hooked] = torch.compile(_own_code(_region), backend=self.backend)
+        run = self.regions[hooked]
+        if DistributedDataParallel._get_active_ddp_module() is None:
+            return run(module, *args, **kwargs)
+        # Gradients are sent layer by layer without DDPOptimizer, which would cut a layer in parts.
+        with torch._dynamo.config.patch(optimize_ddp=False):
+            return run(module, *args, **kwargs)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _region(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # `self` is left out of places
     return self._call_impl(*args, **kwargs)
-
-
-def _call(run: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if torch.compiler.is_compiling() or _fills_a_cache(module, *args, *kwargs.values()):
-        return module._call_impl(*args, **kwargs)
-    if DistributedDataParallel._get_active_ddp_module() is None:
-        return run(module, *args, **kwargs)
-    # Gradients are sent layer by layer without DDPOptimizer, which would cut a layer in parts.
-    with torch._dynamo.config.patch(optimize_ddp=False):
-        return run(module, *args, **kwargs)
 
 
 def _fills_a_cache(module: nn.Module, *given: Any) -> bool:

@@ -251,6 +251,17 @@ def test_a_copy_has_weights_of_its_own():
     assert_equal(gradients(twin, given), expected, 1e-5)
 
 
+def test_hooks_of_one_layer():
+    """Dynamo guards no hook that is not there: the graph of another layer would pass."""
+    given, found = batch("without"), []
+    for model in (compiled(build()), build()):
+        gradients(model, given)
+        model.model.layers[1].register_forward_hook(lambda module, args, out: out * 1.5)
+        model.model.layers[2].mlp.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+        found.append(gradients(model, given))
+    assert_equal(*found, 1e-5)
+
+
 def test_explain_sees_the_whole_model():
     report = liger_fx.explain(compiled(build()), kwargs=batch("without"), options={"policy": "all"})
     assert report.counts["rope"] == 8
