@@ -582,6 +582,7 @@ _masked_forward = kernel(
     ),
     plain=_masked_forward_torch,
     cuda=_masked_forward_cuda,
+    waits=True,
 )
 _masked_backward = kernel(
     "masked_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, "
@@ -589,6 +590,7 @@ _masked_backward = kernel(
     fake=lambda grad, query, key, value, *rest: tuple(map(_fake_heads, (query, key, value))),
     plain=_masked_backward_torch,
     cuda=_masked_backward_cuda,
+    waits=True,
 )
 
 

@@ -324,6 +324,7 @@ def test_under_a_mask_as_an_operator(plan):
         run(under_mask, plan, tensors)
     for kernel, given in kernels.calls:
         torch.library.opcheck(kernel, given, test_utils=("test_schema", "test_faketensor"))
+        assert torch.Tag.cudagraph_unsafe in kernel.tags
 
     def attend(plan, query, key, value):
         return 2 * ops.masked_attention(query, key, value, mask, D**-0.5)
