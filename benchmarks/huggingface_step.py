@@ -1,9 +1,11 @@
-"""A whole training step of a Hugging Face decoder: forward, loss, backward, fused AdamW.
+r"""A whole training step of a Hugging Face decoder: forward, loss, backward, fused AdamW.
 
     python benchmarks/huggingface_step.py --models llama3_2_1b --ignored 0 0.5
     python benchmarks/huggingface_step.py --models qwen3_0_6b --no-checkpoint --jobs 2
     python benchmarks/huggingface_step.py --models llama3_2_1b --padded 0.4
     python benchmarks/huggingface_step.py --models llama3_2_1b --packed 512
+    python benchmarks/huggingface_step.py --models tiny --layers 28 --device cpu \
+        --batch 2 --seq 64 --jobs 1 --arms inductor liger_fx liger_fx_layers
 
 Models are built from their configurations, in bf16, with random weights and tokens. The first part
 of a sequence is the prompt, whose labels are ignored. With ``--padded`` the model is given an
@@ -17,6 +19,7 @@ of documents in one row, as by ``DataCollatorWithFlattening``. The arms:
     inductor_loss   a function of tokens and labels that returns the loss alone, compiled
     liger_fx        ``model.compile(backend="liger_fx")``
     liger_fx_loss   the function of ``inductor_loss``, with the backend liger_fx
+    liger_fx_layers ``liger_fx.huggingface.compile(model)``: equal layers are compiled once
 
 Every arm is a process of its own, with empty caches. All arms of a model compile first, ``--jobs``
 at a time; when the last has, they are timed one by one, and each begins with the same weights at
@@ -28,6 +31,7 @@ and its compile time is not known.
 
 from __future__ import annotations
 
+import copy
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -103,6 +107,13 @@ def compiled_loss(backend: str, model: nn.Module, args: Args) -> LossStep:
     return torch.compile(eager(model, args), backend=backend)
 
 
+def compiled_layers(model: nn.Module, args: Args) -> LossStep:
+    from liger_fx import huggingface
+
+    huggingface.compile(model)
+    return eager(model, args)
+
+
 def liger(model: nn.Module, args: Args) -> LossStep:
     needs_cuda(args.device, "Liger's patch")
     from liger_kernel.transformers import monkey_patch
@@ -124,6 +135,7 @@ ARMS: dict[str, Callable[[nn.Module, Args], LossStep]] = {
     "inductor_loss": partial(compiled_loss, "inductor"),
     "liger_fx": partial(compiled_model, "liger_fx"),
     "liger_fx_loss": partial(compiled_loss, "liger_fx"),
+    "liger_fx_layers": compiled_layers,
 }
 UNCOMPILED = ("eager", "liger")
 
@@ -133,8 +145,10 @@ UNCOMPILED = ("eager", "liger")
 
 def build_model(args: Args) -> nn.Module:
     torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS[args.model])
+    config.num_hidden_layers = args.layers or config.num_hidden_layers
     with args.device:
-        model = AutoModelForCausalLM.from_config(CONFIGS[args.model], dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     if args.checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
@@ -179,6 +193,7 @@ def measure(args: Args) -> Iterator[Row]:
         row = steps.time_and_memory(train, tokens.numel(), args)
         yield {
             "checkpoint": args.checkpoint,
+            "layers": model.config.num_hidden_layers,
             "ignored": ignored,
             "padded": args.padded,
             "packed": args.packed,
@@ -210,6 +225,7 @@ OPTIONS = options(
     baseline={"choices": ARMS, "default": "eager", "help": "what speeds are of"},
     batch=8,
     seq=2048,
+    layers={"type": int, "help": "instead of the model's own number"},
     jobs=3,
     **steps.STEP,
 )

@@ -761,7 +761,7 @@ class _CrossEntropy(torch.autograd.Function):
         losses, *gradients = linear_loss_kernel(
             *given, *absent, target, *others, *taken, *needs, 0, torch.float32, True, False
         )
-        ctx.settings = settings
+        ctx.settings, ctx.projection = settings, weakref.ref(projection)
         ctx.save_for_backward(logits, target, *gradients)
         return losses.sum()
 
@@ -769,12 +769,12 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         logits, target, *gradients = ctx.saved_tensors
-        projection, _ = _plain_projection(logits)
+        projection = ctx.projection()  # its logits may have been read since
         known = [
             scaled(gradient, grad) if need else None
             for gradient, need in zip(gradients, projection.needs, strict=False)
         ]
-        args = logits._node, _Each(target.reshape(-1)), grad, *ctx.settings
+        args = _node_of(logits), _Each(target.reshape(-1)), grad, *ctx.settings
         node = _Known(_cross_entropy_gradient, args, {}, projection, known)
         return _made(_mirror(logits), node, logits.device), *[None] * 4
 

@@ -90,7 +90,7 @@ class Backend:
         report, deferrals = self.rewrite(gm, example_inputs)
         if self.accept is not None:
             self.accept(report)
-        self._publish(report)
+        self.publish(report)
         compiled = inner.compile_rewritten(gm, example_inputs, self.options, self.rewrites)
         return returning(compiled, deferrals)
 
@@ -128,8 +128,8 @@ class Backend:
             judge = lambda rewrite, match: (False, why)  # noqa: E731
         return policy(self.options, judge, [rewrite.name for rewrite in DEFAULT])
 
-    def _publish(self, report: Report) -> None:
-        """The report goes to `reports`, logs and traces. Raises RequirementError."""
+    def publish(self, report: Report) -> None:
+        """Send the report to `reports`, logs and traces. Raises RequirementError."""
         first = not _reports
         _reports.append(report)
         try:

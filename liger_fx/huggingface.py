@@ -2,12 +2,18 @@
 
 ``model.compile(backend="liger_fx")`` needs nothing of this. Trainer's ``torch_compile_backend``
 takes only the names that accelerate lists, so `LigerFxCallback` compiles in its place, and
-`LigerFxPlugin` is for loops over an `accelerate.Accelerator`. Where head and loss are never in one
-graph, as under FSDP2, `defer_logits` brings them together.
+`LigerFxPlugin` is for loops over an `accelerate.Accelerator`. `compile` compiles one layer for all,
+which takes a fraction of the time. Where head and loss are never in one graph, as there and under
+FSDP2, `defer_logits` brings them together.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+import logging
+import types
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,28 +22,50 @@ import torch.nn.functional as F
 from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, TrainerCallback
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Cache, PreTrainedModel, TrainerCallback
 
 from liger_fx.deferred import DeferredLogits, Head
-from liger_fx.dynamo import backend
+from liger_fx.dynamo import Backend, backend
+from liger_fx.options import Options
+from liger_fx.report import Place, Rejection, Report
+
+log = logging.getLogger("liger_fx")
+
+_WITH_A_CACHE = (
+    "liger_fx: layers that are given a cache of keys and values are not compiled; "
+    "for training call the model with use_cache=False"
+)
+
+
+# One graph takes about 3 s more to compile for each layer (H100), layers one by one no more.
+DEEP = 8
 
 
 class LigerFxCallback(TrainerCallback):
-    """``Trainer(..., callbacks=[LigerFxCallback()])``: compiles the model with liger_fx, in place.
+    """``Trainer(..., callbacks=[LigerFxCallback()])``: compiles the model with liger_fx, in place:
+    as one graph, or from 8 layers on layer by layer (`compile`).
 
     options: as for `liger_fx.backend`. Raises OptionError, a ValueError.
     """
 
     def __init__(self, **options: Any) -> None:
+        self._options = options
         self._backend = backend(**options)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
-        trained["model"].compile(backend=self._backend)
+        self._compile(trained["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
         # With ``model_init``, ``train()`` has made a new model.
-        if trained["model"]._compiled_call_impl is None:
-            trained["model"].compile(backend=self._backend)
+        if all(module._compiled_call_impl is None for module in trained["model"].modules()):
+            self._compile(trained["model"])
+
+    def _compile(self, model: nn.Module) -> None:
+        if sum(not _is_norm(module) for _, module in _layers_and_norms(model)) >= DEEP:
+            compile(model, **self._options)
+        else:
+            model.compile(backend=self._backend)
 
 
 @dataclass
@@ -56,6 +84,153 @@ class LigerFxPlugin(TorchDynamoPlugin):
         return dict(super().to_kwargs()) | {"backend": "liger_fx"}
 
 
+def compile(model: nn.Module, **options: Any) -> nn.Module:
+    """Compile the layers of a causal language model with liger_fx, in place, equal layers once, and
+    let its logits be deferred (`defer_logits`).
+
+    model: of transformers, maybe with adapters or under a wrapper. The layers are the items of its
+    outermost ``nn.ModuleList``s. A layer's own activation checkpoint becomes part of its graph.
+    Norms beside the layers are compiled too, and everything else runs as it is. A layer that is
+    given a cache, as in generation, is not compiled: ``config.use_cache`` is switched off, as by
+    Trainer. Each report says which modules run its graph.
+    options: as for `liger_fx.backend`. Returns ``model``. Raises ValueError for a model without
+    layers, and OptionError, a ValueError.
+    """
+    regions = _regions(model)
+    if not regions:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.ModuleList of layers to compile one by one; "
+            'use model.compile(backend="liger_fx")'
+        )
+    shared = backend(**options)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config.get_text_config().use_cache = False
+    shared.publish(_report_on_head(model, shared.options))
+    for names in regions.values():
+        of_region = copy.copy(shared)
+        of_region.accept = functools.partial(_tell_modules, names)
+        form = _Form(of_region)
+        for name in names:
+            module = model.get_submodule(name)
+            module._compiled_call_impl = functools.partial(form, module)
+    return model
+
+
+class _Form:
+    """Equal modules, with one compiled region: one for each way in which they have hooks, since
+    Dynamo does not guard that a module has none."""
+
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
+        self.regions: dict[tuple[int, ...], Callable[..., Any]] = {}
+
+    def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or _fills_a_cache(module, *args, *kwargs.values()):
+            return module._call_impl(*args, **kwargs)
+        hooked = tuple(i for i, part in enumerate(module.modules()) if _has_hooks(part))
+        if hooked not in self.regions:
+            self.regions[hooked] = torch.compile(_own_code(_region), backend=self.backend)
+        run = self.regions[hooked]
+        if DistributedDataParallel._get_active_ddp_module() is None:
+            return run(module, *args, **kwargs)
+        # Gradients are sent layer by layer without DDPOptimizer, which would cut a layer in parts.
+        with torch._dynamo.config.patch(optimize_ddp=False):
+            return run(module, *args, **kwargs)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _region(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # `self` is left out of places
+    return self._call_impl(*args, **kwargs)
+
+
+def _fills_a_cache(module: nn.Module, *given: Any) -> bool:
+    """A graph that fills a cache holds the index of its layer: each layer would be compiled."""
+    if not any(isinstance(argument, Cache) for argument in given):
+        return False
+    if module.training and getattr(module, "gradient_checkpointing", False):
+        return False  # the layer leaves the cache out
+    if module.training and torch.is_grad_enabled():
+        torch._logging.warning_once(log, _WITH_A_CACHE)
+    return True
+
+
+def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of ``function`` with a limit of recompilations of its own: Dynamo counts them for each
+    code object."""
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, function.__name__)
+
+
+def _regions(model: nn.Module) -> dict[Any, list[str]]:
+    """The names of the modules to compile, by form. Equal forms may still become two graphs, since
+    Dynamo guards what a form does not tell."""
+    found: dict[Any, list[str]] = {}
+    for name, module in _layers_and_norms(model):
+        found.setdefault(_form(module), []).append(name)
+    return found
+
+
+def _layers_and_norms(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    children = [(prefix + name, child) for name, child in module.named_children()]
+    lists = [(name, child) for name, child in children if isinstance(child, nn.ModuleList)]
+    for name, layers in lists:
+        yield from ((f"{name}.{i}", m) for i, m in enumerate(layers) if any(m.children()))
+    for name, child in children:
+        if lists and _is_norm(child):
+            yield name, child
+        elif not isinstance(child, nn.ModuleList):
+            yield from _layers_and_norms(child, f"{name}.")
+
+
+def _is_norm(module: nn.Module) -> bool:
+    parameters = list(module.parameters())
+    return bool(parameters) and all(p.dim() == 1 for p in parameters)
+
+
+def _form(module: nn.Module) -> Any:
+    """Modules, parameters and settings of a layer, without numbers: one may be its index."""
+    settings = [
+        (name, type(m), [(k, v) for k, v in vars(m).items() if isinstance(v, str | bool)])
+        for name, m in module.named_modules()
+    ]
+    parameters = [(n, p.shape, p.dtype, p.requires_grad) for n, p in module.named_parameters()]
+    return repr((settings, parameters))
+
+
+def _tell_modules(names: list[str], report: Report) -> None:
+    report.modules = names
+
+
+def _report_on_head(model: nn.Module, options: Options) -> Report:
+    """Defer the logits, if they shall and can be."""
+    try:
+        _require_chosen(options)
+        projection = defer_logits(_language_model(model)).get_output_embeddings()
+    except ValueError as error:
+        return Report(rejections=[Rejection("linear_cross_entropy", str(error))])
+    name = next(name for name, module in model.named_modules() if module is projection)
+    return Report(deferred=[Place(name)], modules=[name])
+
+
+def _require_chosen(options: Options) -> None:
+    name, policy = "linear_cross_entropy", options.policy
+    listed = isinstance(policy, str) or name in policy
+    if not listed or name in options.disable or options.logits != "on_demand":
+        raise ValueError("the options policy, disable or logits leave the head as it is")
+
+
+def _language_model(model: nn.Module) -> PreTrainedModel:
+    for module in model.modules():  # below adapters and wrappers
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise ValueError(f"{type(model).__name__} holds no model of transformers")
+
+
 def defer_logits(model: PreTrainedModel) -> PreTrainedModel:
     """Let the projection of a causal language model return `liger_fx.DeferredLogits`, and the
     model's own loss run on them, fused.
@@ -72,15 +247,12 @@ def defer_logits(model: PreTrainedModel) -> PreTrainedModel:
         )
 
     # Neither may be traced: a graph would compute the logits that go into it.
-    @torch.compiler.disable
-    def forward(hidden: Tensor) -> Tensor:
-        return _deferred(projection, hidden)
-
-    projection.forward = forward  # type: ignore[method-assign]
+    projection.forward = types.MethodType(_deferred, projection)  # type: ignore[method-assign]
     model.loss_function = torch.compiler.disable(model.loss_function)
     return model
 
 
+@torch.compiler.disable
 def _deferred(projection: nn.Linear, hidden: Tensor) -> Tensor:
     parameters = [p for p in (projection.weight, projection.bias) if p is not None]
     if any(isinstance(tensor, DTensor) for tensor in (hidden, *parameters)):  # tensor parallelism

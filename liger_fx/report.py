@@ -102,8 +102,9 @@ class Report:
 
     seconds: time spent on matching and rewriting. nodes: size of the graph as Dynamo made it.
     skipped: what was not looked into, a sentence each, and where. deferred: the projections whose
-    logits are returned, and computed when they are read. note: what the program around the
-    graph leaves out, if that is known.
+    logits are returned, and computed when they are read. modules: those that run this graph, where
+    they were compiled one by one. note: what the program around the graph leaves out, if that is
+    known.
     """
 
     replacements: list[Replacement] = field(default_factory=list)
@@ -111,6 +112,7 @@ class Report:
     near_misses: list[NearMiss] = field(default_factory=list)
     skipped: list[tuple[str, Place]] = field(default_factory=list)
     deferred: list[Place] = field(default_factory=list)
+    modules: list[str] = field(default_factory=list)
     nodes: int = 0
     seconds: float = 0.0
     note: str | None = None
@@ -145,6 +147,11 @@ class Report:
             f"; refused {_counted(refused)}" if refused else ""
         )
 
+    def _modules(self) -> str:
+        """``16 x model.layers.*``"""
+        alike = Counter(Place(module).of_any_layer().module for module in self.modules)
+        return ", ".join(name if n == 1 else f"{n} x {name}" for name, n in alike.items())
+
     def __str__(self) -> str:
         reasons: dict[str, Counter[str]] = {}
         for r in self.rejections:
@@ -167,7 +174,10 @@ class Report:
             ("several", "refused", f"{_counted(names)}: {reason}")
             for reason, names in several.items()
         ]
-        head = f"liger_fx: graph of {self.nodes} nodes, matched in {self.seconds * 1e3:.1f} ms"
+        graph = f"graph of {self.nodes} nodes, matched in {self.seconds * 1e3:.1f} ms"
+        head = f"liger_fx: {graph}" if self.nodes else "liger_fx: no graph"
+        if self.modules:
+            head += f", for {self._modules()}"
         if not lines:
             head += "\n  nothing to replace: no rewrite has its last operation in this graph"
         width = max((len(name) for name, *_ in lines), default=0)

@@ -2,11 +2,12 @@
 
 Matches      ``scaled_dot_product_attention`` under a mask of which every part is known (see
              `liger_fx.masks`): causal, in a window, over documents (packed sequences), beside
-             padding. And over heads repeated by unsqueeze, expand and reshape: torchtune and
-             Hugging Face on [b, h, s, d], torchtitan on [b, s, h, d].
+             padding; or that is an input of the graph. And over heads repeated by unsqueeze, expand
+             and reshape: torchtune and Hugging Face on [b, h, s, d], torchtitan on [b, s, h, d].
 Becomes      ``scaled_dot_product_attention(is_causal=True, enable_gqa=True)``, or
              ``liger_fx::attention`` where that has no word for the mask, or may run in cuDNN: what
              ran under a mask did not, and cuDNN's gradient is wrong for some layouts (torch 2.11).
+             For an input ``liger_fx::masked_attention``, which reads the values when it runs.
 Leaves alone masks with an unknown part; masks that are not causal; dropout under a mask that
              PyTorch has no word for; on a GPU float32 that is not plainly causal, and sizes that no
              fused kernel takes; heads repeated in another order.
@@ -32,6 +33,7 @@ from liger_fx.pattern import guard
 from liger_fx.rewrite import Rewrite
 
 MAX_HEAD_SIZE = 256  # of PyTorch's flash attention
+GIVEN = "given mask"  # its values say what it is
 _PLAN = "liger_fx_plan"  # in the meta of the nodes that make one
 
 
@@ -81,7 +83,7 @@ def check(match: Match, query, key, value, mask=None):
     scale = match.values["scale"]
     if mask is not None and scale is not None and specialise(scale) <= 0:
         raise Reject(f"scores are scaled by {scale}, for which the kernels give NaN")
-    if _needs_op(says):
+    if says == GIVEN or _needs_op(says):
         _check_op(match, says, query, key, value)
     elif mask is None:
         _require(_ungrouped(match))
@@ -151,9 +153,10 @@ def _as_consumed(repeated: fx.Node, heads: int) -> list[Any]:
 # -- what the mask says ----------------------------------------------------------------------------
 
 
-def _predicates(match: Match) -> Mask | None:
-    """What the mask says, without what is true of every key. None for a mask that stays as it is
-    where keys are grouped, which only the kernel of a CPU can do. Raises `Reject`."""
+def _predicates(match: Match) -> Any:
+    """What the mask says, a `Mask` without what is true of every key. `GIVEN` for an input of the
+    graph, None for a mask that stays as it is where keys are grouped, which only a CPU's kernel can
+    do. Raises `Reject`."""
     if match.values["mask"] is None:
         return Mask(causal=bool(match.values["is_causal"]))
     try:
@@ -161,6 +164,8 @@ def _predicates(match: Match) -> Mask | None:
     except Unreadable as reason:
         if match.pattern.name != "masked" and match.output.device.type == "cpu":
             return None
+        if _is_given(match):
+            return GIVEN
         raise Reject(str(reason)) from None
     query, key = (fake(node) for node in positional(match.root)[:2])
     if says == Mask():
@@ -173,6 +178,21 @@ def _predicates(match: Match) -> Mask | None:
     if says.window is not None and isinstance(size, int) and says.window >= size:
         says = Mask(says.causal, None, says.documents, says.valid)
     return says
+
+
+def _is_given(match: Match) -> bool:
+    """Is the mask an input of the graph, as where layers are compiled one by one?"""
+    view, node = match.view, match.bindings["mask"]
+    query, key = (fake(operand) for operand in positional(match.root)[:2])
+    value, size = fake(node), query.shape[2:3]
+    wanted = [*query.shape[:1], 1, *size, *size]
+    fits = value.dtype == torch.bool and value.dim() == 4 and same_sizes(value.shape, wanted)
+    while (outside := view.operand(node)) is not None:
+        if view.effects.written(node):
+            return False
+        view, node = outside
+    own = node.op == "placeholder" and not view.effects.written(node)
+    return own and fits and same_sizes(key.shape[2:3], size)
 
 
 def _needs_op(says: Mask) -> bool:
@@ -193,7 +213,7 @@ def _becomes_cudnn(match: Match) -> bool:
 
 
 def _check_op(match: Match, says: Mask, query: Any, key: Any, value: Any) -> None:
-    if says.documents is not None and says.valid is not None:
+    if says != GIVEN and says.documents is not None and says.valid is not None:
         raise Reject("the mask tells of documents and of padding; no kernel takes both")
     if match.values["dropout_p"] not in (0, 0.0):
         raise Reject("dropout; the kernels for windows, documents and padding drop nothing")
@@ -201,7 +221,7 @@ def _check_op(match: Match, says: Mask, query: Any, key: Any, value: Any) -> Non
     varies = isinstance(size, torch.SymInt) and size.node.expr.free_symbols
     if match.values["scale"] is None and varies:
         raise Reject(f"the size of a head, {size}, may vary, and with it the scale")
-    for source in filter(None, (says.documents, says.valid)):
+    for source in () if says == GIVEN else filter(None, (says.documents, says.valid)):
         given = list(fake(source.node).shape)
         wanted = [query.shape[0], query.shape[2]]
         if not same_sizes(given if len(given) > 1 else [1, *given], wanted):
@@ -268,10 +288,11 @@ def replace(
     if match.pattern.name == "heads_second":
         key, value = key.transpose(1, 2), value.transpose(1, 2)
     says = _predicates(match)
+    if says == GIVEN:
+        return ops.masked_attention(query, key, value, mask, _scale(match, scale))
     if says is not None and (_needs_op(says) or _becomes_cudnn(match)):
         plan = _plan(match, says, query.tracer)
-        scale = int(match.values["query"].shape[-1]) ** -0.5 if scale is None else scale
-        return ops.attention(query, key, value, *plan, says.window, scale)
+        return ops.attention(query, key, value, *plan, says.window, _scale(match, scale))
     if says is not None:
         mask, is_causal = None, says.causal
     grouped = match.values.get("enable_gqa", True)
@@ -282,6 +303,10 @@ def replace(
     return F.scaled_dot_product_attention(
         query, key, value, mask, dropout_p, is_causal, scale=scale, **options
     )
+
+
+def _scale(match: Match, scale: Any) -> Any:
+    return int(match.values["query"].shape[-1]) ** -0.5 if scale is None else scale
 
 
 def _plan(match: Match, says: Mask, tracer: Any) -> tuple[Any, ...]:
@@ -334,7 +359,7 @@ def variant(match: Match) -> str:
 
 def saved(match: Match) -> list[str]:
     """A mask that is read is not kept: later code may do with it as it likes."""
-    stays = match.pattern.name != "planned" and _predicates(match) is None
+    stays = match.pattern.name != "planned" and _predicates(match) in (None, GIVEN)
     return ["query", "key", "value", "output", *["mask"] * stays]
 
 

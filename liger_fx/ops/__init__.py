@@ -4,7 +4,7 @@ Each is registered with `torch.library` under ``liger_fx::``.
 """
 
 from liger_fx.ops.add_rms_norm import add_rms_norm
-from liger_fx.ops.attention import attention, document_plan, padding_plan
+from liger_fx.ops.attention import attention, document_plan, masked_attention, padding_plan
 from liger_fx.ops.chunked_head import fits_one_chunk
 from liger_fx.ops.cross_entropy import cross_entropy
 from liger_fx.ops.geglu import geglu
@@ -29,6 +29,7 @@ __all__ = [
     "layer_norm",
     "linear_loss",
     "linear_token_losses",
+    "masked_attention",
     "padding_plan",
     "rms_norm",
     "rope",

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.attention import SDPBackend
 from torch.utils.flop_counter import (
     register_flop_formula,
@@ -66,7 +67,8 @@ class Row(enum.IntEnum):
 # ends; with padding also those of the queries and of the keys of the second call. rows: int8
 # [b, s], of `Row`. after: int64, the tokens of the second call. facts: int64 [4] on the host.
 Plan = tuple[Tensor, Tensor, Tensor, Tensor]
-# A kernel takes the four, or None for each, then the window and the scale, and returns these.
+# A kernel takes the four, or None for each, then the window and the scale; or a mask and the scale.
+# Both return these.
 Forward = tuple[Tensor, Tensor]  # the output, and the logsumexp of each row of scores
 Gradients = tuple[Tensor, Tensor, Tensor]  # of queries, keys and values
 
@@ -120,6 +122,45 @@ def _plan_padding(valid: Tensor) -> Plan:
     return segments, rows.to(torch.int8), after, _facts(kind, 3 * batch, longest, tokens)
 
 
+# Layers share a mask, and reading it waits for the device. By memory, since autograd hands another
+# tensor to a backward; as long as a weak reference exists, no other memory gets the same address.
+_of_masks: dict[Any, tuple[StorageWeakRef, tuple[Plan | None, int | None]]] = {}
+
+
+def _plan_of(mask: Tensor) -> tuple[Plan | None, int | None]:
+    """The plan and the window that the values of a mask are; no plan if there is none. mask: bool
+    [b, 1, s, s], true where a key is seen."""
+    if mask.is_inference():  # it may be written to, and nobody counts
+        return _read_mask(mask)
+    memory = StorageWeakRef(mask.untyped_storage())
+    key = memory.cdata, mask.storage_offset(), mask.shape, mask.stride(), mask._version
+    if key not in _of_masks:
+        for old in [old for old, (of, _) in _of_masks.items() if of.expired()]:
+            del _of_masks[old]
+        _of_masks[key] = memory, _read_mask(mask)
+    return _of_masks[key][1]
+
+
+def _read_mask(mask: Tensor) -> tuple[Plan | None, int | None]:
+    """Two diagonals say which keys are padding and where documents start: a valid token sees
+    itself, and the one before if that is of its document. All else follows, or the mask is another.
+    """
+    token = torch.arange(mask.shape[-1], device=mask.device)
+    ahead = token - token.unsqueeze(1)
+    valid = mask[:, 0].diagonal(0, 1, 2)
+    starts = F.pad(~mask[:, 0].diagonal(-1, 1, 2), (1, 0))
+    documents, padded = starts.cumsum(-1), ~valid.all()
+    one_document = documents[:, None, :, None] == documents[:, None, None, :]
+    seen = (ahead <= 0) & (one_document | padded) & valid[:, None, None, :]
+    window = mask.sum(-1).amax()
+    whole, windowed = (seen == mask).all(), ((seen & (ahead > -window)) == mask).all()
+    facts = torch.stack([fact.long() for fact in (padded, whole, windowed, window)]).tolist()
+    if not facts[1] and not facts[2]:
+        return None, None
+    plan = _plan_padding(valid) if facts[0] else _plan_documents(documents)
+    return plan, None if facts[1] else facts[3]
+
+
 def _fake_plan(tokens: Tensor, of_padding: bool) -> Plan:
     size, number = tokens.shape[-1], tokens.numel()
     batch = number // size
@@ -156,18 +197,46 @@ def _window(window: int | None, size: int) -> int:
 
 def _forward_torch(query: Tensor, key: Tensor, value: Tensor, *given: Any) -> Forward:
     *plan, window, scale = given
-    key, value = (_repeated(x, query) for x in (key, value))
     seen = _seen(query, plan, window)
-    out = F.scaled_dot_product_attention(query, key, value, seen, scale=scale)
-    return _sequence_first(out), _empty_logsumexp(query, plan)
+    return _attend(query, key, value, seen, scale), _empty_logsumexp(query, plan)
+
+
+def _masked_forward_torch(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> Forward:
+    return _attend(query, key, value, mask, scale), _empty_logsumexp(query, [mask])
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
+    key, value = (_repeated(x, query) for x in (key, value))
+    return _sequence_first(F.scaled_dot_product_attention(query, key, value, seen, scale=scale))
 
 
 def _backward_torch(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *given: Any
 ) -> Gradients:
-    """Row by row of the batch, since it keeps the scores of one."""
     *plan, window, scale = given
-    hidden = ~_seen(query, plan, window).expand(len(query), -1, -1, -1)
+    return _attend_backward(grad, query, key, value, _seen(query, plan, window), scale)
+
+
+def _masked_backward_torch(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor,
+    scale: float,
+) -> Gradients:
+    return _attend_backward(grad, query, key, value, mask, scale)
+
+
+def _attend_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float
+) -> Gradients:
+    """Row by row of the batch, since it keeps the scores of one."""
+    hidden = ~seen.expand(len(query), -1, -1, -1)
     wide = torch.promote_types(query.dtype, torch.float32)
     grads = [torch.empty_like(x) for x in (query, key, value)]
     for i in range(len(query)):
@@ -203,14 +272,32 @@ def _empty_logsumexp(query: Tensor, plan: Sequence[Tensor | None]) -> Tensor:
 
 
 def _forward_cuda(_: Any, query: Tensor, key: Tensor, value: Tensor, *given: Any) -> Forward:
-    *plan, window, scale = given
+    return _forward_of(_Call.planned(query, *given), query, key, value)
+
+
+def _masked_forward_cuda(_: Any, query: Tensor, key: Tensor, value: Tensor, *given: Any) -> Forward:
+    return _forward_of(_Call.masked(query, *given), query, key, value)
+
+
+def _backward_cuda(_: Any, grad: Tensor, query: Tensor, *given: Any) -> Gradients:
+    *saved, segments, rows, after, facts, window, scale = given
+    call = _Call.planned(query, segments, rows, after, facts, window, scale)
+    return _backward_of(call, grad, query, *saved)
+
+
+def _masked_backward_cuda(_: Any, grad: Tensor, query: Tensor, *given: Any) -> Gradients:
+    *saved, mask, scale = given
+    return _backward_of(_Call.masked(query, mask, scale), grad, query, *saved)
+
+
+def _forward_of(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Forward:
+    given = call.plan if call.mask is None else [call.mask]
     if not query.numel():  # for which PyTorch's attention has no kernel on CUDA
-        return _sequence_first(query), _empty_logsumexp(query, plan)
-    call = _Call(query, plan, window, scale)
+        return _sequence_first(query), _empty_logsumexp(query, given)
     out, found = call.forward(query, key, value)
-    if plan[0] is None:
+    if given[0] is None:
         return _sequence_first(out), found.contiguous().unsqueeze(0)
-    lse = _empty_logsumexp(query, plan)
+    lse = _empty_logsumexp(query, given)
     lse[0] = found
     if call.hides_rows:
         out = out * (call.rows != Row.BEFORE)
@@ -222,20 +309,11 @@ def _forward_cuda(_: Any, query: Tensor, key: Tensor, value: Tensor, *given: Any
     return out, lse
 
 
-def _backward_cuda(
-    _: Any,
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *given: Any,
+def _backward_of(
+    call: _Call, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
 ) -> Gradients:
-    *plan, window, scale = given
     if not query.numel():
         return tuple(_sequence_first(torch.zeros_like(x)) for x in (query, key, value))  # type: ignore[return-value]
-    call = _Call(query, plan, window, scale)
     # In another layout than the output's the gradient of cuDNN's is wrong (torch 2.11, H100).
     grad = _sequence_first(grad)
     padded = call.after is not None or call.hides_rows
@@ -255,8 +333,25 @@ class _Call:
     """A plan, as the host sees it.
 
     after: the tokens of the second call, None without one. rows: [b, 1, s, 1], to broadcast.
-    hides_rows: there are queries that see no key, and the kernel does not know.
+    hides_rows: there are queries that see no key, and the kernel does not know. mask: the one that
+    was given.
     """
+
+    mask: Tensor | None = None
+
+    @staticmethod
+    def planned(query: Tensor, *given: Any) -> _Call:
+        *plan, window, scale = given
+        return _Call(query, plan, window, scale)
+
+    @staticmethod
+    def masked(query: Tensor, mask: Tensor, scale: float) -> _Call:
+        plan, window = _plan_of(mask)
+        call = _Call(query, plan or [None] * 4, window, scale)
+        call.mask = mask
+        if plan is None:
+            call.take(Kind.DENSE)
+        return call
 
     def __init__(
         self, query: Tensor, plan: Sequence[Tensor | None], window: int | None, scale: float
@@ -275,7 +370,11 @@ class _Call:
             self.longest = max(longest, 2)
             self.hides_rows = self.kind == Kind.SEGMENTS and len(segments) > 1
             self.after = after[:tokens] if tokens and self.kind != Kind.DENSE else None
-        self.forward, self.backward = (functools.partial(f, self) for f in _KERNELS[self.kind])
+        self.take(self.kind)
+
+    def take(self, kind: Kind) -> None:
+        self.kind = kind
+        self.forward, self.backward = (functools.partial(f, self) for f in _KERNELS[kind])
 
     @property
     def window_sizes(self) -> dict[str, int]:
@@ -423,7 +522,7 @@ def _dense_backward(
 
 def _bias(call: _Call, query: Tensor) -> Tensor:
     """[b, h, s, s], zero or minus infinity; the rows as far apart as the kernel wants them."""
-    seen = _seen(query, call.plan, call.window)
+    seen = _seen(query, call.plan, call.window) if call.mask is None else call.mask
     size = query.shape[2]
     padded = query.new_full((*seen.shape[:3], -(-size // 16) * 16), -math.inf)
     padded[..., :size].masked_fill_(seen, 0.0)
@@ -474,7 +573,30 @@ _backward = kernel(
 )
 
 
-@register_flop_formula(torch.ops.liger_fx.attention_forward)
+_masked_forward = kernel(
+    "masked_attention_forward(Tensor query, Tensor key, Tensor value, Tensor mask, float scale)"
+    " -> (Tensor, Tensor)",
+    fake=lambda query, key, value, mask, scale: (
+        _fake_heads(query),
+        _empty_logsumexp(query, [mask]),
+    ),
+    plain=_masked_forward_torch,
+    cuda=_masked_forward_cuda,
+    waits=True,
+)
+_masked_backward = kernel(
+    "masked_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, "
+    "Tensor logsumexp, Tensor mask, float scale) -> (Tensor, Tensor, Tensor)",
+    fake=lambda grad, query, key, value, *rest: tuple(map(_fake_heads, (query, key, value))),
+    plain=_masked_backward_torch,
+    cuda=_masked_backward_cuda,
+    waits=True,
+)
+
+
+@register_flop_formula(
+    [torch.ops.liger_fx.attention_forward, torch.ops.liger_fx.masked_attention_forward]
+)
 def _forward_flops(
     query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
 ) -> int:
@@ -482,7 +604,9 @@ def _forward_flops(
     return sdpa_flop_count(query, *repeated)
 
 
-@register_flop_formula(torch.ops.liger_fx.attention_backward)
+@register_flop_formula(
+    [torch.ops.liger_fx.attention_backward, torch.ops.liger_fx.masked_attention_backward]
+)
 def _backward_flops(
     grad: Any, query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any
 ) -> int:
@@ -530,4 +654,36 @@ def _attention(
 
 attention = differentiable(
     f"attention(Tensor query, Tensor key, Tensor value, {_PLAN}) -> Tensor", _attention
+)
+
+
+class _MaskedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query, key, value, mask, scale):
+        out, lse = _masked_forward(query, key, value, mask, scale)
+        ctx.save_for_backward(query, key, value, out, lse, mask)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return *_masked_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
+
+
+def _attention_under_mask(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """Attention under a mask whose values say which kernel of `attention` computes it.
+
+    query, key, value, scale: as for `attention`. mask: bool [b, 1, s, s], true where a query sees a
+    key, read once for all layers that share the tensor: reading waits for the device. Where its
+    values are none of a plan, attention runs under the mask itself. Returns as `attention` does.
+    """
+    return _MaskedAttention.apply(query, key, value, mask, scale)
+
+
+masked_attention = differentiable(
+    "masked_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor",
+    _attention_under_mask,
 )

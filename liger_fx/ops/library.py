@@ -38,6 +38,7 @@ def kernel(
     plain: Callable[..., Any],
     cuda: Callable[..., Any],
     liger: str | None = None,
+    waits: bool = False,
 ) -> torch._ops.OpOverload:
     """Register an opaque operator whose first argument is a tensor.
 
@@ -45,6 +46,7 @@ def kernel(
     in plain PyTorch, for every device but CUDA. cuda: gets Liger's module of the name ``liger`` as
     its first argument; where that cannot be used ``plain`` runs on the GPU. Without a name it gets
     None. On fake tensors of a GPU the operator raises `Misfit` where Liger's kernels do not fit.
+    waits: the operator may wait for the device, which none in a CUDA graph can.
     """
 
     def fake_if_fit(first: Tensor, *rest: Any) -> Any:
@@ -61,7 +63,7 @@ def kernel(
                 return cuda(module, first, *rest)
         return cuda(module, first, *rest)
 
-    name = _define(schema)
+    name = _define(schema, *[torch.Tag.cudagraph_unsafe] * waits)
     if liger is not None:
         launchers[name] = cuda
     _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")  # all devices but those below
@@ -77,8 +79,8 @@ def differentiable(schema: str, function: Callable[..., Any]) -> torch._ops.OpOv
     return getattr(torch.ops.liger_fx, name).default
 
 
-def _define(schema: str) -> str:
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+def _define(schema: str, *tags: torch.Tag) -> str:
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     return schema.split("(", 1)[0]
 
 

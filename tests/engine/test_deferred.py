@@ -800,6 +800,20 @@ def test_a_hook_changes_the_gradient_of_a_fused_loss():
     torch.testing.assert_close(actual, gradients(F.linear(hidden, weight)))
 
 
+def test_read_after_a_fused_loss():
+    hidden, weight = torch.randn(B, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    labels = torch.tensor([1, -100, 3])
+
+    def gradients(logits: Any) -> Any:
+        loss = F.cross_entropy(logits, labels)
+        loss = loss + logits.sin().sum()
+        return torch.autograd.grad(loss, (hidden, weight))
+
+    kind = dict(classes=V, dtype=torch.float32, requires_grad=True)
+    actual = gradients(DeferredLogits(Head(F.linear, (weight,)), hidden, **kind))
+    torch.testing.assert_close(actual, gradients(F.linear(hidden, weight)))
+
+
 def test_saved_outputs_keep_nothing_alive(case):
     """Autograd saves the output of a softmax in the softmax' own node."""
     watched = weakref.ref(logits := case.deferred())

@@ -4,6 +4,7 @@ computes on the joint batch, and no logits made."""
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from _trainer import collator, language_model, samples  # noqa: E402
 from test_huggingface import OPTIONS, fused_heads, run  # noqa: E402
 
 from liger_fx.huggingface import LigerFxPlugin, defer_logits  # noqa: E402
+from liger_fx.huggingface import compile as by_layers  # noqa: E402
 
 pytestmark = pytest.mark.integrations
 needs_gloo = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -89,18 +91,27 @@ DDP_CASES: dict[str, dict[str, Any]] = {
     "split, all used": dict(model=large_head, ddp_find_unused_parameters=False),
     "split, tied": dict(model=functools.partial(large_head, tie_word_embeddings=True)),
     "split, small buckets": dict(model=large_head, ddp_bucket_cap_mb=1),
+    "layers": dict(by_layers=True),
+    "layers, bf16": dict(by_layers=True, bf16=True),
+    "layers, checkpointing": dict(by_layers=True, gradient_checkpointing=True),
+    "layers, tied, small buckets": dict(
+        by_layers=True,
+        model=functools.partial(large_head, tie_word_embeddings=True),
+        ddp_bucket_cap_mb=0.01,
+    ),
 }
 
 
 def _under_ddp(folder: Path, world: int, device: str) -> dict[str, Any]:
     found = {}
     for name, case in DDP_CASES.items():
+        whole = world > 1 and not case.get("by_layers")
         done = run(
             folder,
-            liger_fx.backend(**OPTIONS) if world > 1 else None,
+            liger_fx.backend(**OPTIONS) if whole else None,
             use_cpu=device == "cpu",
             per_device_train_batch_size=JOINT_BATCH // world,
-            **case,
+            **(case if world > 1 else case | {"by_layers": False}),
         )
         found[name] = dict(
             losses=done.losses,
@@ -108,6 +119,7 @@ def _under_ddp(folder: Path, world: int, device: str) -> dict[str, Any]:
             read=done.read,
             heads=fused_heads(),
             deferred=[len(report.deferred) for report in liger_fx.reports()],
+            modules=[len(report.modules) for report in liger_fx.reports()],
         )
     return found
 
@@ -117,12 +129,15 @@ def test_ddp(device, tmp_path):
     (joint,) = outcomes(tmp_path, _under_ddp, 1, device)
     for two in outcomes(tmp_path, _under_ddp, 2, device):
         for name, case in two.items():
-            tolerance = 2e-3 if name == "bf16" else 1e-5
+            tolerance = 2e-3 if "bf16" in name else 1e-5
             assert case["losses"] == pytest.approx(joint[name]["losses"], rel=tolerance), name
             for parameter, update in case["updates"].items():
                 error = relative_error(update, joint[name]["updates"][parameter])
                 assert error <= 30 * tolerance, (name, parameter)
             assert case["read"] == (0, 0), name
+            if "layers" in name:  # whole, and of evaluation; the checkpoint's are of its own
+                assert case["modules"][:3] == [1, 2, 1], (name, case["modules"])
+                continue
             assert case["deferred"] == case["heads"], name
             assert set(case["heads"]) == ({0, 1} if _in_parts(name) else {1}), name
 
@@ -156,38 +171,41 @@ def _train(accelerator: Any, model: nn.Module, world: int) -> dict[str, Any]:
     return dict(losses=losses, gradients=gradients, read=materialized() - before, units=units)
 
 
+MODELS = {"untied": language_model, "tied": tied}
+
+
 def _under_fsdp(folder: Path, world: int, device: str) -> dict[str, Any]:
     found = {}
-    for name, model in {"untied": language_model, "tied": tied}.items():
-        for mixed_precision in ("no", "bf16"):
-            for checkpointing in (False, True):
-                torch._dynamo.reset()
-                accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-                fused = world > 1
-                dynamo = LigerFxPlugin(options=OPTIONS, use_regional_compilation=True)
-                fsdp = accelerate.FullyShardedDataParallelPlugin(
-                    fsdp_version=2,
-                    auto_wrap_policy="transformer_based_wrap",
-                    cpu_ram_efficient_loading=False,
-                    activation_checkpointing=checkpointing,
-                )
-                accelerator = accelerate.Accelerator(
-                    cpu=device == "cpu",
-                    mixed_precision=mixed_precision,
-                    dynamo_plugin=dynamo if fused else None,
-                    fsdp_plugin=fsdp if fused and device != "cpu" else None,
-                )
-                # accelerate allows TF32 on a GPU where it compiles, and one process does not compile.
-                torch.backends.cuda.matmul.allow_tf32 = False
-                made = model()
-                if fused:
-                    if device == "cpu":
-                        _shard_on_a_cpu(accelerator, fsdp)
-                    defer_logits(made)
-                elif checkpointing:
-                    made.gradient_checkpointing_enable()
-                case = f"{name}, {mixed_precision}, checkpointing={checkpointing}"
-                found[case] = _train(accelerator, made, world)
+    for way, (name, model), mixed_precision, checkpointing in itertools.product(
+        ("plugin", "layers"), MODELS.items(), ("no", "bf16"), (False, True)
+    ):
+        torch._dynamo.reset()
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        fused = world > 1
+        dynamo = LigerFxPlugin(options=OPTIONS, use_regional_compilation=True)
+        fsdp = accelerate.FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            cpu_ram_efficient_loading=False,
+            activation_checkpointing=checkpointing,
+        )
+        accelerator = accelerate.Accelerator(
+            cpu=device == "cpu",
+            mixed_precision=mixed_precision,
+            dynamo_plugin=dynamo if fused and way == "plugin" else None,
+            fsdp_plugin=fsdp if fused and device != "cpu" else None,
+        )
+        # accelerate allows TF32 on a GPU where it compiles, and one process does not compile.
+        torch.backends.cuda.matmul.allow_tf32 = False
+        made = model()
+        if fused:
+            if device == "cpu":
+                _shard_on_a_cpu(accelerator, fsdp)
+            defer_logits(made) if way == "plugin" else by_layers(made, **OPTIONS)
+        elif checkpointing:
+            made.gradient_checkpointing_enable()
+        case = f"{way}, {name}, {mixed_precision}, checkpointing={checkpointing}"
+        found[case] = _train(accelerator, made, world)
     return found
 
 

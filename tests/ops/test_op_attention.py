@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from liger_fx import ops
 
+# The package has the op by that name.
+implementation = importlib.import_module("liger_fx.ops.attention")
 DTYPES = [torch.bfloat16, torch.float16] if CUDA else [torch.float32, torch.bfloat16]
 B, HEADS, KEYS, S, D = 3, 6, 2, 24, 16  # rows, heads of queries and of keys, tokens, elements
 
@@ -113,6 +116,11 @@ def fused(plan, query, key, value, scale=None):
     return ops.attention(query, key, value, *plan.of(batch, size), plan.window, scale)
 
 
+def under_mask(plan, query, key, value, scale=None):
+    mask = plan.mask(query.shape[0], query.shape[2])
+    return ops.masked_attention(query, key, value, mask, scale or query.shape[-1] ** -0.5)
+
+
 def eager(plan, query, key, value, scale=None):
     key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
     mask = plan.mask(query.shape[0], query.shape[2])
@@ -135,10 +143,10 @@ def run(function, plan, tensors, lay=torch.Tensor.contiguous, **options):
     return [out.detach(), *torch.autograd.grad(out, tensors, upstream)]
 
 
-def check(plan, tensors, slack=3e-7, **options):
+def check(plan, tensors, slack=3e-7, function=fused, **options):
     wide = [t.detach().double().requires_grad_() for t in tensors]
     wanted = run(exact, plan, wide, **options)
-    ours, theirs = (run(f, plan, tensors, **options) for f in (fused, eager))
+    ours, theirs = (run(f, plan, tensors, **options) for f in (function, eager))
     for a, b, e in zip(ours, theirs, wanted, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         error, bound = ((x.double() - e).norm() for x in (a, b))
@@ -152,6 +160,65 @@ def check(plan, tensors, slack=3e-7, **options):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_no_less_exact_than_eager(plan, dtype):
     check(plan, operands(dtype, size=96), slack=3e-4 if dtype != torch.float32 else 3e-7)
+
+
+class Other(Plan):
+    """A mask that is none of a plan."""
+
+    def mask(self, batch: int, size: int) -> Tensor:
+        seen = torch.ones(batch, 1, size, size, dtype=torch.bool)
+        if self.name == "random":
+            generator = torch.Generator().manual_seed(0)
+            seen = torch.rand(seen.shape, generator=generator) < 0.5
+            seen[..., 0] = True
+        return seen.to(DEVICE)
+
+
+OTHERS = [Other("random"), Other("not causal")]
+
+
+@pytest.mark.parametrize("plan", [*PLANS, *OTHERS], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_under_a_mask_no_less_exact_than_eager(plan, dtype):
+    slack = 3e-4 if dtype != torch.float32 else 3e-7
+    check(plan, operands(dtype, size=96), slack, under_mask)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 24])
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_values_of_a_mask_are_a_plan(plan, size):
+    mask = plan.mask(B, size)
+    found, window = implementation._plan_of(mask)
+    assert found is not None
+    query = torch.empty(B, 1, size, 8, device=DEVICE)
+    seen = implementation._seen(query, found, window)
+    assert torch.equal(seen.expand_as(mask), mask)
+
+
+@pytest.mark.parametrize("plan", OTHERS, ids=str)
+def test_values_of_a_mask_are_no_plan(plan):
+    assert implementation._plan_of(plan.mask(B, S)) == (None, None)
+
+
+def test_a_mask_is_read_once_for_all_layers(monkeypatch):
+    read, tensors, mask = [], operands(), PLANS[4].mask(B, S)
+    found = implementation._read_mask
+    monkeypatch.setattr(implementation, "_read_mask", lambda m: read.append(m) or found(m))
+    for reads in (1, 1, 2):
+        if reads == 2:
+            mask[:, :, 3:, 2] = False
+        implementation._plan_of(mask)
+        assert len(read) == reads
+    with torch.inference_mode():  # writes are not counted
+        mask = mask.clone()
+        for reads in (3, 4):
+            implementation._plan_of(mask)
+            assert len(read) == reads
+    if CUDA:
+        mask = PLANS[4].mask(B, S)
+        for _ in range(2):
+            ops.masked_attention(*tensors, mask, 0.3).sum().backward()
+        assert len(read) == 5
 
 
 SHAPES = {
@@ -247,6 +314,26 @@ def test_compiled(plan):
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     for a, e in zip(run(compiled, plan, tensors), run(attend, plan, tensors), strict=True):
         torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("plan", [PLANS[4], OTHERS[0]], ids=str)
+def test_under_a_mask_as_an_operator(plan):
+    tensors, mask = operands(), plan.mask(B, S)
+    torch.library.opcheck(ops.masked_attention, (*tensors, mask, 0.3))
+    with KernelCalls() as kernels:
+        run(under_mask, plan, tensors)
+    for kernel, given in kernels.calls:
+        torch.library.opcheck(kernel, given, test_utils=("test_schema", "test_faketensor"))
+        assert torch.Tag.cudagraph_unsafe in kernel.tags
+
+    def attend(plan, query, key, value):
+        return 2 * ops.masked_attention(query, key, value, mask, D**-0.5)
+
+    for backend in ("aot_eager", "inductor"):
+        with no_compile_caches():
+            compiled = torch.compile(attend, fullgraph=True, backend=backend)
+            for a, e in zip(run(compiled, plan, tensors), run(attend, plan, tensors), strict=True):
+                torch.testing.assert_close(a, e)
 
 
 @pytest.mark.parametrize("plan", [PLANS[1], PLANS[4], PLANS[10]], ids=str)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_op_attention import PLANS, B, D, S, check, operands
+from test_op_attention import OTHERS, PLANS, B, D, S, check, operands, under_mask
 
 launcher = importlib.import_module("liger_fx.ops.attention")  # the package has the op by that name
 
@@ -145,7 +145,7 @@ KERNELS = SimpleNamespace(
 def on_cuda(request, monkeypatch):
     monkeypatch.setattr(launcher, "aten", KERNELS)
     monkeypatch.setattr(launcher, "_is_cudnn", lambda *_: request.param)
-    for name in ("forward", "backward"):
+    for name in ("forward", "backward", "masked_forward", "masked_backward"):
         launch = getattr(launcher, f"_{name}_cuda")
         monkeypatch.setattr(launcher, f"_{name}", lambda *args, launch=launch: launch(None, *args))
 
@@ -158,10 +158,21 @@ def test_equals_the_dense_mask(plan, shape, on_cuda):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_op_attention.py runs the kernels")
+@pytest.mark.parametrize("shape", [{}, {"size": 1}, {"size": 37, "keys": 1}], ids=str)
+@pytest.mark.parametrize("plan", [*PLANS, *OTHERS], ids=str)
+def test_equals_the_mask_that_is_given(plan, shape, on_cuda):
+    check(plan, operands(torch.float32, **shape), slack=2e-6, function=under_mask)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_op_attention.py runs the kernels")
 @pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_what_the_fake_says(plan, on_cuda):
     """Strides and dtypes are those that the compiler counts on."""
     given = (*operands(torch.float32, grad=False), *plan.of(B, S), plan.window, D**-0.5)
     wanted = torch.ops.liger_fx.attention_forward.default(*given)
     for made, plain in zip(launcher._forward(*given), wanted, strict=True):
+        assert made.stride() == plain.stride() and made.dtype == plain.dtype
+    given = (*given[:3], plan.mask(B, S), D**-0.5)
+    wanted = torch.ops.liger_fx.masked_attention_forward.default(*given)
+    for made, plain in zip(launcher._masked_forward(*given), wanted, strict=True):
         assert made.stride() == plain.stride() and made.dtype == plain.dtype

@@ -315,12 +315,36 @@ def test_refuses_keys_that_are_written_in_place_after_they_were_repeated():
 # Where PyTorch has no kernel that groups queries. Meta tensors stand for a GPU's.
 
 
-def test_refuses_a_mask_on_a_gpu():
+def test_a_mask_that_is_an_input_is_read_when_it_is_there():
     mask = torch.ones(B, 1, S, S, device="meta", dtype=torch.bool)
-    assert_expected_inline(
-        refusal(masked, *operands("meta"), mask),
-        """nothing is known of what l_mask_ lets a query see""",
-    )
+    report = liger_fx.explain(masked, (*operands("meta"), mask), options={"policy": ["attention"]})
+    (made,) = report.replacements
+    assert made.pattern == "heads_first, given mask"
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (torch.ones(B, HEADS, S, S).bool(), "nothing is known of what l_mask_ lets a query see"),
+        (torch.ones(1, 1, S, S).bool(), "nothing is known of what l_mask_ lets a query see"),
+        (
+            torch.ones(B, 1, S, S),
+            "the mask l_mask_ is torch.float32, and not zero or minus infinity",
+        ),
+    ],
+    ids=["of heads", "of all rows", "of numbers"],
+)
+def test_refuses_other_masks_on_a_gpu(mask, reason):
+    assert refusal(masked, *operands("meta"), mask.to("meta")) == reason
+
+
+def test_refuses_a_mask_that_the_graph_changes():
+    def changed(q, k, v, mask):
+        mask[:, :, 0, 0] = False
+        return masked(q, k, v, mask)
+
+    mask = torch.ones(B, 1, S, S, device="meta", dtype=torch.bool)
+    assert refusal(changed, *operands("meta"), mask) == "l_mask_ is written in place"
 
 
 def test_refuses_single_precision_on_a_gpu():
