@@ -104,10 +104,11 @@ def _check_together(terms: list[Term]) -> None:
 def _check_student(match: Match) -> None:
     """Of the cross-entropy beside a divergence."""
     values = match.values
-    if values["class_weight"] is not None or values["label_smoothing"] or "softcap" in values:
+    weighted = values["class_weight"] is not None or values["label_smoothing"]
+    if weighted or "softcap" in values or temperature(match) != 1.0:
         raise Reject(
-            "the cross-entropy beside a divergence has class weights, label smoothing or a "
-            "softcap; the kernel has not"
+            "the cross-entropy beside a divergence has class weights, label smoothing, a softcap "
+            "or a temperature; the kernel has not"
         )
 
 

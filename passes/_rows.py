@@ -54,18 +54,23 @@ def _takes_rows(node: fx.Node) -> bool:
     return op_name(node) == "getitem" and any(item not in whole for item in _slices(node)[:-1])
 
 
-def keeps_or_scales_rows(node: fx.Node) -> bool:
-    return keeps_rows(node) or is_division_by_a_number(node)
+def keeps_or_scales_rows(node: fx.Node) -> fx.Node | bool:
+    return keeps_rows(node) or _scaled(node) or False
 
 
-def is_division_by_a_number(node: fx.Node) -> bool:
-    """By a temperature, that is."""
-    if op_name(node) != "div" or node.kwargs or len(node.args) != 2:  # rounding_mode, say
-        return False
-    return not isinstance(fake(node.args[1]), torch.Tensor)
+def _scaled(node: fx.Node) -> fx.Node | None:
+    """What a temperature divides, or a scale multiplies: by a number, that is."""
+    if op_name(node) not in ("div", "mul") or node.kwargs or len(node.args) != 2:
+        return None  # rounding_mode, say
+    left, right = node.args
+    if op_name(node) == "mul" and not isinstance(fake(left), torch.Tensor):
+        left, right = right, left
+    numbers = isinstance(left, fx.Node) and not isinstance(fake(right), torch.Tensor)
+    return left if numbers else None  # type: ignore[return-value]
 
 
 rows = chain("rows", keeps_rows)
+scaled_rows = chain("rows", keeps_or_scales_rows)
 
 
 # Of a match with two heads, the other's bindings and rows have names with a prefix: "teacher_".
@@ -92,12 +97,22 @@ def temperature(match: Match, name: str = "rows") -> float | None:
     """What the logits are divided by in all; None if that is no positive constant."""
     product = 1.0
     for node in match.chains[name]:
-        if is_division_by_a_number(node):
-            divisor = fake(node.args[1])
-            if (hint(divisor) or 0.0) <= 0:
+        source = _scaled(node)
+        if source is not None:
+            number = next(fake(arg) for arg in node.args if arg is not source)
+            if (hint(number) or 0.0) <= 0:
                 return None
-            product *= specialise(divisor)
+            number = specialise(number)
+            product *= number if op_name(node) == "div" else 1.0 / number
     return product
+
+
+def check_temperature(match: Match, name: str = "rows") -> None:
+    if temperature(match, name) is None:
+        raise Reject(
+            "the temperature or scale of the logits is computed or not positive, expected a "
+            "constant"
+        )
 
 
 def check_projection(match: Match, weight: torch.Tensor, prefix: str = "") -> None:

@@ -1,21 +1,31 @@
-"""Final projection + cross-entropy -> ``liger_fx::linear_cross_entropy``: no logits.
+"""Final projection + cross-entropy -> ``liger_fx::linear_loss``: no logits.
 
 Matches      ``F.cross_entropy`` over rows of ``F.linear``, with reshapes, slices of rows or of
              classes and upcasts in between in any order (torchtune, torchtitan, Hugging Face,
-             nanochat, F.linear_cross_entropy);
-             ``c * tanh(logits / c)`` between the two (Hugging Face Gemma2); logits transposed to
-             [b, V, s]; the sum of such losses over chunks of one hidden state (torchtune's
-             CEWithChunkedOutputLoss), which becomes one op; ``reduction="none"``.
-Leaves alone logits that anybody else sees; class weights; probability targets; LoRA on the head. A
-             softcap on the hidden state (torchtune's Gemma2) belongs to the hidden state.
-Numerics     Logits in the projection's dtype, softmax in fp32, parameter gradients summed in fp32.
+             nanochat, F.linear_cross_entropy); a temperature or a scale (Granite, Cohere) and
+             ``c * tanh(logits / c)`` (Hugging Face Gemma2) between the two; logits transposed to
+             [b, V, s]; label smoothing and class weights. Beside it what else is taken of the same
+             logits: the z-loss ``logsumexp(linear) ** 2``, their log-sum-exp, the entropy. Losses
+             of tokens with masks and weights, and the sum of all of it, also over chunks of one
+             hidden state (torchtune's CEWithChunkedOutputLoss), as `_head` says.
+Leaves alone logits that anybody else sees; two cross-entropies of the same logits; probability
+             targets; LoRA on the head. A softcap on the hidden state (torchtune's Gemma2) belongs
+             to the hidden state.
+Numerics     Logits in the projection's dtype, scale, softmax and weights of tokens in fp32, parameter
+             gradients summed in fp32.
              ``mean`` stays a division in the graph: 0 valid tokens give nan, as in eager.
 """
 
 import torch
 import torch.nn.functional as F
 from liger_fx.passes._head import head_rewrite
-from liger_fx.passes._rows import check_projection, check_rows, rows
+from liger_fx.passes._rows import (
+    check_projection,
+    check_rows,
+    check_temperature,
+    rows,
+    scaled_rows,
+)
 from liger_fx.passes._taken import Taken
 from liger_fx.passes.linear_logprobs import ENTROPIES, LOG_SUM_EXPS
 from torch import fx
@@ -27,7 +37,7 @@ from liger_fx.matcher import Match, Reject
 def plain(
     hidden, weight, bias, target, class_weight, ignore_index, reduction, label_smoothing
 ):  # fmt: skip
-    logits = rows(F.linear(hidden, weight, bias))
+    logits = scaled_rows(F.linear(hidden, weight, bias))
     return F.cross_entropy(
         logits, target, class_weight, None, ignore_index, None, reduction, label_smoothing
     )
@@ -36,7 +46,7 @@ def plain(
 def softcapped(
     hidden, weight, bias, softcap, target, class_weight, ignore_index, reduction, label_smoothing
 ):  # fmt: skip
-    logits = rows(torch.tanh(rows(F.linear(hidden, weight, bias)) / softcap) * softcap)
+    logits = rows(torch.tanh(scaled_rows(F.linear(hidden, weight, bias)) / softcap) * softcap)
     return F.cross_entropy(
         logits, target, class_weight, None, ignore_index, None, reduction, label_smoothing
     )
@@ -45,7 +55,7 @@ def softcapped(
 def classes_second(
     hidden, weight, bias, target, class_weight, ignore_index, reduction, label_smoothing
 ):  # fmt: skip
-    logits = rows(F.linear(hidden, weight, bias)).transpose(1, 2)
+    logits = scaled_rows(F.linear(hidden, weight, bias)).transpose(1, 2)
     return F.cross_entropy(
         logits, target, class_weight, None, ignore_index, None, reduction, label_smoothing
     )
@@ -69,6 +79,7 @@ def check(match: Match) -> None:
     if not _classes_are_where_expected(match, target):
         raise Reject("the class dimension of the loss is not the projection's output dimension")
     check_rows(match)
+    check_temperature(match)
     if not isinstance(values["ignore_index"], int):
         raise Reject("ignore_index is computed in the graph, expected a constant")
     if softcap is None or softcap <= 0:

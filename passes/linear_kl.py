@@ -1,18 +1,17 @@
-"""Two final projections + divergence of the one from the other -> ``liger_fx::linear_kl``: neither
+"""Two final projections + divergence of the one from the other -> ``liger_fx::linear_loss``: neither
 student's nor teacher's logits.
 
 Matches      torchtune's ForwardKLLoss, ReverseKLLoss and SymmetricKLLoss with ``normalize=False``
              over rows of two ``F.linear``, the teacher's without gradient; ``F.kl_div`` in both
              directions, of a target in probabilities or in logarithms; the generalised
              Jensen-Shannon divergence as TRL (GKD) and Liger write it; each at a constant
-             temperature, with any mask of tokens, added up or averaged in any way (`_sums`). The
-             sum of torchtune's losses over chunks of both hidden states (their WithChunkedOutput
-             forms), which becomes one op. The weighted sum of one of all these and
-             ``F.cross_entropy`` of the same logits, as in Hinton et al., 2015, without the
-             temperature: one projection, one gradient of the head.
-Leaves alone logits that anybody else sees; losses of one projection that are not added up, or of
-             which others see more than a detached value; a teacher that is trained; LoRA on the
-             student's head; ``jsd[mask]`` (the graph ends there: its shape depends on data).
+             temperature. ``F.cross_entropy`` of the same logits beside it, as in Hinton et al.,
+             2015, without the temperature. Both with masks and weights of tokens, added up or
+             averaged in any way, or apart, and over chunks of both hidden states (torchtune's
+             WithChunkedOutput forms), as `_head` says: one projection, one gradient of the head.
+Leaves alone logits that anybody else sees; a z-loss or an entropy beside it; two teachers; a
+             teacher that is trained; LoRA on the student's head; ``jsd[mask]`` (the graph ends
+             there: its shape depends on data).
 Numerics     Logits in each projection's dtype, softmax and temperature in fp32, parameter gradients
              summed in fp32. The weights of the sum are multiplied in fp32, before the gradient is
              rounded. Of infinite logits: `liger_fx.ops.kl_loss`.
@@ -31,10 +30,12 @@ from liger_fx.passes._head import head_rewrite
 from liger_fx.passes._rows import (
     check_projection,
     check_rows,
+    check_temperature,
     keeps_or_scales_rows,
     kept_rows,
     temperature,
 )
+from liger_fx.passes._rows import scaled_rows as rows
 from liger_fx.passes._taken import Taken
 from liger_fx.passes.linear_cross_entropy import CROSS_ENTROPIES
 from torch import fx
@@ -48,7 +49,6 @@ def _detaches(node: fx.Node) -> bool:
     return op_name(node) == "detach"
 
 
-rows = chain("rows", keeps_or_scales_rows)
 teacher_rows = chain("teacher_rows", lambda node: keeps_or_scales_rows(node) or _detaches(node))
 teacher_softmax = chain("teacher_softmax", _detaches)
 constant = guard("a value without gradient", lambda value: not value.requires_grad)
@@ -170,8 +170,7 @@ def check(match: Match) -> None:
         )
     if not {values.get("softmax_dim", -1), values.get("sum_dim", -1)} <= {-1, student.dim() - 1}:
         raise Reject("the softmax is not over the vocabulary")
-    if temperature(match) is None:
-        raise Reject("the temperature is computed or not positive, expected a constant")
+    check_temperature(match)
     if temperature(match, "teacher_rows") != temperature(match):
         raise Reject("the teacher's logits have another temperature than the student's")
     if "student_share" in values and _teacher_share(match) is None:

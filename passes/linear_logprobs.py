@@ -1,26 +1,34 @@
 """Final projection + log-probability of one token each, and entropy: no logits.
 
 What preference (DPO) and RL (PPO, GRPO) losses take of the logits is the ``log_softmax`` at one
-label: its cross-entropy with the sign turned, ``liger_fx::linear_cross_entropy_per_token``. Many RL
-losses or their logs take the entropy of each token's distribution as well; the op gives both.
+label: its cross-entropy with the sign turned. Many RL losses or their logs take the entropy of each
+token's distribution as well; the op gives both.
 
 Matches      ``gather(log_softmax(linear), labels)`` (torchtune) and ``gather(linear, labels) -
              logsumexp(linear)`` (TRL), with row slices, upcasts and a division by a constant
              temperature in between. Beside it the entropy of the same rows at the same temperature,
              ``(exp(logp) * logp).sum(-1)`` (TRL) or ``logsumexp(linear) - (p * linear).sum(-1)``
-             (verl), with a gradient, detached or without grad mode. What the graph multiplies by a
-             False, as torchtune drops the prompt, is not projected.
+             (verl), with a gradient, detached or without grad mode; their log-sum-exp and its
+             square. What the graph multiplies by a False, as torchtune drops the prompt, is not
+             projected; nor is in the backward what has no gradient. A sum of log-probabilities
+             with known weights (a policy gradient) is ``liger_fx::linear_loss``, as `_head` says.
 Leaves alone logits that anybody else sees; an entropy alone; a temperature that is computed; more
              than one label for a token; LoRA on the head.
-Numerics     Softmax in fp32. The backward projects again, chunk by chunk: the gradient of each
-             token's value is known only then. Made with and without gradients, so that a policy
+Numerics     Softmax in fp32. The backward projects again, chunk by chunk, where the gradient of
+             each token's value is known only then. Made with and without gradients, so that a policy
              and its reference, as long as they are the same, give the same numbers.
 """
 
 import torch
 import torch.nn.functional as F
 from liger_fx.passes._head import head_rewrite
-from liger_fx.passes._rows import check_projection, check_rows, keeps_or_scales_rows, temperature
+from liger_fx.passes._rows import (
+    check_projection,
+    check_rows,
+    check_temperature,
+    keeps_or_scales_rows,
+)
+from liger_fx.passes._rows import scaled_rows as rows
 from liger_fx.passes._taken import Taken
 from torch import fx
 
@@ -33,7 +41,6 @@ def _detaches(node: fx.Node) -> bool:
     return op_name(node) == "detach"
 
 
-rows = chain("rows", keeps_or_scales_rows)
 summed_rows = chain("summed_rows", keeps_or_scales_rows)
 detached_rows = chain("rows", lambda node: keeps_or_scales_rows(node) or _detaches(node))
 detached = chain("detached", _detaches)
@@ -103,8 +110,7 @@ def check_taken(match: Match) -> None:
     last = {-1, output.dim()}
     if not {values["softmax_dim"], values.get("sum_dim", -1)} <= last:
         raise Reject(f"{match.pattern.name} is not taken over the classes of each token")
-    if temperature(match) is None:
-        raise Reject("the temperature is computed or not positive, expected a constant")
+    check_temperature(match)
 
 
 ENTROPIES = [

@@ -154,16 +154,6 @@ def test_refuses_double_precision(logits, labels):
     )
 
 
-def test_refuses_weights_with_smoothing(logits, labels):
-    def fn(logits, y, w):
-        return F.cross_entropy(logits, y, w, label_smoothing=0.1)
-
-    assert_expected_inline(
-        refusal(fn, logits, labels, torch.rand(V, device=DEVICE)),
-        """class weights and label smoothing: the kernel needs the weights' sum on the host""",
-    )
-
-
 def test_refuses_an_ignore_index_that_is_no_constant(logits, labels):
     def fn(logits, y, i):
         return F.cross_entropy(logits, y, ignore_index=i)
