@@ -50,6 +50,18 @@ def huggingface(h, w, y):
     )
 
 
+def huggingface_granite(h, w, y):
+    logits = F.linear(h, w)
+    logits = logits / 8.0
+    return F.cross_entropy(logits.float().view(-1, V), y.view(-1))
+
+
+def huggingface_cohere(h, w, y):
+    logits = F.linear(h, w)
+    logits = 0.0625 * logits
+    return F.cross_entropy(logits.float().view(-1, V), y.view(-1))
+
+
 def huggingface_gemma2(h, w, y):
     logits = F.linear(h, w)
     logits = logits / 30.0
@@ -124,7 +136,8 @@ def linear_cross_entropy(h, w, y):
 
 
 SPELLINGS = [
-    torchtune, torchtune_chunked, torchtune_per_chunk, huggingface, huggingface_gemma2,
+    torchtune, torchtune_chunked, torchtune_per_chunk, huggingface,
+    huggingface_granite, huggingface_cohere, huggingface_gemma2,
     huggingface_shifted_logits, nanochat, padded_shifted_and_biased, torchtitan, sliced_after_flattening, classes_second, smoothed,
     other_ignore_index, per_token, keyword_arguments, one_token,
     *([linear_cross_entropy] if hasattr(F, "linear_cross_entropy") else []),

@@ -190,7 +190,7 @@ def test_refuses_a_temperature_that_is_not_positive(heads, labels):
     fn = with_kl(lambda kl, y: kl.sum(), (-1.0, -1.0))
     assert_expected_inline(
         refusal(fn, *heads, labels),
-        """the temperature is computed or not positive, expected a constant""",
+        """the temperature or scale of the logits is computed or not positive, expected a constant""",
     )
 
 

@@ -424,7 +424,7 @@ def means_as_well(hidden, weight, labels):
         (means_as_well, "the value of `linear` (logits) is also used by `mean` (mean)"),
         (lora, "the logits are a sum (LoRA on the head?), not one projection"),
         (other_dimension, "the labels are not one class of the last dimension for each token"),
-        (negative_temperature, "the temperature is computed or not positive, expected a constant"),
+        (negative_temperature, "the temperature or scale of the logits is computed or not positive"),
         (other_sum, "the sum is taken over other logits than those of the labels"),
         (in_fp64, "the logits are torch.float64; the kernel computes in float32"),
     ],

@@ -459,12 +459,12 @@ def test_recipe_reports(recipes, tmp_path, caplog):
 
 
 def test_loss_that_needs_the_logits_runs_as_in_the_stock_recipe(recipes, tmp_path, caplog):
-    overrides = {"loss": {"_component_": "_recipe_parts.ZLoss"}}
+    overrides = {"loss": {"_component_": "_recipe_parts.WithWeightDecayOfLogits"}}
     ours = run_recipe(recipes[0], recipe_config(tmp_path, **overrides))
     theirs = run_recipe(recipes[1], recipe_config(tmp_path, **overrides, compile=False))
     assert ours == pytest.approx(theirs, rel=1e-5)
     assert caplog.text.count("the projection and the loss are not fused") == 1
-    assert "is also used by `logsumexp`" in caplog.text
+    assert "is also used by `square`" in caplog.text
 
 
 def test_recipe_without_compile_is_the_stock_recipe(recipes, tmp_path, caplog):
