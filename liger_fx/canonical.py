@@ -12,7 +12,7 @@ Rules, all decided from each node's ``example_value``:
 - ``float``, ``half``, ``type_as``, ``to(dtype)`` ... are ``cast``;
 - ``view``, ``reshape``, ``flatten``, ``unsqueeze``, ``x[:, None]`` ... are ``reshape``;
 - ``reshape`` and ``expand`` have no sizes: those are in the ``example_value``;
-- ``x * x``, ``square(x)`` and ``x ** 2`` are ``pow``;
+- ``x * x``, ``square(x)`` and ``x ** 2`` are ``pow``; ``x ** -0.5`` is ``rsqrt``;
 - ``logsumexp(stack([a, b]), 0)`` is ``logaddexp(a, b)``;
 - arguments of known functions are positional, with their defaults filled in;
 - ``item()`` of a number that Dynamo has specialised (``dynamic=True``) is that number.
@@ -242,13 +242,20 @@ class View:
 
 
 # Operations that another one may be written as, for some arguments.
-WRITTEN_AS: dict[Target, tuple[str, ...]] = {"pow": ("square", "mul"), "logaddexp": ("logsumexp",)}
+WRITTEN_AS: dict[Target, tuple[str, ...]] = {
+    "pow": ("square", "mul"),
+    "rsqrt": ("pow",),
+    "logaddexp": ("logsumexp",),
+}
 
 
 def as_power(op: Target, args: tuple[Any, ...]) -> tuple[Target, tuple[Any, ...]]:
-    """``square(x)`` and ``x * x`` as ``pow(x, 2)``; anything else as it is."""
+    """``square(x)`` and ``x * x`` as ``pow(x, 2)``, ``pow(x, -0.5)`` as ``rsqrt(x)``; anything else
+    as it is."""
     if op == "square" or (op == "mul" and len(args) == 2 and args[0] is args[1]):
         return "pow", (args[0], 2)
+    if op == "pow" and args[1:] == (-0.5,):
+        return "rsqrt", args[:1]
     return op, args
 
 

@@ -36,6 +36,11 @@ def olmo(x, weight, eps):
     return (weight.float() * _normalised(x, eps)).to(x.dtype)
 
 
+def olmo_promoted(x, weight, eps):
+    """Of a narrower weight, which the product widens."""
+    return (weight * _normalised(x, eps)).to(x.dtype)
+
+
 def _normalised(x, eps):
     f = x.float()
     return f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + eps)
@@ -45,13 +50,20 @@ def unweighted(x, eps):
     return _normalised(x, eps).to(x.dtype)
 
 
+def unweighted_rounded(x, eps):
+    """DeepSeek-V4's: the factor is rounded, and then the product. The op rounds the product alone."""
+    return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps).to(x.dtype)
+
+
 CASTING = {
     "torchtune": "gemma",
     "torch_module": "gemma",
     "gemma": "gemma",
     "huggingface": "llama",
     "olmo": "gemma",
+    "olmo_promoted": "gemma",
     "unweighted": "gemma",
+    "unweighted_rounded": "gemma",
 }
 
 
