@@ -90,7 +90,9 @@ def _rotations(view: Any) -> Iterator[Site]:
     returned = {view.resolve(node): None for node in inside if not set(node.users) <= known}
     for node in returned:
         if node in known and _computes(view, node):
-            yield Site("rope", [node], _operations(view, _before(view, node, known)))
+            nodes = _before(view, node, known)
+            products = [n for n in nodes if _op(n) == "mul"]
+            yield Site("rope", products or nodes, _operations(view, nodes))
 
 
 def _before(view: Any, node: fx.Node, known: set[fx.Node]) -> list[fx.Node]:
@@ -243,7 +245,8 @@ def _why(site: Site, report: Any) -> str:
         place = Place.of(node)
         for rejection in report.rejections:
             if rejection.rewrite in KINDS[site.kind] and rejection.place.module == place.module:
-                return f"{rejection.rewrite}: {rejection.reason}"
+                reason = re.sub(r" \(\w+\)|(?<=[a-z])_\d+\b", "", rejection.reason)
+                return f"{rejection.rewrite}: {reason}"
     return f"no pattern for {site.operations}"
 
 

@@ -11,6 +11,7 @@ Rules, all decided from each node's ``example_value``:
   the graph ever writes to either of the two;
 - ``float``, ``half``, ``type_as``, ``to(dtype)`` ... are ``cast``;
 - ``view``, ``reshape``, ``flatten``, ``unsqueeze``, ``x[:, None]`` ... are ``reshape``;
+- ``x[:, :, 0::2]`` is ``x[..., ::2]``;
 - ``reshape`` and ``expand`` have no sizes: those are in the ``example_value``;
 - ``x * x``, ``square(x)`` and ``x ** 2`` are ``pow``; ``x ** -0.5`` is ``rsqrt``;
 - ``logsumexp(stack([a, b]), 0)`` is ``logaddexp(a, b)``;
@@ -21,6 +22,7 @@ Rules, all decided from each node's ``example_value``:
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -192,6 +194,8 @@ class View:
         if op in SIZELESS:
             return Expr(op, (self.resolve(first_argument(node)),))
         args = tuple(self.resolve(a) for a in positional(node))
+        if op == "getitem" and isinstance(source := fake(args[0]), torch.Tensor):
+            return Expr(op, (args[0], _index(args[1], source.dim())))
         if op == "logsumexp" and args[1:] == (0, False):
             stacked = self._stacked(args[0])
             if len(stacked) == 2:
@@ -290,6 +294,25 @@ def _only_inserts(index: Any) -> bool:
     added = [item for item in items if item is None]
     rest = [item for item in items if item is not None]
     return bool(added) and all(item is Ellipsis or item == slice(None) for item in rest)
+
+
+def _index(index: Any, dims: int) -> Any:
+    """An index of a tensor of ``dims`` dimensions, without what says nothing: a start of 0, a step
+    of 1; and with an ellipsis for the whole dimensions in front, if all dimensions are named."""
+    if not isinstance(index, tuple):
+        return _without_defaults(index)
+    items = tuple(map(_without_defaults, index))
+    named = [item for item in items if isinstance(item, slice | int)]
+    if len(named) != len(items) or len(items) != dims or items[0] != slice(None):
+        return items
+    return (Ellipsis, *itertools.dropwhile(lambda item: item == slice(None), items))
+
+
+def _without_defaults(item: Any) -> Any:
+    if not isinstance(item, slice):
+        return item
+    start = None if isinstance(item.start, int) and item.start == 0 else item.start
+    return slice(start, item.stop, None if item.step == 1 else item.step)
 
 
 def _specialised_number(value: Any) -> float | None:

@@ -35,6 +35,8 @@ SAME = {
         x[:, None, ...],
         x.view(2, 1, 3, 4),
     ),
+    "slices": lambda x, w: (x[..., ::2], x[:, :, 0::2], x[..., 0:None:2], x[:, 0::1, ::2]),
+    "elements": lambda x, w: (x[..., 1], x[:, :, 1], x[0:, :, 1]),
     "softmax": lambda x, w: (
         F.log_softmax(x, dim=-1),
         torch.log_softmax(x, -1),
@@ -103,6 +105,15 @@ EFFECTIVE = {
 def test_what_does_something_is_kept(case):
     view, (y,) = traced(lambda x: EFFECTIVE[case](x) + 1, X)
     assert view.resolve(y.args[0]).op != "placeholder"
+
+
+def test_slices_that_differ():
+    def fn(x):
+        return x[..., ::2], x[..., 1::2], x[:, ::2], x[:, :, :2], x[:, 1:, ::2], x[:1, :, ::2]
+
+    view, nodes = traced(fn, X)
+    found = [repr(view.expr(node)) for node in nodes]
+    assert len(set(found)) == len(found)
 
 
 def test_an_index_that_also_selects_is_no_reshape():
