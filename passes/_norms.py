@@ -51,7 +51,7 @@ def unweighted(x, eps):
 
 
 def unweighted_rounded(x, eps):
-    """DeepSeek-V4's: the factor is rounded, and then the product. The op rounds the product alone."""
+    """DeepSeek-V4's: the factor is rounded, then the product. The op rounds the product alone."""
     return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps).to(x.dtype)
 
 

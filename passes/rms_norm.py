@@ -5,8 +5,8 @@ Matches      ``torch.rms_norm`` between casts (torchtune) and without (nn.RMSNor
              ``w *``), of OLMo 2 and GPT-OSS (``w *``, then cast), and without a weight; over the
              last dimension of a tensor of any rank, as for norms of queries and keys.
 Leaves alone norms of several dimensions, float64, outputs of another dtype than the input.
-Numerics     fp32 statistics; each spelling is rounded where it rounds itself (`_norms.CASTING`), but
-             for DeepSeek-V4's, which is rounded once and not twice.
+Numerics     fp32 statistics; each spelling is rounded where it rounds itself (`_norms.CASTING`).
+             DeepSeek-V4's rounds twice, and is rounded once.
 """
 
 from liger_fx.passes import _norms

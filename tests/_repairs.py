@@ -64,9 +64,9 @@ def _expressions_unwritten() -> Patch:
 def _first_half_for_both() -> Patch:
     rope = ops.rope
 
-    def halved(x: Any, cos: Any, sin: Any, backward: bool) -> Any:
+    def halved(x: Any, cos: Any, sin: Any, *rest: bool) -> Any:
         cos, sin = (torch.cat((t.chunk(2, -1)[0],) * 2, -1) for t in (cos, sin))
-        return rope(x, cos, sin, backward)
+        return rope(x, cos, sin, *rest)
 
     return mock.patch.object(ops, "rope", halved)
 
