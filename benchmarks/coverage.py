@@ -10,8 +10,8 @@ norms, rotations, gated MLPs, attentions and heads there are is counted without 
 - norms: calls of modules whose class is called a norm;
 - rotations: tensors that leave a function whose name says that it applies RoPE;
 - gated MLPs: products of an activation and another tensor of its shape;
-- attentions: calls of ``scaled_dot_product_attention``, and softmaxes of attention modules. One that
-  needs nothing done, since it has no mask and no repeated heads, counts as found;
+- attentions: calls of ``scaled_dot_product_attention``, and softmaxes of attention modules. One
+  that needs nothing done, since it has no mask and no repeated heads, counts as found;
 - heads: one cross-entropy a model.
 
 Found is what a rewrite has taken out of the graph. For the rest the report's reason is counted, or,
@@ -320,7 +320,7 @@ def finish(rows: list[Row], args: Args) -> list[Row]:
     for row in rows:
         for key, counts in total.items():
             counts.update(row.get(key, {}))
-    found, wanted, made = total.values()
+    found, wanted, _ = total.values()
     counts = {kind: f"{found[kind]} of {wanted[kind]}" for kind in KINDS}
     shares = {f"{kind}_share": found[kind] / max(1, wanted[kind]) for kind in KINDS}
     count = sum("error" not in row for row in rows)

@@ -342,6 +342,7 @@ _SIGNATURES: dict[Any, dict[str, Any]] = {
     torch.log_softmax: dict(input=None, dim=None, dtype=None),  # as F.log_softmax
     torch.softmax: dict(input=None, dim=None, dtype=None),
     torch.logsumexp: dict(input=None, dim=None, keepdim=False),
+    torch.clamp: dict(input=None, min=None, max=None),
     torch.sum: dict(input=None, dim=None, keepdim=False, dtype=None),
     torch.gather: dict(input=None, dim=None, index=None),
     torch.rms_norm: dict(input=None, normalized_shape=None, weight=None, eps=None),

@@ -74,15 +74,18 @@ class Activation:
         else:
             self._launch(self.backward_kernel(module), grad, gate, up)
 
-    def launch_product(self, *tensors: Tensor) -> None:
+    def launch_product(self, gate: Tensor, up: Tensor, out: Tensor) -> None:
+        """Our kernel, which takes [rows, columns] in any layout; out is contiguous."""
         from liger_fx.ops.gated_triton import product
 
-        product(*tensors, self.name)
+        product(gate, up, out, self.name)
 
-    def launch_gradients(self, *tensors: Tensor) -> None:
+    def launch_gradients(
+        self, gate: Tensor, up: Tensor, grad: Tensor, grad_gate: Tensor, grad_up: Tensor
+    ) -> None:
         from liger_fx.ops.gated_triton import gradients
 
-        gradients(*tensors, self.name)
+        gradients(gate, up, grad, grad_gate, grad_up, self.name)
 
     def _launch(self, liger_kernel: Any, *tensors: Tensor) -> None:
         columns = tensors[0].shape[-1]

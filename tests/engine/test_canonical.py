@@ -59,6 +59,7 @@ SAME = {
     "relu": lambda x, w: (F.relu(x), torch.relu(x), x.relu(), F.relu(x, False)),
     "square": lambda x, w: (x.pow(2), x**2, x * x, x.square(), torch.square(x), torch.pow(x, 2)),
     "inverse root": lambda x, w: (x.rsqrt(), torch.rsqrt(x), x.pow(-0.5), x**-0.5),
+    "clamp": lambda x, w: (x.clamp(max=1.0), torch.clamp(x, None, 1.0), x.clamp(None, max=1.0)),
     "silu": lambda x, w: (F.silu(x), F.silu(x, inplace=False), F.silu(input=x)),
     "gelu": lambda x, w: (F.gelu(x), F.gelu(x, approximate="none")),
     "add": lambda x, w: (x + 1.0, torch.add(x, 1.0), x.add(1.0)),
