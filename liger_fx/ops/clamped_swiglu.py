@@ -1,6 +1,6 @@
 """``liger_fx::clamped_swiglu``: GPT-OSS's gate, ``g sigmoid(alpha g) (u + 1)``.
 
-``g = min(gate, limit)`` and ``u = clamp(up, -limit, limit)``. Gate and up are neighbours, or halves,
+``g = min(gate, limit)`` and ``u = clamp(up, -limit, limit)``. Gate and up are neighbours or halves
 of one tensor. Computed in fp32 and rounded once, by kernels of our own (`gated_triton`): Liger has
 none.
 """

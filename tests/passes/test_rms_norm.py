@@ -99,6 +99,20 @@ def deepseek_v4(x):
     return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS).to(x.dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_without_weights_are_two(dtype, x):  # nanochat's first
+    def norm(x):
+        f = x.float()
+        return (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + EPS)).type_as(x)
+
+    def fn(x):
+        first = norm(x)
+        return first.sin() + norm(first)
+
+    found = capture(fn, x.to(dtype))
+    assert found.reports[0].counts == {"rms_norm": 2} and found.reports[0].rejections == []
+
+
 def test_queries_and_keys_in_four_dimensions(w):
     q = torch.randn(2, 5, 3, H, device=DEVICE)
 
