@@ -73,7 +73,7 @@ def cases(device: torch.device) -> dict[str, tuple[tuple[Any, ...], str, tuple[A
 
     x, weight, rstd = rows(), rows(COLUMNS), rows(ROWS)
     heads, angles = rows(1, 4, 2, 16), rows(1, 4, 8, 2)
-    cos = rows(1, 4, 16)
+    cos, by_halves = rows(1, 4, 16), (False, False, False)
     norm, saved = (weight, 1e-6, 0.0, "gemma"), (weight, rstd, 0.0, "gemma", True)
     layer, saved_layer = (weight, weight, 1e-6), (weight, rstd, rstd, True, True)
     return {
@@ -83,9 +83,9 @@ def cases(device: torch.device) -> dict[str, tuple[tuple[Any, ...], str, tuple[A
         "swiglu": ((x, x), "swiglu_backward_", (x, rows(), x)),
         "geglu": ((x, x), "geglu_backward_", (x, rows(), x)),
         "rope": (
-            (heads, cos, cos, False),
+            (heads, cos, cos, False, *by_halves),
             "rope_forward",
-            (heads, cos, cos, True, False, False, False),
+            (heads, cos, cos, True, *by_halves),
         ),
         "rope_interleaved": (
             (heads, angles, False),

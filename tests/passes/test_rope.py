@@ -99,6 +99,16 @@ def nanochat(x, cos, sin):
     return (x * cos) + (torch.cat((x2, -x1), dim=-1) * sin)
 
 
+def qwen2_5_vl(x, cos, sin):
+    """cos, sin: [3, b, s, d], by time, height and width; a section of each."""
+    x, sections = x.transpose(1, 2), [1, 2, 3] * 2
+    cos, sin = (
+        torch.cat([m[i % 3] for i, m in enumerate(t.split(sections, dim=-1))], dim=-1).unsqueeze(1)
+        for t in (cos, sin)
+    )
+    return (x * cos) + (rotate_half(x) * sin)
+
+
 def gpt_oss(x, cos, sin):
     """cos, sin: [b, s, d / 2]."""
     x, cos, sin = x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
@@ -175,6 +185,11 @@ def half_cache(batch=1, size=D):
     return tuple(angle[..., : size // 2] for angle in halves_cache(batch, size))
 
 
+def sections_cache():
+    """One angle by time, height and width: what is chosen of them is that of a text."""
+    return tuple(angle.expand(3, *angle.shape) for angle in halves_cache())
+
+
 def neighbours_cache():
     return tuple(angle.repeat_interleave(2, -1) for angle in half_cache())
 
@@ -197,6 +212,7 @@ SPELLINGS = {
                    "interleaved"),
     "modernbert": (modernbert, halves_cache, "halves"),
     "nanochat": (nanochat, halves_cache, "backwards"),
+    "qwen2_5_vl": (qwen2_5_vl, sections_cache, "halves"),
     "gpt_oss": (gpt_oss, half_cache, "halves"),
     "gpt_oss_positions_of_each_sequence": (gpt_oss, lambda: half_cache(B), "halves"),
     "deepseek_v3": (deepseek_v3, halves_cache, "pairs_to_halves"),
@@ -214,6 +230,7 @@ HEADS_FIRST = [
     huggingface_phi3,
     modernbert,
     nanochat,
+    qwen2_5_vl,
     gpt_oss,
     deepseek_v3,
     cohere,

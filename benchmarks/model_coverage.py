@@ -1,7 +1,7 @@
 """What liger_fx finds in every causal language model of transformers. Runs on a CPU, on no data.
 
-    python benchmarks/coverage.py --jobs 16
-    python benchmarks/coverage.py --models llama gpt_oss --jobs 1
+    python benchmarks/model_coverage.py --jobs 16
+    python benchmarks/model_coverage.py --models llama gpt_oss --jobs 1
 
 Each architecture of ``AutoModelForCausalLM`` is built on the meta device from its default config,
 with as few layers as show every kind of layer, and traced from the tokens to the loss. How many
@@ -9,7 +9,8 @@ norms, rotations, gated MLPs, attentions and heads there are is counted without 
 
 - norms: calls of modules whose class is called a norm;
 - rotations: tensors that leave a function whose name says that it applies RoPE;
-- gated MLPs: products of an activation and another tensor of its shape;
+- gated MLPs: products of an activation and another tensor of its shape, both of projections;
+- other gates: the same where one of the two is no projection, as after a norm or a scan;
 - attentions: calls of ``scaled_dot_product_attention``, and softmaxes of attention modules. One
   that needs nothing done, since it has no mask and no repeated heads, counts as found;
 - heads: one cross-entropy a model.
@@ -39,6 +40,7 @@ KINDS = {
     "norms": ("add_rms_norm", "rms_norm", "layer_norm"),
     "rope": ("rope",),
     "gated": ("tiled_mlp", "swiglu", "geglu"),
+    "gates": ("swiglu", "geglu"),
     "attention": ("softmax_attention", "attention"),
     "heads": ("linear_cross_entropy",),
 }
@@ -120,7 +122,39 @@ def _gated(view: Any) -> Iterator[Site]:
         if len(gates) == 1:
             ups = [f for f in factors if f is not gates[0]]
             nodes = [*_written_out(view, gates[0]), *ups, node]
-            yield Site("gated", [node], _operations(view, nodes))
+            is_mlp = all(_of_a_projection(view, factor) for factor in factors)
+            yield Site("gated" if is_mlp else "gates", [node], _operations(view, nodes))
+
+
+_PASSES = {
+    "cast",
+    "reshape",
+    "getitem",
+    "chunk",
+    "split",
+    "clamp",
+    "dropout",
+    "sigmoid",
+    "add",
+    "mul",
+}
+
+
+def _of_a_projection(view: Any, node: Any) -> bool:
+    """Is it a product with a parameter, but for activations, clamps, numbers, biases, adapters?"""
+    inputs = [view.resolve(n) for n in node.all_input_nodes]
+    if any(_is_parameter(view, n) and _shape(n) != _shape(node) for n in inputs):
+        return _op(node) not in ("mul", "add", "embedding")
+    if _op(node) not in _PASSES | _ACTIVATIONS and not _is_activation(view, node):
+        return False
+    found = [_of_a_projection(view, n) for n in inputs]
+    return any(found) if _op(node) == "add" else bool(found) and all(found)
+
+
+def _is_parameter(view: Any, node: Any) -> bool:
+    while isinstance(node, fx.Node) and _op(node) in ("cast", "transpose", "reshape", "getitem"):
+        node = view.resolve(node.args[0])
+    return isinstance(node, fx.Node) and "_parameters_" in str(node.target)
 
 
 def _is_activation(view: Any, node: fx.Node) -> bool:
@@ -245,9 +279,13 @@ def _why(site: Site, report: Any) -> str:
         place = Place.of(node)
         for rejection in report.rejections:
             if rejection.rewrite in KINDS[site.kind] and rejection.place.module == place.module:
-                reason = re.sub(r" \(\w+\)|(?<=[a-z])_\d+\b", "", rejection.reason)
-                return f"{rejection.rewrite}: {reason}"
+                return _said(rejection)
     return f"no pattern for {site.operations}"
+
+
+def _said(each: Any) -> str:
+    """What the report says of a rewrite, without the numbers of nodes: one reason for all layers."""
+    return f"{each.rewrite}: " + re.sub(r" \(\w+\)|(?<=[a-z])_\d+\b", "", each.reason)
 
 
 def _why_no_head(reports: Sequence[Any]) -> str:
@@ -256,7 +294,7 @@ def _why_no_head(reports: Sequence[Any]) -> str:
         for report in reports:
             for each in getattr(report, said):
                 if each.rewrite in heads:
-                    return f"{each.rewrite}: {each.reason}"
+                    return _said(each)
     return f"no cross-entropy in {len(reports)} graphs"
 
 
@@ -305,8 +343,7 @@ def _in_a_process(model: str, seconds: int, to: Connection) -> None:
 
 def text(rows: list[Row], args: Args) -> str:
     measured = [row for row in rows if "error" not in row]
-    left = Counter[str]()
-    models = Counter[str]()
+    left, models = Counter[str](), Counter[str]()
     for row in measured:
         left.update(row["left"])
         models.update(row["left"].keys())
@@ -316,16 +353,20 @@ def text(rows: list[Row], args: Args) -> str:
 
 def finish(rows: list[Row], args: Args) -> list[Row]:
     """With a last row for all models."""
-    total: dict[str, Counter[str]] = {"found": Counter(), "wanted": Counter(), "made": Counter()}
-    for row in rows:
-        for key, counts in total.items():
-            counts.update(row.get(key, {}))
-    found, wanted, _ = total.values()
-    counts = {kind: f"{found[kind]} of {wanted[kind]}" for kind in KINDS}
-    shares = {f"{kind}_share": found[kind] / max(1, wanted[kind]) for kind in KINDS}
-    count = sum("error" not in row for row in rows)
-    sums = {key: dict(counts) for key, counts in total.items()}
-    return [*rows, {"arm": f"all {count}", **counts, **shares, **sums, "left": {}}]
+    rows = [row for row in rows if "models" not in row]
+    found, wanted, made = (
+        sum((Counter(row.get(key, {})) for row in rows), Counter[str]())
+        for key in ("found", "wanted", "made")
+    )
+    models = sum("error" not in row for row in rows)
+    total = {
+        "arm": f"all {models}",
+        "models": models,
+        **{kind: f"{found[kind]} of {wanted[kind]}" for kind in KINDS},
+        **{f"{kind}_share": found[kind] / max(1, wanted[kind]) for kind in KINDS},
+        **{"found": dict(found), "wanted": dict(wanted), "made": dict(made), "left": {}},
+    }
+    return [*rows, total]
 
 
 BENCHMARK = Benchmark(
@@ -341,7 +382,7 @@ BENCHMARK = Benchmark(
     text=text,
     columns=columns(
         "model {arm} | norms {norms} | rotations {rope} | gated MLPs {gated} |"
-        " attentions {attention} | heads {heads} | left, and why {why}"
+        " other gates {gates} | attentions {attention} | heads {heads} | left, and why {why}"
     ),
     title="Found in the causal language models of transformers",
     panels=[
