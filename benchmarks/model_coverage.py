@@ -284,7 +284,7 @@ def _why(site: Site, report: Any) -> str:
 
 
 def _said(each: Any) -> str:
-    """What the report says of a rewrite, without the numbers of nodes: one reason for all layers."""
+    """What the report says of a rewrite, without the numbers of nodes: one reason a model."""
     return f"{each.rewrite}: " + re.sub(r" \(\w+\)|(?<=[a-z])_\d+\b", "", each.reason)
 
 
