@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from results import Row, markdown, rows
+from results import Row, load, markdown, rows
 
 _HEAD_ARMS = {"inductor": "Inductor", "liger_fp32_large": "Liger, fp32 sums, large chunks"}
 
@@ -130,5 +130,6 @@ def models_with_something_left() -> str:
 
 def models_not_traced() -> str:
     """A line for each model that cannot be built from its default config, or not traced."""
-    lines = [(row["arm"], row["error"]) for row in rows("model_coverage") if "error" in row]
+    found = load("model_coverage")["rows"]
+    lines = [(row["arm"], row["error"]) for row in found if "error" in row]
     return markdown(["model", "why"], lines)
