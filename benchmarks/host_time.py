@@ -73,16 +73,20 @@ def cases(device: torch.device) -> dict[str, tuple[tuple[Any, ...], str, tuple[A
 
     x, weight, rstd = rows(), rows(COLUMNS), rows(ROWS)
     heads, angles = rows(1, 4, 2, 16), rows(1, 4, 8, 2)
-    cos = rows(1, 4, 16)
+    cos, by_halves = rows(1, 4, 16), (False, False, False)
     norm, saved = (weight, 1e-6, 0.0, "gemma"), (weight, rstd, 0.0, "gemma", True)
-    layer, saved_layer = (weight, weight, 1e-6), (weight, rstd, rstd, True)
+    layer, saved_layer = (weight, weight, 1e-6), (weight, rstd, rstd, True, True)
     return {
         "rms_norm": ((x, *norm), "rms_norm_backward", (x, x, *saved)),
         "add_rms_norm": ((x, x, *norm), "add_rms_norm_backward", (x, x, x, *saved)),
         "layer_norm": ((x, *layer), "layer_norm_backward", (x, x, *saved_layer)),
         "swiglu": ((x, x), "swiglu_backward_", (x, rows(), x)),
         "geglu": ((x, x), "geglu_backward_", (x, rows(), x)),
-        "rope": ((heads, cos, cos, False), "rope_forward", (heads, cos, cos, True)),
+        "rope": (
+            (heads, cos, cos, False, *by_halves),
+            "rope_forward",
+            (heads, cos, cos, True, *by_halves),
+        ),
         "rope_interleaved": (
             (heads, angles, False),
             "rope_interleaved_forward",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from results import Row, markdown, rows
+from results import Row, load, markdown, rows
 
 _HEAD_ARMS = {"inductor": "Inductor", "liger_fp32_large": "Liger, fp32 sums, large chunks"}
 
@@ -119,3 +119,41 @@ def profile() -> str:
     ]
     arms = [f"{row['arm'].replace('_recipe', ' recipe')}, ms" for row in found]
     return markdown(["", *arms], lines, ["---", *["---:"] * len(arms)])
+
+
+_COUNTED = {
+    "norms": "norms",
+    "rope": "rotations",
+    "gated": "gated MLPs",
+    "gates": "other gates",
+    "attention": "attentions",
+    "heads": "heads with their loss",
+}
+
+
+def model_coverage() -> str:
+    """What is found in all causal language models of transformers, of how much there is."""
+    (total,) = (row for row in rows("model_coverage") if "models" in row)
+    lines = [
+        (title, f"{total['found'].get(kind, 0):,}", f"{total['wanted'][kind]:,}", share)
+        for kind, title in _COUNTED.items()
+        for share in [f"{total[f'{kind}_share']:.1%}"]
+    ]
+    return markdown(["", "found", "of", ""], lines, ["---", "---:", "---:", "---:"])
+
+
+def models_with_something_left() -> str:
+    """A line for each model in which something is left: what, and why."""
+    lines = [
+        (row["arm"], *(row[kind] for kind in _COUNTED), row["why"])
+        for row in rows("model_coverage")
+        if row.get("why")
+    ]
+    return markdown(["model", *_COUNTED.values(), "left, and why"], lines)
+
+
+def models_not_traced() -> str:
+    """A line for each model that cannot be built from its default config, or not traced."""
+    found = load("model_coverage")["rows"]
+    lines = [(row["arm"], row["error"]) for row in found if "error" in row]
+    return markdown(["model", "why"], lines)

@@ -11,8 +11,9 @@ Rules, all decided from each node's ``example_value``:
   the graph ever writes to either of the two;
 - ``float``, ``half``, ``type_as``, ``to(dtype)`` ... are ``cast``;
 - ``view``, ``reshape``, ``flatten``, ``unsqueeze``, ``x[:, None]`` ... are ``reshape``;
+- ``x[:, :, 0::2]`` is ``x[..., ::2]``;
 - ``reshape`` and ``expand`` have no sizes: those are in the ``example_value``;
-- ``x * x``, ``square(x)`` and ``x ** 2`` are ``pow``;
+- ``x * x``, ``square(x)`` and ``x ** 2`` are ``pow``; ``x ** -0.5`` is ``rsqrt``;
 - ``logsumexp(stack([a, b]), 0)`` is ``logaddexp(a, b)``;
 - arguments of known functions are positional, with their defaults filled in;
 - ``item()`` of a number that Dynamo has specialised (``dynamic=True``) is that number.
@@ -21,6 +22,7 @@ Rules, all decided from each node's ``example_value``:
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -192,6 +194,8 @@ class View:
         if op in SIZELESS:
             return Expr(op, (self.resolve(first_argument(node)),))
         args = tuple(self.resolve(a) for a in positional(node))
+        if op == "getitem" and isinstance(source := fake(args[0]), torch.Tensor):
+            return Expr(op, (args[0], _index(args[1], source.dim())))
         if op == "logsumexp" and args[1:] == (0, False):
             stacked = self._stacked(args[0])
             if len(stacked) == 2:
@@ -242,13 +246,20 @@ class View:
 
 
 # Operations that another one may be written as, for some arguments.
-WRITTEN_AS: dict[Target, tuple[str, ...]] = {"pow": ("square", "mul"), "logaddexp": ("logsumexp",)}
+WRITTEN_AS: dict[Target, tuple[str, ...]] = {
+    "pow": ("square", "mul"),
+    "rsqrt": ("pow",),
+    "logaddexp": ("logsumexp",),
+}
 
 
 def as_power(op: Target, args: tuple[Any, ...]) -> tuple[Target, tuple[Any, ...]]:
-    """``square(x)`` and ``x * x`` as ``pow(x, 2)``; anything else as it is."""
+    """``square(x)`` and ``x * x`` as ``pow(x, 2)``, ``pow(x, -0.5)`` as ``rsqrt(x)``; anything else
+    as it is."""
     if op == "square" or (op == "mul" and len(args) == 2 and args[0] is args[1]):
         return "pow", (args[0], 2)
+    if op == "pow" and args[1:] == (-0.5,):
+        return "rsqrt", args[:1]
     return op, args
 
 
@@ -285,6 +296,25 @@ def _only_inserts(index: Any) -> bool:
     return bool(added) and all(item is Ellipsis or item == slice(None) for item in rest)
 
 
+def _index(index: Any, dims: int) -> Any:
+    """An index of a tensor of ``dims`` dimensions, without what says nothing: a start of 0, a step
+    of 1; and with an ellipsis for the whole dimensions in front, if all dimensions are named."""
+    if not isinstance(index, tuple):
+        return _without_defaults(index)
+    items = tuple(map(_without_defaults, index))
+    named = [item for item in items if isinstance(item, slice | int)]
+    if len(named) != len(items) or len(items) != dims or items[0] != slice(None):
+        return items
+    return (Ellipsis, *itertools.dropwhile(lambda item: item == slice(None), items))
+
+
+def _without_defaults(item: Any) -> Any:
+    if not isinstance(item, slice):
+        return item
+    start = None if isinstance(item.start, int) and item.start == 0 else item.start
+    return slice(start, item.stop, None if item.step == 1 else item.step)
+
+
 def _specialised_number(value: Any) -> float | None:
     """The number itself, or the constant behind a Sym value that Dynamo has specialised: its
     expression has no free symbol left. None for a number that may vary."""
@@ -312,6 +342,7 @@ _SIGNATURES: dict[Any, dict[str, Any]] = {
     torch.log_softmax: dict(input=None, dim=None, dtype=None),  # as F.log_softmax
     torch.softmax: dict(input=None, dim=None, dtype=None),
     torch.logsumexp: dict(input=None, dim=None, keepdim=False),
+    torch.clamp: dict(input=None, min=None, max=None),
     torch.sum: dict(input=None, dim=None, keepdim=False, dtype=None),
     torch.mean: dict(input=None, dim=None, keepdim=False, dtype=None),
     torch.gather: dict(input=None, dim=None, index=None),

@@ -27,6 +27,18 @@ def check_gated(match: Match, gate: torch.Tensor, up: torch.Tensor) -> None:
     check_columns(gate)
 
 
+def check_halves(match: Match, gate_up: torch.Tensor) -> None:
+    """The same where gate and up are in one tensor."""
+    check_columns(match.output)
+    if gate_up.dtype not in DTYPES:
+        raise Reject(f"gate and up are {gate_up.dtype}; the kernel computes in float32")
+    columns = gate_up.shape[-1]
+    if not isinstance(columns, int) or columns % 2:
+        raise Reject(f"gate and up are {columns} elements of one tensor, expected an even constant")
+    if not gate_up.is_contiguous():
+        raise Reject("the tensor of gate and up is not contiguous: the kernel would need a copy")
+
+
 def may_overwrite(match: Match, *names: str) -> bool:
     """Does nothing but the match read these values? Without other readers in the forward there are
     none in the backward, but for those that need its result. See `liger_fx.ops.gated`."""

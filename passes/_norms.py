@@ -10,6 +10,7 @@ import torch
 
 from liger_fx.canonical import hint, same_sizes, specialise
 from liger_fx.matcher import Match, Reject
+from liger_fx.pattern import guard
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_COLUMNS = 65536  # of a row, which Liger's kernels hold as a whole
@@ -28,12 +29,21 @@ def gemma(x, weight, eps):
     return (_normalised(x, eps) * (1.0 + weight.float())).to(x.dtype)
 
 
+# Of two norms without weights, one after the other, the second's factor is no weight of the first.
+_weight = guard("a weight", lambda value: value.dim() < 2 or str(value.shape[-1]) != "1")
+
+
 def huggingface(x, weight, eps):
-    return weight * _normalised(x, eps).to(x.dtype)
+    return _weight(weight) * _normalised(x, eps).to(x.dtype)
 
 
 def olmo(x, weight, eps):
-    return (weight.float() * _normalised(x, eps)).to(x.dtype)
+    return (_weight(weight).float() * _normalised(x, eps)).to(x.dtype)
+
+
+def olmo_promoted(x, weight, eps):
+    """Of a narrower weight, which the product widens."""
+    return (_weight(weight) * _normalised(x, eps)).to(x.dtype)
 
 
 def _normalised(x, eps):
@@ -45,13 +55,20 @@ def unweighted(x, eps):
     return _normalised(x, eps).to(x.dtype)
 
 
+def unweighted_rounded(x, eps):
+    """DeepSeek-V4's: the factor is rounded, then the product. The op rounds the product alone."""
+    return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps).to(x.dtype)
+
+
 CASTING = {
     "torchtune": "gemma",
     "torch_module": "gemma",
     "gemma": "gemma",
     "huggingface": "llama",
     "olmo": "gemma",
+    "olmo_promoted": "gemma",
     "unweighted": "gemma",
+    "unweighted_rounded": "gemma",
 }
 
 

@@ -41,6 +41,11 @@ def add_olmo(x, residual, weight, eps):
     return _norms.olmo(total, weight, eps), total
 
 
+def add_olmo_promoted(x, residual, weight, eps):
+    total = x + residual
+    return _norms.olmo_promoted(total, weight, eps), total
+
+
 def check(match: Match, x, residual, weight, eps, normalized_shape=None):
     for operand in (x, residual):
         if not hasattr(operand, "shape"):
@@ -62,7 +67,14 @@ def replace(match: Match, x, residual, weight):
 
 add_rms_norm = Rewrite(
     name="add_rms_norm",
-    patterns=[add_torchtune, add_torch_module, add_gemma, add_huggingface, add_olmo],
+    patterns=[
+        add_torchtune,
+        add_torch_module,
+        add_gemma,
+        add_huggingface,
+        add_olmo,
+        add_olmo_promoted,
+    ],
     check=check,
     replace=replace,
     saved=["weight", "output"],

@@ -2,10 +2,11 @@
 
 Matches      ``torch.rms_norm`` between casts (torchtune) and without (nn.RMSNorm, torchtitan); the
              chain of pow, mean, rsqrt and mul of Gemma (``1 + w``), of Hugging Face (cast, then
-             ``w *``), of OLMo 2 (``w *``, then cast), and without a weight; over the last
-             dimension of a tensor of any rank, as for norms of queries and keys.
+             ``w *``), of OLMo 2 and GPT-OSS (``w *``, then cast), and without a weight; over the
+             last dimension of a tensor of any rank, as for norms of queries and keys.
 Leaves alone norms of several dimensions, float64, outputs of another dtype than the input.
 Numerics     fp32 statistics; each spelling is rounded where it rounds itself (`_norms.CASTING`).
+             DeepSeek-V4's rounds twice, and is rounded once.
 """
 
 from liger_fx.passes import _norms
@@ -31,7 +32,9 @@ rms_norm = Rewrite(
         _norms.gemma,
         _norms.huggingface,
         _norms.olmo,
+        _norms.olmo_promoted,
         _norms.unweighted,
+        _norms.unweighted_rounded,
     ],
     check=check,
     replace=replace,

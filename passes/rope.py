@@ -1,7 +1,11 @@
 """Rotary position embedding -> ``liger_fx::rope`` or ``liger_fx::rope_interleaved``.
 
 Matches      By halves (``x * cos + cat((-x2, x1)) * sin``): Hugging Face on [b, h, s, d],
-             torchtune's Phi-3 and Qwen2 on [b, s, h, d], Phi-3's rotation of a part of each head.
+             torchtune's Phi-3 and Qwen2 on [b, s, h, d], Phi-3's rotation of a part of each head,
+             ModernBERT's in fp32; the other way round (nanochat); with a table of half the width
+             (GPT-OSS).
+             Neighbours (``x * cos + stack((-x2, x1)).flatten(-2) * sin``): GLM, GPT-J, Helium, in
+             fp32 Cohere and ERNIE 4.5; put in halves: DeepSeek-V3.
              Interleaved, in fp32: torchtune's Llama, Mistral and Gemma, with positions in order or
              packed; torchtitan's product of complex numbers.
              Each query and each key is a match of its own.
@@ -38,8 +42,57 @@ def partial_of_all(x, cos, sin, rotary, half):
     return torch.cat((_rotated(x, cos, sin, half), x[..., rotary:]), dim=-1)
 
 
+def halves_in_fp32(x, cos, sin, half):
+    return _rotated(x.float(), cos, sin, half).to(x.dtype)
+
+
+def halves_backwards(x, cos, sin, half):
+    """nanochat's: ``rotate_half`` has the other sign."""
+    return x * cos + torch.cat((x[..., half:], -x[..., :half]), dim=-1) * sin
+
+
 def _rotated(x, cos, sin, half):
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def halves_of_chunks(x, cos, sin):
+    """GPT-OSS's: one angle for a pair."""
+    halves = x.chunk(2, dim=-1)
+    return torch.cat(_turned(halves[0], halves[1], cos, sin), dim=-1)
+
+
+def pairs(x, cos, sin):
+    return x * cos + _neighbours(x) * sin
+
+
+def pairs_in_fp32(x, cos, sin):
+    """Cohere's."""
+    f = x.float()
+    return (f * cos + _neighbours(f) * sin).to(x.dtype)
+
+
+def pairs_widened(x, cos, sin):
+    """ERNIE's."""
+    return (x.float() * cos + _neighbours(x).float() * sin).to(x.dtype)
+
+
+def pairs_partial(x, cos, sin, rotary):
+    """GLM's: the elements after the first ``rotary`` pass."""
+    turned = x[..., :rotary]
+    return torch.cat((turned * cos + _neighbours(turned) * sin, x[..., rotary:]), dim=-1)
+
+
+def _neighbours(x):
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+
+def pairs_to_halves(x, cos, sin):
+    """DeepSeek-V3's: one angle for a pair."""
+    return torch.cat(_turned(x[..., ::2], x[..., 1::2], cos, sin), dim=-1)
+
+
+def _turned(a, b, cos, sin):
+    return a * cos - b * sin, b * cos + a * sin
 
 
 def interleaved(x, angles):
@@ -53,7 +106,8 @@ def complex_numbers(x, angles):
     return torch.view_as_real(pairs * angles).flatten(3).to(x.dtype)
 
 
-_BY_HALVES = ("halves", "halves_rounded", "partial", "partial_of_all")
+NEIGHBOURS = ("pairs", "pairs_in_fp32", "pairs_widened", "pairs_partial")
+ONE_ANGLE = ("halves_of_chunks", "pairs_to_halves")  # for both elements of a pair
 
 
 def check(match: Match, x, cos=None, sin=None, half=None, rotary=None, angles=None):
@@ -63,14 +117,16 @@ def check(match: Match, x, cos=None, sin=None, half=None, rotary=None, angles=No
         raise Reject(f"the input is {x.dtype}; the kernel computes in float32")
     if match.output.dtype not in DTYPES:
         raise Reject(f"the output is {match.output.dtype}; the kernel computes in float32")
-    if match.pattern.name in _BY_HALVES:
-        _check_halves(match, x, cos, sin, half, rotary)
+    if angles is None:
+        _check_tables(match, x, cos, sin, half, rotary)
     else:
-        _check_pairs(match, x, angles)
+        _check_angles(match, x, angles)
 
 
-def _check_halves(match: Match, x: Any, cos: Any, sin: Any, half: Any, rotary: Any) -> None:
+def _check_tables(match: Match, x: Any, cos: Any, sin: Any, half: Any, rotary: Any) -> None:
     size = x.shape[-1] if rotary is None else rotary
+    if match.pattern.name in (*NEIGHBOURS, *ONE_ANGLE):
+        half = size // 2
     if not isinstance(half, int) or 2 * half != size or size > x.shape[-1]:
         raise Reject(f"heads of {size} elements are cut at {half}, expected in the middle")
     for name, angle in (("cos", cos), ("sin", sin)):
@@ -78,7 +134,9 @@ def _check_halves(match: Match, x: Any, cos: Any, sin: Any, half: Any, rotary: A
             raise Reject("cos and sin differ in shape")
         if angle.requires_grad:
             raise Reject(f"{name} is trained; the kernel has no gradient for it")
-    _sequence_dim(x, cos, size)
+    _sequence_dim(x, cos, half if match.pattern.name in ONE_ANGLE else size)
+    if not same_sizes(match.output.shape, x.shape):
+        raise Reject(f"{list(x.shape)} became {list(match.output.shape)}: heads do not stay heads")
 
 
 def _sequence_dim(x: torch.Tensor, cos: torch.Tensor, size: int) -> int:
@@ -94,7 +152,7 @@ def _sequence_dim(x: torch.Tensor, cos: torch.Tensor, size: int) -> int:
     )
 
 
-def _check_pairs(match: Match, x: torch.Tensor, angles: torch.Tensor) -> None:
+def _check_angles(match: Match, x: torch.Tensor, angles: torch.Tensor) -> None:
     size = x.shape[-1]
     if angles.requires_grad:
         raise Reject("the angles are trained; the kernel has no gradient for them")
@@ -112,25 +170,47 @@ def _check_pairs(match: Match, x: torch.Tensor, angles: torch.Tensor) -> None:
         )
 
 
-def replace(match: Match, x, cos=None, sin=None, rotary=None, angles=None):
+def replace(match: Match, x, cos=None, sin=None, angles=None):
     if angles is not None:
         if match.values["angles"].is_complex():
             angles = torch.view_as_real(angles)
         return ops.rope_interleaved(x, angles.squeeze(2), False)
-    size = match.values["x"].shape[-1] if rotary is None else rotary
-    sequence = _sequence_dim(match.values["x"], match.values["cos"], size)
-    heads = 3 - sequence
-    cos, sin = cos.squeeze(heads), sin.squeeze(heads)
-    if match.output.dtype != match.values["x"].dtype:  # autocast: angles are wider than queries
-        x = x.to(match.output.dtype)
+    name, output = match.pattern.name, match.output
+    table = match.values["cos"]
+    sequence = _sequence_dim(match.values["x"], table, table.shape[-1])
+    cos, sin = cos.squeeze(3 - sequence), sin.squeeze(3 - sequence)
+    if name in ONE_ANGLE:
+        cos, sin = (torch.cat((angle, angle), dim=-1) for angle in (cos, sin))
+    if name == "halves_backwards":
+        sin = -sin
+    pairs = name in NEIGHBOURS or name == "pairs_to_halves", name in NEIGHBOURS
+    if output.dtype != match.values["x"].dtype:  # autocast: angles are wider than queries
+        x = x.to(output.dtype)
     if sequence == 1:
-        return ops.rope(x, cos, sin, False)
-    return ops.rope(x.transpose(1, 2), cos, sin, False).transpose(1, 2)
+        return ops.rope(x, cos, sin, False, *pairs)
+    if output.is_contiguous():  # a transposed result would be copied
+        return ops.rope(x, cos, sin, False, *pairs, True)
+    return ops.rope(x.transpose(1, 2), cos, sin, False, *pairs).transpose(1, 2)
 
 
 rope = Rewrite(
     name="rope",
-    patterns=[halves_rounded, halves, partial, partial_of_all, interleaved, complex_numbers],
+    patterns=[
+        halves_rounded,
+        halves,
+        partial,
+        partial_of_all,
+        halves_in_fp32,
+        halves_backwards,
+        halves_of_chunks,
+        pairs,
+        pairs_in_fp32,
+        pairs_widened,
+        pairs_partial,
+        pairs_to_halves,
+        interleaved,
+        complex_numbers,
+    ],
     check=check,
     replace=replace,
     saved=["cos", "sin", "angles"],

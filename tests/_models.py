@@ -99,6 +99,8 @@ WITH_HEAD = "`linear_cross_entropy` takes the loss together with its projection"
 WITH_PROJECTIONS = "`tiled_mlp` takes the activation together with its projections"
 SOFTCAP = "scores are capped: no `scaled_dot_product_attention`"
 NO_GATE = "QuickGELU has no gate"
+RELU_SQUARED = "ReLU² has no gate"
+SINKS = "attention sinks: no `scaled_dot_product_attention`"
 AS_MANY = "there are as many key heads as query heads"
 ENCODER = "an encoder has no loss of its own"
 ELSEWHERE = Refused(
@@ -122,7 +124,8 @@ LLAMA: Cells = dict(
 )
 SUMS: Cells = dict(tiled_mlp=Refused("wanted linear, found `add`"))  # so are projections then
 ADAPTERS: Cells = LLAMA | SUMS | dict(swiglu=n)
-IN_ONE: Cells = LLAMA | dict(tiled_mlp=Refused("wanted linear, found `getitem`"), swiglu=n)
+LAYER_NORMS: Cells = LLAMA | dict(add_rms_norm=NONE, rms_norm=NONE, layer_norm=2 * n + 1)
+EXPERTS: Cells = LLAMA | dict(tiled_mlp="experts are grouped matrix products", swiglu=n)
 GEMMA: Cells = LLAMA | dict(swiglu=NONE, geglu=WITH_PROJECTIONS)
 POST_NORMS: Cells = GEMMA | dict(rms_norm=2 * n + 1)  # of what attention and MLP give
 GEMMA2: Cells = POST_NORMS | dict(attention=SOFTCAP)
@@ -139,9 +142,9 @@ T5: Cells = LLAMA | dict(
     cross_entropy=ENCODER,
     softmax_attention=Refused("wanted add, found `add_`"),
     attention="a trained bias is added to the scores: no `scaled_dot_product_attention`",
-    tiled_mlp=Refused("wanted 'tanh', found 'none'"),
+    tiled_mlp=n,
     swiglu=NONE,
-    geglu=Refused("GELU is exact here; Liger's kernel computes the tanh approximation"),
+    geglu=WITH_PROJECTIONS,
     rope="positions are a bias on the attention scores",
 )
 CLIP: Cells = T5 | dict(
@@ -207,12 +210,13 @@ def huggingface(name: str, **sizes: Any) -> Build:
     def build(layers: int) -> nn.Module:
         import transformers
 
-        config = getattr(transformers, f"{name}Config")(
+        small: dict[str, Any] = dict(
             vocab_size=VOCAB, num_hidden_layers=layers, num_attention_heads=4,
             num_key_value_heads=2, hidden_size=WIDTH, intermediate_size=48,
             max_position_embeddings=32, use_cache=False, bos_token_id=1, eos_token_id=2,
-            pad_token_id=0, **sizes,
+            pad_token_id=0,
         )  # fmt: skip
+        config = getattr(transformers, f"{name}Config")(**small | sizes)
         return transformers.AutoModelForCausalLM.from_config(config)
 
     return build
@@ -484,13 +488,80 @@ FAMILIES = [
     face("Llama", huggingface("Llama"), LLAMA),
     face("Mistral", huggingface("Mistral"), LLAMA),
     face("Qwen2", huggingface("Qwen2"), LLAMA),
-    face("Phi3", huggingface("Phi3"), IN_ONE),
+    face("Phi3", huggingface("Phi3"), LLAMA),
     face("Qwen3", huggingface("Qwen3", **HEAD_DIM), LLAMA | dict(rms_norm=2 * n + 1)),
     face("Gemma2", huggingface("Gemma2", **HEAD_DIM), GEMMA2),
     face(
         "Gemma3 (text)",
         huggingface("Gemma3Text", sliding_window_pattern=2, **HEAD_DIM),
         POST_NORMS | dict(rms_norm=4 * n + 1),
+    ),
+    face("GLM", huggingface("Glm", **HEAD_DIM), LLAMA),
+    face("Helium", huggingface("Helium", **HEAD_DIM), LLAMA),
+    face("ERNIE 4.5", huggingface("Ernie4_5", **HEAD_DIM), LLAMA),
+    face("OLMo 2", huggingface("Olmo2"), LLAMA | dict(add_rms_norm=once, rms_norm=4 * n)),
+    face("OLMo", huggingface("Olmo"), LAYER_NORMS),
+    face(
+        "Cohere",
+        huggingface("Cohere"),
+        LAYER_NORMS
+        | dict(
+            linear_cross_entropy=Refused("wanted tanh, found `linear`"),  # logits are scaled
+            cross_entropy=once,
+            layer_norm=n + 1,
+        ),
+        deferred=NONE,
+    ),
+    face(
+        "ModernBERT (decoder)",
+        huggingface("ModernBertDecoder"),
+        LAYER_NORMS
+        | dict(
+            layer_norm=2 * n + 2,
+            tiled_mlp="dropout between the product and its projection",
+            swiglu=NONE,
+            geglu=n,
+        ),
+    ),
+    face(
+        "nanochat",
+        huggingface("NanoChat"),
+        LLAMA
+        | dict(
+            add_rms_norm="norms have no weights",
+            rms_norm=4 * n + 2,
+            tiled_mlp=RELU_SQUARED,
+            swiglu=RELU_SQUARED,
+        ),
+    ),
+    face(
+        "DeepSeek-V3",
+        huggingface(
+            "DeepseekV3", num_key_value_heads=4, moe_intermediate_size=24, n_routed_experts=4,
+            n_group=1, topk_group=1, num_experts_per_tok=2, kv_lora_rank=16, q_lora_rank=16,
+            qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=0,
+        ),
+        EXPERTS | dict(rms_norm=2 * n + 1, tiled_mlp=n),
+    ),
+    face(
+        "GPT-OSS",
+        huggingface("GptOss", **HEAD_DIM, num_local_experts=4, num_experts_per_tok=2),
+        EXPERTS | dict(attention=SINKS),
+    ),
+    face(
+        "Qwen3-MoE",
+        huggingface(
+            "Qwen3Moe", **HEAD_DIM, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
+        ),
+        EXPERTS | dict(rms_norm=2 * n + 1),
+    ),
+    face(
+        "Llama 4 (text)",
+        huggingface(
+            "Llama4Text", **HEAD_DIM, num_local_experts=4, intermediate_size_mlp=48,
+            use_qk_norm=True,
+        ),
+        EXPERTS | dict(rms_norm=2 * n + 1, tiled_mlp=n),
     ),
 ]  # fmt: skip
 
@@ -580,6 +651,13 @@ MODES = [
         "Llama (eager attention)",
         huggingface("Llama", attn_implementation="eager"),
         LLAMA | dict(softmax_attention=n),
+    ),
+    # In bf16 its attention is computed in fp32, and left alone.
+    face(
+        "GPT-J",
+        huggingface("GPTJ", rotary_dim=4, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0),
+        LAYER_NORMS
+        | dict(softmax_attention=n, layer_norm=n + 1, tiled_mlp="GELU has no gate", swiglu=NONE),
     ),
     hf_llama(LLAMA, mode=autocast_outside, tolerance=HALF),
     hf_llama(twice(LLAMA), mode=second_length, graphs=2),

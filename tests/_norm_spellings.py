@@ -51,6 +51,18 @@ def olmo(x, w):
     return (w.float() * f).to(x.dtype)
 
 
+def gpt_oss(x, w):
+    f = x.to(torch.float32)
+    f = f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + EPS)
+    return (w * f).to(x.dtype)
+
+
+def gemma4(x, w):
+    f = x.float()
+    mean_squared = f.pow(2).mean(-1, keepdim=True) + EPS
+    return (f * torch.pow(mean_squared, -0.5) * w.float()).type_as(x)
+
+
 SPELLINGS = [
     torchtune,
     torchtitan,
@@ -60,6 +72,8 @@ SPELLINGS = [
     meta_llama,
     lit_gpt,
     olmo,
+    gpt_oss,
+    gemma4,
 ]
 
 

@@ -7,7 +7,9 @@ import io
 import json
 import re
 import shlex
+import signal
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import fields
@@ -37,6 +39,7 @@ import huggingface_step  # noqa: E402
 import linear_cross_entropy  # noqa: E402
 import long_context  # noqa: E402
 import matching_time  # noqa: E402
+import model_coverage  # noqa: E402
 import preference_and_distillation  # noqa: E402
 import profile_step  # noqa: E402
 import recipe_run  # noqa: E402
@@ -521,6 +524,43 @@ def test_recipe_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     printed, rows = run(recipe_run, *TINY, "--batch", "2")
     assert [row["speed"] for row in rows] == [1, 1, 2]
     assert table(printed, "2", "liger_fx recipe")[5:8] == ["2.000", "4.00", "0.500"]
+
+
+# -- what is found in the models of transformers ---------------------------------------------------
+
+
+def test_model_coverage(run: Run, picture: Path) -> None:
+    pytest.importorskip("transformers")
+    printed, (*rows, total) = run(
+        model_coverage,
+        "--models",
+        "llama",
+        "gpt2",
+        "mamba",
+        "--jobs",
+        "2",
+        "--picture",
+        str(picture),
+    )
+    found = {row["arm"]: row for row in rows}
+    llama, gpt2, mamba = (found[name] for name in ("llama", "gpt2", "mamba"))
+    everything = {"norms": 5, "rope": 4, "gated": 2, "attention": 2, "heads": 1}
+    assert llama["found"] == llama["wanted"] == everything and llama["left"] == {}
+    # An MLP without a gate, no rotation, a head in a graph of its own.
+    assert gpt2["wanted"] == {"norms": 5, "attention": 2, "heads": 1} and gpt2["heads"] == "0 of 1"
+    assert "traced elsewhere" in gpt2["why"]
+    assert mamba["gates"] == "0 of 2" and "expected one dtype" in mamba["why"]
+    assert total["arm"] == "all 3" and total["heads"] == "2 of 3" and picture.exists()
+    assert table(printed, "llama")[1:7] == ["5 of 5", "4 of 4", "2 of 2", "", "2 of 2", "1 of 1"]
+
+
+def test_model_coverage_of_models_that_fail(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    _, (row, total) = run(model_coverage, "--models", "reformer")
+    assert "cannot build this model" in row["error"] and total["arm"] == "all 0"
+    monkeypatch.setattr(model_coverage, "measure", lambda model: time.sleep(60))
+    _, (row, _) = run(model_coverage, "--models", "llama", "--seconds", "1")
+    assert row["error"] == f"failed: ended by signal {signal.SIGALRM.value}"
 
 
 # -- what liger_fx costs the host ------------------------------------------------------------------

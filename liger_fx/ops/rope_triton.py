@@ -1,4 +1,4 @@
-"""Rotation of pairs of elements, out of place: a Triton kernel for each of the two conventions.
+"""Rotation of pairs of elements, out of place: a Triton kernel for each form of the tables.
 
 Liger's kernels rotate in place, so that a copy has to be made first: four passes over the tensor
 instead of two. For neighbouring elements Liger also takes a program for each head of each token.
@@ -11,16 +11,25 @@ import triton.language as tl
 from torch import Tensor
 
 
-def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: bool) -> None:
-    """Rotate elements i and ``i + R / 2`` of ``x`` into ``out``, in fp32.
+def rotate(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    out: Tensor,
+    inverse: bool,
+    from_pairs: bool,
+    to_pairs: bool,
+) -> None:
+    """Rotate the pairs of the first R elements of ``x`` into ``out``, in fp32.
 
-    The first and the second element of a pair, a and b, each have a cosine and a sine, from the
-    left and from the right half of the tables: ``(a cos1 - b sin1, b cos2 + a sin2)``. The elements
-    after the first R are copied.
+    A pair is elements i and ``i + R / 2`` of x, or 2i and ``2i + 1`` with ``from_pairs``; so it is
+    of ``out`` with ``to_pairs``. Its elements, a and b, each have a cosine and a sine, where the
+    tables have the pair: ``(a cos1 - b sin1, b cos2 + a sin2)``. Tables are in pairs if both x and
+    ``out`` are. The elements after the first R are copied.
 
     x: [b, s, h, d] with unit stride in d. cos, sin: [1 or b, s, R] with unit stride in R, of any
-    floating dtype. out: [b, s, h, d] in the dtype of x, contiguous. inverse: write the transpose,
-    ``(a cos1 + b sin2, b cos2 - a sin1)``.
+    floating dtype. out: [b, s, h, d] in the dtype of x, with unit stride in d. inverse: write the
+    transpose, ``(a cos1 + b sin2, b cos2 - a sin1)``.
     """
     batch, seq, heads, size = x.shape
     if not x.numel():
@@ -29,8 +38,9 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: boo
     heads_padded = triton.next_power_of_2(heads)
     half_padded = triton.next_power_of_2(rotary // 2)
     rest_padded = triton.next_power_of_2(size - rotary) if size > rotary else 0
-    _rotate_halves_kernel[(batch * seq,)](
+    _rotate_kernel[(batch * seq,)](
         *(x, cos, sin, out, x.stride(0), x.stride(1), x.stride(2)),
+        *(out.stride(0), out.stride(1), out.stride(2)),
         *(_batch_stride(cos), cos.stride(1), _batch_stride(sin), sin.stride(1)),
         *(seq, heads),
         SIZE=size,
@@ -39,6 +49,8 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, inverse: boo
         HALF_PADDED=half_padded,
         REST_PADDED=rest_padded,
         INVERSE=inverse,
+        FROM_PAIRS=from_pairs,
+        TO_PAIRS=to_pairs,
         num_warps=_warps(heads_padded * 2 * half_padded),
     )
 
@@ -77,7 +89,7 @@ def _warps(elements: int) -> int:
 
 
 @triton.jit
-def _rotate_halves_kernel(
+def _rotate_kernel(
     x_ptr,
     cos_ptr,
     sin_ptr,
@@ -85,6 +97,9 @@ def _rotate_halves_kernel(
     batch_stride,
     seq_stride,
     head_stride,
+    out_batch_stride,
+    out_seq_stride,
+    out_head_stride,
     cos_batch_stride,
     cos_seq_stride,
     sin_batch_stride,
@@ -97,37 +112,59 @@ def _rotate_halves_kernel(
     HALF_PADDED: tl.constexpr,
     REST_PADDED: tl.constexpr,
     INVERSE: tl.constexpr,
+    FROM_PAIRS: tl.constexpr,
+    TO_PAIRS: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     sequence, position = token // seq, token % seq
     x_ptr += sequence * batch_stride + position * seq_stride
+    out_ptr += sequence * out_batch_stride + position * out_seq_stride
     cos_ptr += sequence * cos_batch_stride + position * cos_seq_stride
     sin_ptr += sequence * sin_batch_stride + position * sin_seq_stride
-    out_ptr += token * heads * SIZE
 
     head = tl.arange(0, HEADS_PADDED)[:, None]
-    pair = tl.arange(0, HALF_PADDED)[None, :]
-    inside = (head < heads) & (pair < HALF)
-    source, target = head * head_stride + pair, head * SIZE + pair
-    a = tl.load(x_ptr + source, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x_ptr + source + HALF, mask=inside, other=0.0).to(tl.float32)
+    known = tl.arange(0, 1)[:, None] == 0  # the one row of a table
+    a, b = _load_pair(x_ptr + head * head_stride, head < heads, HALF, HALF_PADDED, FROM_PAIRS)
     # Models repeat the left half on the right. Nothing guarantees it, so both halves are read.
-    known = pair < HALF
-    cos1 = tl.load(cos_ptr + pair, mask=known, other=0.0).to(tl.float32)
-    cos2 = tl.load(cos_ptr + pair + HALF, mask=known, other=0.0).to(tl.float32)
-    sin1 = tl.load(sin_ptr + pair, mask=known, other=0.0).to(tl.float32)
-    sin2 = tl.load(sin_ptr + pair + HALF, mask=known, other=0.0).to(tl.float32)
+    in_pairs: tl.constexpr = FROM_PAIRS and TO_PAIRS
+    cos1, cos2 = _load_pair(cos_ptr, known, HALF, HALF_PADDED, in_pairs)
+    sin1, sin2 = _load_pair(sin_ptr, known, HALF, HALF_PADDED, in_pairs)
     if INVERSE:
         sin1, sin2 = -sin2, -sin1
-    tl.store(out_ptr + target, (a * cos1 - b * sin1).to(out_ptr.dtype.element_ty), mask=inside)
-    rotated = (b * cos2 + a * sin2).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + target + HALF, rotated, mask=inside)
+    first, second = a * cos1 - b * sin1, b * cos2 + a * sin2
+    target = out_ptr + head * out_head_stride
+    if TO_PAIRS:
+        element = tl.arange(0, 2 * HALF_PADDED)[None, :]
+        inside = (head < heads) & (element < 2 * HALF)
+        row = tl.reshape(tl.join(first, second), (HEADS_PADDED, 2 * HALF_PADDED))
+        tl.store(target + element, row.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        pair = tl.arange(0, HALF_PADDED)[None, :]
+        inside = (head < heads) & (pair < HALF)
+        tl.store(target + pair, first.to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(target + pair + HALF, second.to(out_ptr.dtype.element_ty), mask=inside)
 
     if REST_PADDED:
         element = 2 * HALF + tl.arange(0, REST_PADDED)[None, :]
         inside = (head < heads) & (element < SIZE)
         rest = tl.load(x_ptr + head * head_stride + element, mask=inside)
-        tl.store(out_ptr + head * SIZE + element, rest, mask=inside)
+        tl.store(target + element, rest, mask=inside)
+
+
+@triton.jit
+def _load_pair(rows, known, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, PAIRS: tl.constexpr):
+    """The first and the second element of each pair, in fp32, [rows, HALF_PADDED]. rows: pointers
+    to the rows that are ``known``, [rows, 1]."""
+    if PAIRS:  # whole rows are loaded, and the pairs taken apart in registers
+        element = tl.arange(0, 2 * HALF_PADDED)[None, :]
+        row = tl.load(rows + element, mask=known & (element < 2 * HALF), other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(row, (row.shape[0], HALF_PADDED, 2)))
+    else:
+        pair = tl.arange(0, HALF_PADDED)[None, :]
+        inside = known & (pair < HALF)
+        first = tl.load(rows + pair, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(rows + pair + HALF, mask=inside, other=0.0).to(tl.float32)
+    return first, second
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""``liger_fx::swiglu_mlp``, ``geglu_mlp``: a gated MLP by tiles of tokens.
+"""``liger_fx::swiglu_mlp``, ``geglu_mlp``, ``geglu_exact_mlp``: a gated MLP by tiles of tokens.
 
     y = (act(x Wg^T) * (x Wu^T)) Wd^T
 
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from liger_fx.ops.gated import Activation
-from liger_fx.ops.geglu import GELU_TANH
+from liger_fx.ops.geglu import GELU, GELU_TANH
 from liger_fx.ops.library import differentiable, kernel, multiprocessors, once_differentiable
 from liger_fx.ops.matmul import accumulate_mm
 from liger_fx.ops.swiglu import SILU
@@ -176,7 +176,7 @@ def tiled_mlp(name: str, activation: Activation) -> torch._ops.OpOverload:
         from liger_fx.ops.gated_triton import gradients_and_product
 
         def on_buffers(gate: Tensor, up: Tensor, grad: Tensor) -> None:
-            gradients_and_product(gate, up, grad, gelu_tanh=activation is GELU_TANH)
+            gradients_and_product(gate, up, grad, activation.name)
 
         return _backward(on_buffers, grad, *rest)
 
@@ -247,3 +247,4 @@ def _fake_gradients(
 
 swiglu_mlp = tiled_mlp("swiglu_mlp", SILU)
 geglu_mlp = tiled_mlp("geglu_mlp", GELU_TANH)
+geglu_exact_mlp = tiled_mlp("geglu_exact_mlp", GELU)

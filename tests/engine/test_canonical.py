@@ -35,6 +35,8 @@ SAME = {
         x[:, None, ...],
         x.view(2, 1, 3, 4),
     ),
+    "slices": lambda x, w: (x[..., ::2], x[:, :, 0::2], x[..., 0:None:2], x[:, 0::1, ::2]),
+    "elements": lambda x, w: (x[..., 1], x[:, :, 1], x[0:, :, 1]),
     "softmax": lambda x, w: (
         F.log_softmax(x, dim=-1),
         torch.log_softmax(x, -1),
@@ -56,6 +58,8 @@ SAME = {
     "linear": lambda x, w: (F.linear(x, w), F.linear(x, w, None), F.linear(input=x, weight=w)),
     "relu": lambda x, w: (F.relu(x), torch.relu(x), x.relu(), F.relu(x, False)),
     "square": lambda x, w: (x.pow(2), x**2, x * x, x.square(), torch.square(x), torch.pow(x, 2)),
+    "inverse root": lambda x, w: (x.rsqrt(), torch.rsqrt(x), x.pow(-0.5), x**-0.5),
+    "clamp": lambda x, w: (x.clamp(max=1.0), torch.clamp(x, None, 1.0), x.clamp(None, max=1.0)),
     "silu": lambda x, w: (F.silu(x), F.silu(x, inplace=False), F.silu(input=x)),
     "gelu": lambda x, w: (F.gelu(x), F.gelu(x, approximate="none")),
     "add": lambda x, w: (x + 1.0, torch.add(x, 1.0), x.add(1.0)),
@@ -102,6 +106,15 @@ EFFECTIVE = {
 def test_what_does_something_is_kept(case):
     view, (y,) = traced(lambda x: EFFECTIVE[case](x) + 1, X)
     assert view.resolve(y.args[0]).op != "placeholder"
+
+
+def test_slices_that_differ():
+    def fn(x):
+        return x[..., ::2], x[..., 1::2], x[:, ::2], x[:, :, :2], x[:, 1:, ::2], x[:1, :, ::2]
+
+    view, nodes = traced(fn, X)
+    found = [repr(view.expr(node)) for node in nodes]
+    assert len(set(found)) == len(found)
 
 
 def test_an_index_that_also_selects_is_no_reshape():

@@ -1,4 +1,5 @@
-"""``liger_fx::swiglu``, ``swiglu_gate_up`` and ``geglu``, against fp64 and against eager."""
+"""``liger_fx::swiglu``, ``geglu``, ``geglu_exact``, their halves of one tensor, ``clamped_swiglu``:
+against fp64 and against eager."""
 
 from __future__ import annotations
 
@@ -35,6 +36,29 @@ def geglu(gate, up, overwrite=False):
     return F.gelu(gate, approximate="tanh") * up
 
 
+def geglu_gate_up(gate_up, overwrite=False):
+    return geglu(*gate_up.chunk(2, dim=-1))
+
+
+def geglu_exact(gate, up, overwrite=False):
+    return F.gelu(gate) * up
+
+
+def geglu_exact_gate_up(gate_up, overwrite=False):
+    return geglu_exact(*gate_up.chunk(2, dim=-1))
+
+
+def clamped_swiglu(gate_up, alpha, limit, interleaved):
+    """As Hugging Face's GPT-OSS writes it."""
+    if interleaved:
+        gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+    else:
+        gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(min=None, max=limit), up.clamp(min=-limit, max=limit)
+    glu = gate * torch.sigmoid(gate * alpha)
+    return (up + 1) * glu
+
+
 def gate_and_up(shape, dtype, generator):
     return [randn(shape, dtype, generator) for _ in range(2)]
 
@@ -51,7 +75,19 @@ class TestGated(Contract):
             (ops.swiglu, swiglu, gate_and_up),
             (ops.geglu, geglu, gate_and_up),
             (ops.swiglu_gate_up, swiglu_gate_up, in_one),
+            (ops.geglu_gate_up, geglu_gate_up, in_one),
+            (ops.geglu_exact, geglu_exact, gate_and_up),
+            (ops.geglu_exact_gate_up, geglu_exact_gate_up, in_one),
         )
+    ) + tuple(
+        Case(
+            f"clamped_swiglu, {'interleaved' if interleaved else 'halves'}",
+            ops.clamped_swiglu,
+            clamped_swiglu,
+            in_one,
+            (1.702, 0.75, interleaved),
+        )
+        for interleaved in (False, True)
     )
     SHAPES = ((48,), (1, 257), (7, 5), (2, 3, 48), (4, 1), (0, 48), (2, 0, 48), (100_003, 5))
     BIG = (2**31 // 8192 + 3, 8192)
@@ -85,7 +121,8 @@ SITUATIONS = [in_a_checkpoint, in_the_open]
 
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize(
-    ("op", "count"), [(ops.swiglu, 2), (ops.geglu, 2), (ops.swiglu_gate_up, 1)]
+    ("op", "count"),
+    [(ops.swiglu, 2), (ops.geglu_exact, 2), (ops.swiglu_gate_up, 1), (ops.geglu_gate_up, 1)],
 )
 def test_backward_in_place(op, count, situation):
     """On what a checkpoint has just recomputed without a copy; on copies of what was saved."""

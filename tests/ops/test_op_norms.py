@@ -95,14 +95,19 @@ class TestAddRMSNorm(Contract):
 
 
 class TestLayerNorm(Contract):
-    CASES = (
+    CASES = tuple(
         Case(
-            "layer norm",
+            name,
             ops.layer_norm,
             layer_norm,
-            functools.partial(inputs, parameters=2),
-            (EPS,),
-        ),
+            functools.partial(inputs, parameters=parameters),
+            (*(None,) * (2 - parameters), EPS),
+        )
+        for name, parameters in (
+            ("layer norm", 2),
+            ("layer norm, no bias", 1),
+            ("layer norm, no parameters", 0),
+        )
     )
     # One element has no variance: all that is left of it is rounding, 1 / sqrt(eps) times enlarged.
     SHAPES = tuple(shape for shape in SHAPES if shape[-1] > 1)
@@ -110,7 +115,7 @@ class TestLayerNorm(Contract):
 
 
 NORMS = [*TestRMSNorm.CASES, *TestAddRMSNorm.CASES, *TestLayerNorm.CASES]
-WITH_WEIGHTS = [case for case in NORMS if case.literals[0] is not None]
+WITH_WEIGHTS = [case for case in NORMS if len(case.make((2, 5))) > 1]
 
 
 @pytest.mark.parametrize("case", WITH_WEIGHTS, ids=str)

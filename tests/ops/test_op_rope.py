@@ -14,17 +14,31 @@ from liger_fx import ops
 # -- eager ----------------------------------------------------------------------------------------
 
 
-def rope(x, cos, sin, inverse):
-    """As Hugging Face writes it, in the dtype of the tables, or the transpose of that."""
-    rotary, cos, sin = cos.shape[-1], cos.unsqueeze(2), sin.unsqueeze(2)
+def rope(x, cos, sin, inverse, from_pairs=False, to_pairs=False, heads_first=False):
+    """As Hugging Face writes it, in the dtype of the tables, or the transpose of that. What is in
+    pairs is put in halves first, and back afterwards."""
+    heads = 1 if heads_first else 2
+    rotary, cos, sin = cos.shape[-1], cos.unsqueeze(heads), sin.unsqueeze(heads)
     turned, rest = x[..., :rotary], x[..., rotary:]
+    if from_pairs:
+        turned = apart(turned)
+    if from_pairs and to_pairs:
+        cos, sin = apart(cos), apart(sin)
     if inverse:
         left, right = (turned * sin).chunk(2, dim=-1)
         crossed = torch.cat([right, -left], dim=-1)
     else:
         left, right = turned.chunk(2, dim=-1)
         crossed = torch.cat([-right, left], dim=-1) * sin
-    return torch.cat([(turned * cos + crossed).to(x.dtype), rest], dim=-1)
+    turned = (turned * cos + crossed).to(x.dtype)
+    if to_pairs:
+        turned = turned.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    return torch.cat([turned, rest], dim=-1)
+
+
+def apart(t):
+    """Neighbours in the last dimension, put half of it apart."""
+    return torch.cat([t[..., ::2], t[..., 1::2]], dim=-1)
 
 
 def rope_interleaved(x, angles, inverse):
@@ -39,19 +53,19 @@ def rope_interleaved(x, angles, inverse):
 # -- inputs ---------------------------------------------------------------------------------------
 
 
-def angles(shape, count, generator, batches=1):
-    """One angle for each position and pair."""
-    of_batch = (shape[0] if batches is None else batches, shape[1], count)
+def angles(shape, count, generator, batches=1, seq=1):
+    """One angle for each position and pair. seq: the dimension of positions."""
+    of_batch = (shape[0] if batches is None else batches, shape[seq], count)
     return 3 * randn(of_batch, torch.float32, generator, grad=False)
 
 
-def x_cos_sin(shape, dtype, generator, *, part=1, batches=1, tables=None, equal=True):
+def x_cos_sin(shape, dtype, generator, *, part=1, batches=1, tables=None, equal=True, seq=1):
     """part: of each head that is rotated. batches: None: angles for each sequence. equal: halves."""
     pairs = max(shape[-1] // 2 // part, 1)
     if equal:
-        theta = angles(shape, pairs, generator, batches).repeat(1, 1, 2)
+        theta = angles(shape, pairs, generator, batches, seq).repeat(1, 1, 2)
     else:
-        theta = angles(shape, 2 * pairs, generator, batches)
+        theta = angles(shape, 2 * pairs, generator, batches, seq)
     return [
         randn(shape, dtype, generator),
         *(f(theta).to(tables or dtype) for f in (torch.cos, torch.sin)),
@@ -63,24 +77,29 @@ def x_angles(shape, dtype, generator, *, batches=1):
     return [randn(shape, dtype, generator), torch.stack([theta.cos(), theta.sin()], dim=-1)]
 
 
+def transposed(inverse, *layout):
+    """The literals of the transpose."""
+    return not inverse, *layout[1::-1], *layout[2:]
+
+
 class RopeContract(Contract):
     BIG = (2**31 // (16 * 32 * 128) + 3, 16, 32, 128)
 
     def test_second_derivative(self, case):
         """The derivative is the rotation backwards, its derivative the rotation, and so on."""
         source, *tables = case.make()
-        value, (inverse,) = case.fused(source, *tables), case.literals
+        value, literals = case.fused(source, *tables), case.literals
         for _ in range(3):
             (upstream,) = upstreams([value], torch.float32)
             upstream.requires_grad_()
             (value,) = torch.autograd.grad(value, source, upstream, create_graph=True)
-            source, inverse = upstream, not inverse
-            torch.testing.assert_close(value, case.op(source, *tables, inverse))
+            source, literals = upstream, transposed(*literals)
+            torch.testing.assert_close(value, case.op(source, *tables, *literals))
 
     def test_inverse_is_the_transpose(self, case):
         x, *tables = in_fp64(case.make())
         y = torch.randn_like(x)
-        back = case.op(y, *tables, not case.literals[0])
+        back = case.op(y, *tables, *transposed(*case.literals))
         forth = (case.fused(x, *tables) * y).sum()
         torch.testing.assert_close(forth, (x * back).sum(), rtol=1e-5, atol=1e-4)  # fp32 on a GPU
 
@@ -99,6 +118,19 @@ class TestHalves(RopeContract):
             ("unequal halves", {"equal": False}, False),
             ("unequal halves, inverse", {"equal": False}, True),
             ("unequal halves, partial", {"equal": False, "part": 2, "batches": None}, False),
+        )
+    ) + tuple(
+        Case(name, ops.rope, rope, functools.partial(x_cos_sin, **options), literals)
+        for name, options, literals in (
+            ("pairs", {}, (False, True, True)),
+            ("pairs, partial inverse", {"part": 3, "batches": None}, (True, True, True)),
+            ("unequal pairs", {"equal": False}, (False, True, True)),
+            ("pairs to halves", {}, (False, True, False)),
+            ("halves to pairs, partial inverse", {"part": 2}, (True, False, True)),
+            ("unequal, pairs to halves", {"equal": False}, (False, True, False)),
+            ("heads first", {"seq": 2}, (False, False, False, True)),
+            ("heads first, pairs to halves", {"seq": 2}, (False, True, False, True)),
+            ("heads first, partial", {"seq": 2, "part": 2}, (True, False, True, True)),
         )
     )
     SHAPES = (

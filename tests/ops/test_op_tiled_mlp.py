@@ -1,4 +1,4 @@
-"""``liger_fx::swiglu_mlp`` and ``geglu_mlp``, against fp64 and against eager."""
+"""``liger_fx::swiglu_mlp``, ``geglu_mlp`` and ``geglu_exact_mlp``, against fp64 and against eager."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ def geglu_mlp(x, w_gate, w_up, w_down, tile_tokens=0, skip_padding=False):
     return F.linear(gate * F.linear(x, w_up), w_down)
 
 
+def geglu_exact_mlp(x, w_gate, w_up, w_down, tile_tokens=0, skip_padding=False):
+    return F.linear(F.gelu(F.linear(x, w_gate)) * F.linear(x, w_up), w_down)
+
+
 def x_and_weights(shape, dtype, generator):
     columns = shape[-1]
     x = randn(shape, dtype, generator)
@@ -45,7 +49,11 @@ class TestTiledMLP(Contract):
     CASES = tuple(
         Case(f"{eager.__name__}, tiles of {tile or 'all'}", op, eager, x_and_weights, (tile,))
         for tile in (0, 16)
-        for op, eager in ((ops.swiglu_mlp, swiglu_mlp), (ops.geglu_mlp, geglu_mlp))
+        for op, eager in (
+            (ops.swiglu_mlp, swiglu_mlp),
+            (ops.geglu_mlp, geglu_mlp),
+            (ops.geglu_exact_mlp, geglu_exact_mlp),
+        )
     )
     SHAPES = ((48,), (1, 257), (7, 5), (2, 3, 48), (4, 1), (0, 48), (2, 0, 48), (10_003, 5))
     BIG = (2**31 // 8192 + 3, 8192)

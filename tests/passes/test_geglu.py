@@ -29,17 +29,63 @@ def up_first(g, u):
     return u * F.gelu(g, approximate="tanh")
 
 
-def exact(g, u):
+def t5(g, u):
+    return F.gelu(g) * u
+
+
+def written_out_default(g, u):
+    return u * torch.nn.GELU(approximate="none")(g)
+
+
+def gemma4(gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh") * up
+
+
+def modernbert(gate_up):
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate) * up
+
+
+def tanh(g, u):
     inner = math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)
     return 0.5 * g * (1 + torch.tanh(inner)) * u
 
 
-@pytest.mark.parametrize("spelling", [gate_first, up_first])
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_fires_once_on_every_spelling(spelling, dynamic, inputs):
-    (report,) = capture(spelling, *inputs, dynamic=dynamic).reports
+def erf(g, u):
+    return 0.5 * g * (1 + torch.erf(g / math.sqrt(2))) * u
+
+
+def in_halves(fn):
+    return lambda gate_up: fn(*gate_up.chunk(2, dim=-1))
+
+
+SPELLINGS = {  # by the op that each becomes, with the formula
+    gate_first: ("geglu", tanh),
+    up_first: ("geglu", tanh),
+    t5: ("geglu_exact", erf),
+    written_out_default: ("geglu_exact", erf),
+    gemma4: ("geglu_gate_up", in_halves(tanh)),
+    modernbert: ("geglu_exact_gate_up", in_halves(erf)),
+}
+
+
+def inputs_of(spelling, gate, up):
+    return (torch.cat((gate, up), -1),) if "gate_up" in SPELLINGS[spelling][0] else (gate, up)
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize(("dtype", "dynamic"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_fires_once_on_every_spelling(spelling, dtype, dynamic, inputs):
+    given = inputs_of(spelling, *(t.to(dtype) for t in inputs))
+    for t in given if dynamic else ():
+        torch._dynamo.mark_dynamic(t, 1)  # the width of a projection is a constant
+    found = capture(spelling, *given)
+    (report,) = found.reports
     assert report.counts == {"geglu": 1}
     assert report.rejections == [] and report.near_misses == []
+    (op,) = (str(n.target) for n in found.graphs[0].graph.nodes if "liger_fx" in str(n.target))
+    assert op == f"liger_fx.{SPELLINGS[spelling][0]}.default"
 
 
 def test_fires_graph(inputs):
@@ -61,19 +107,28 @@ def refusal(fn, *args):
     return reasons(report)
 
 
-def test_refuses_the_exact_gelu(inputs):  # T5: nn.GELU() is traced with its default written out
-    refused = capture(lambda g, u: F.gelu(g, approximate="none") * u, *inputs).reports[0]
-    assert len(refused.rejections) == 1
-    assert_expected_inline(
-        refusal(lambda g, u: F.gelu(g) * u, *inputs),
-        """GELU is exact here; Liger's kernel computes the tanh approximation""",
-    )
-
-
 def test_refuses_inputs_that_are_not_contiguous(inputs):
     assert_expected_inline(
         refusal(gate_first, *(t.mT for t in inputs)),
         """gate or up is not contiguous: the kernel would need a copy""",
+    )
+
+
+def test_refuses_halves_in_the_other_order(inputs):
+    def fn(gate_up):
+        up, gate = gate_up.chunk(2, dim=-1)
+        return F.gelu(gate) * up
+
+    assert_expected_inline(refusal(fn, torch.cat(inputs, -1)), """gate and up share memory""")
+
+
+def test_refuses_what_escapes(inputs):
+    def fn(g, u):
+        active = F.gelu(g)
+        return active * u, active
+
+    assert_expected_inline(
+        refusal(fn, *inputs), """the value of `gelu` (active) is also returned"""
     )
 
 
@@ -87,11 +142,18 @@ def test_leaves_a_gelu_without_a_gate(inputs):
     assert report.counts == {} and report.rejections == []
 
 
-@pytest.mark.parametrize("spelling", [gate_first, up_first])
+@pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_numerics(spelling, dtype):
-    no_worse_than_eager(spelling, exact, [(40, 5, 257)] * 2, "geglu", dtype)
+    check_numerics(spelling, dtype, "aot_eager")
 
 
-def test_numerics_under_inductor():  # A5
-    no_worse_than_eager(gate_first, exact, [(40, 5, 257)] * 2, "geglu", inner="inductor")
+@pytest.mark.parametrize("spelling", [gate_first, modernbert])
+def test_numerics_under_inductor(spelling):  # A5
+    check_numerics(spelling, torch.float32, "inductor")
+
+
+def check_numerics(spelling, dtype, inner):
+    op, formula = SPELLINGS[spelling]
+    shapes = [(40, 5, 514)] if "gate_up" in op else [(40, 5, 257)] * 2
+    no_worse_than_eager(spelling, formula, shapes, "geglu", dtype, inner)

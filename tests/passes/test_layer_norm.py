@@ -29,18 +29,52 @@ def torchtune_fp32(x, w, b):
     return F.layer_norm(x.float(), w.shape, w.float(), b.float(), EPS).type_as(x)
 
 
-def exact(x, w, b):
+def without_bias(x, w):
+    return F.layer_norm(x, w.shape, w, None, EPS)
+
+
+def without_bias_in_fp32(x, w):
+    return F.layer_norm(x.float(), w.shape, w.float(), None, EPS).to(x.dtype)
+
+
+def cohere(x, w):
+    dtype, x = x.dtype, x.to(torch.float32)
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).pow(2).mean(-1, keepdim=True)
+    x = (x - mean) * torch.rsqrt(variance + EPS)
+    return (w.to(torch.float32) * x).to(dtype)
+
+
+def without_parameters(x):
+    return F.layer_norm(x, (x.shape[-1],), eps=EPS)
+
+
+def olmo(x):
+    dtype = x.dtype
+    return F.layer_norm(x.to(torch.float32), (x.shape[-1],), None, None, eps=EPS).to(dtype)
+
+
+def exact(x, w=1.0, b=0.0):
     centred = x - x.mean(-1, keepdim=True)
     return centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt() * w + b
 
 
-SPELLINGS = [torch_module, torchtune_fp32]
+SPELLINGS = {  # how many of x, weight and bias each takes
+    torch_module: 3,
+    torchtune_fp32: 3,
+    without_bias: 2,
+    without_bias_in_fp32: 2,
+    cohere: 2,
+    without_parameters: 1,
+    olmo: 1,
+}
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize(("dtype", "dynamic"), [(torch.bfloat16, False), (torch.float32, True)])
 def test_fires_once_on_every_spelling(spelling, dtype, dynamic, inputs):
-    (report,) = capture(spelling, *(t.to(dtype) for t in inputs), dynamic=dynamic).reports
+    inputs = [t.to(dtype) for t in inputs[: SPELLINGS[spelling]]]
+    (report,) = capture(spelling, *inputs, dynamic=dynamic).reports
     assert report.counts == {"layer_norm": 1}, report
     assert report.rejections == [] and report.near_misses == []
 
@@ -74,26 +108,37 @@ def test_refuses_several_dimensions(inputs):
     )
 
 
-def test_refuses_a_norm_without_a_bias(inputs):
+def test_refuses_a_bias_without_a_weight(inputs):
+    x, _, b = inputs
+    assert_expected_inline(
+        refusal(lambda x, b: F.layer_norm(x, (H,), None, b), x, b),
+        """the norm has a bias and no weight""",
+    )
+
+
+def test_refuses_weights_for_each_head(inputs):  # Cohere's norm of queries
     x, w, _ = inputs
     assert_expected_inline(
-        refusal(lambda x, w: F.layer_norm(x, (H,), w), x, w),
-        """the norm lacks weight or bias; the kernel takes both""",
+        refusal(cohere, x, torch.rand(5, H, device=DEVICE)),
+        """the weight is [5, 24], expected [24]: the kernel reads one weight for each column""",
     )
+    found = capture(cohere, x, w[:1])
+    assert found.reports[0].counts == {} and "the weight is [1]" in reasons(found.reports[0])
+    torch.testing.assert_close(found.value, cohere(x, w[:1]))
 
 
 def test_refuses_parameters_of_two_dtypes(inputs):
     x, w, b = inputs
     assert_expected_inline(
         refusal(torchtune_fp32, x, w, b.bfloat16()),
-        """weight and bias are torch.float32 and torch.bfloat16""",
+        """weight and bias are torch.float32 and torch.bfloat16, expected one dtype""",
     )
 
 
 def test_refuses_double_precision(inputs):
     assert_expected_inline(
         refusal(torch_module, *(t.double() for t in inputs)),
-        """weight and bias are torch.float64 and torch.float64""",
+        """the weight is torch.float64; the kernel computes in float32""",
     )
 
 
@@ -114,10 +159,41 @@ def test_leaves_a_group_norm(inputs):
     assert report.counts == {} and report.rejections == []
 
 
+def test_leaves_a_variance_of_another_centre(inputs):
+    def fn(x, w):
+        f = x.float()
+        variance = (f - f.amax(-1, keepdim=True)).pow(2).mean(-1, keepdim=True)
+        normed = (f - f.mean(-1, keepdim=True)) * torch.rsqrt(variance + EPS)
+        return (w.float() * normed).to(x.dtype)
+
+    (report,) = capture(fn, *inputs[:2]).reports
+    assert report.counts == {} and report.rejections == []
+
+
+def test_leaves_an_unbiased_variance(inputs):
+    def fn(x, w):
+        centred = x - x.mean(-1, keepdim=True)
+        return w * (centred * torch.rsqrt(x.var(-1, keepdim=True) + EPS))
+
+    (report,) = capture(fn, *inputs[:2]).reports
+    assert report.counts == {} and report.rejections == []
+
+
+def test_refuses_a_centre_that_escapes(inputs):
+    def fn(x, w):
+        centred = x - x.mean(-1, keepdim=True)
+        normed = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + EPS)
+        return w * normed, centred
+
+    assert_expected_inline(
+        refusal(fn, *inputs[:2]), """the value of `sub` (centred) is also returned"""
+    )
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_numerics(spelling, dtype):
-    no_worse_than_eager(spelling, exact, SHAPES, "layer_norm", dtype)
+    no_worse_than_eager(spelling, exact, SHAPES[: SPELLINGS[spelling]], "layer_norm", dtype)
 
 
 def test_numerics_under_inductor():  # A2

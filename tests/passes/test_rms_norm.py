@@ -10,6 +10,8 @@ from _norm_spellings import (
     SPELLINGS,
     H,
     exact,
+    gemma4,
+    gpt_oss,
     huggingface,
     lit_gpt,
     meta_llama,
@@ -89,8 +91,26 @@ def test_without_a_weight(x):
     def builtin(x):
         return torch.rms_norm(x, (H,), eps=EPS)
 
-    for fn in (hand_written, builtin):
+    for fn in (hand_written, builtin, deepseek_v4):
         assert capture(fn, x.bfloat16()).reports[0].counts == {"rms_norm": 1}
+
+
+def deepseek_v4(x):
+    return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_without_weights_are_two(dtype, x):  # nanochat's first
+    def norm(x):
+        f = x.float()
+        return (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + EPS)).type_as(x)
+
+    def fn(x):
+        first = norm(x)
+        return first.sin() + norm(first)
+
+    found = capture(fn, x.to(dtype))
+    assert found.reports[0].counts == {"rms_norm": 2} and found.reports[0].rejections == []
 
 
 def test_queries_and_keys_in_four_dimensions(w):
@@ -163,7 +183,7 @@ def test_refuses_a_weight_of_two_dimensions(x):
     )
 
 
-HAND_WRITTEN = [torchtune_gemma, huggingface, meta_llama, lit_gpt, olmo]
+HAND_WRITTEN = [torchtune_gemma, huggingface, meta_llama, lit_gpt, olmo, gpt_oss, gemma4]
 
 
 @pytest.mark.parametrize("spelling", HAND_WRITTEN, ids=lambda f: f.__name__)
@@ -294,6 +314,15 @@ def test_leaves_a_statistic_of_another_value(x, w):
     assert report.counts == {} and report.rejections == []
 
 
+def test_leaves_another_root(x, w):
+    def fn(x, w):
+        f = x.float()
+        return w * (f * torch.pow(f.pow(2).mean(-1, keepdim=True) + EPS, -0.25)).to(x.dtype)
+
+    (report,) = capture(fn, x, w).reports
+    assert report.counts == {} and report.rejections == []
+
+
 def test_leaves_half_precision_statistics(x, w):
     def fn(x, w):  # no upcast: the squares are rounded to bf16
         return w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS))
@@ -309,6 +338,14 @@ def test_leaves_half_precision_statistics(x, w):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_numerics(spelling, dtype):
     no_worse_than_eager(spelling, exact(spelling), SHAPES, "rms_norm", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numerics_without_a_weight(dtype):
+    def exact(x):
+        return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
+
+    no_worse_than_eager(deepseek_v4, exact, SHAPES[:1], "rms_norm", dtype)
 
 
 @pytest.mark.parametrize("spelling", [torchtune, huggingface], ids=lambda f: f.__name__)

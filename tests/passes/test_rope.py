@@ -87,6 +87,89 @@ def huggingface_phi3(x, cos, sin):
     return torch.cat([(rotated * cos) + (rotate_half(rotated) * sin), passed], dim=-1)
 
 
+def modernbert(x, cos, sin):
+    x, cos, sin = x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+    return ((x.float() * cos) + (rotate_half(x.float()) * sin)).to(x.dtype)
+
+
+def nanochat(x, cos, sin):
+    """By the negative angles."""
+    x, cos, sin = x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+    x1, x2 = x[..., : x.shape[-1] // 2], x[..., x.shape[-1] // 2 :]
+    return (x * cos) + (torch.cat((x2, -x1), dim=-1) * sin)
+
+
+def qwen2_5_vl(x, cos, sin):
+    """cos, sin: [3, b, s, d], by time, height and width; a section of each."""
+    x, sections = x.transpose(1, 2), [1, 2, 3] * 2
+    cos, sin = (
+        torch.cat([m[i % 3] for i, m in enumerate(t.split(sections, dim=-1))], dim=-1).unsqueeze(1)
+        for t in (cos, sin)
+    )
+    return (x * cos) + (rotate_half(x) * sin)
+
+
+def gpt_oss(x, cos, sin):
+    """cos, sin: [b, s, d / 2]."""
+    x, cos, sin = x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+    first, second = torch.chunk(x, 2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def deepseek_v3(x, cos, sin):
+    """cos, sin: [b, s, d], of which the left half counts. Neighbours become halves."""
+    x = x.transpose(1, 2)
+    cos = cos[..., : cos.shape[-1] // 2].unsqueeze(1)
+    sin = sin[..., : sin.shape[-1] // 2].unsqueeze(1)
+    x1, x2 = x[..., 0::2], x[..., 1::2]
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+
+
+def rotate_neighbours(x):
+    return torch.stack((-x[..., 1::2], x[..., 0::2]), dim=-1).flatten(-2)
+
+
+def cohere(x, cos, sin):
+    """cos, sin: [b, s, d], each element twice."""
+    x, cos, sin = x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+    dtype, x = x.dtype, x.float()
+    return ((x * cos) + (rotate_neighbours(x) * sin)).to(dtype=dtype)
+
+
+def ernie(x, cos, sin):
+    x, cos, sin = x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+    cos = cos[..., : cos.shape[-1] // 2].repeat_interleave(2, dim=-1)
+    sin = sin[..., : sin.shape[-1] // 2].repeat_interleave(2, dim=-1)
+    return ((x.float() * cos) + (rotate_neighbours(x).float() * sin)).to(x.dtype)
+
+
+def glm(x, cos, sin):
+    x, cos, sin = x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+    cos = cos[..., : cos.shape[-1] // 2].repeat_interleave(2, dim=-1)
+    sin = sin[..., : sin.shape[-1] // 2].repeat_interleave(2, dim=-1)
+    rotary = cos.shape[-1]
+    turned, passed = x[..., :rotary], x[..., rotary:]
+    return torch.cat([(turned * cos) + (rotate_neighbours(turned) * sin), passed], dim=-1)
+
+
+def gptj(x, cos, sin):
+    """On [b, s, h, d]. cos, sin: [b, s, d / 2]."""
+    sin = torch.repeat_interleave(sin[:, :, None, :], 2, 3)
+    cos = torch.repeat_interleave(cos[:, :, None, :], 2, 3)
+    other = torch.stack((-x[:, :, :, 1::2], x[:, :, :, ::2]), dim=-1).flatten(-2)
+    return (x * cos) + (other * sin)
+
+
+def deepseek_v4(x, cos, sin):
+    """The last elements of each head. cos, sin: [b, s, R / 2]."""
+    x = x.transpose(1, 2)
+    cos = cos.repeat_interleave(2, dim=-1).unsqueeze(1)
+    sin = sin.repeat_interleave(2, dim=-1).unsqueeze(1)
+    passed, turned = x[..., : -cos.shape[-1]], x[..., -cos.shape[-1] :]
+    turned = (turned.float() * cos) + (rotate_neighbours(turned).float() * sin)
+    return torch.cat([passed, turned.to(x.dtype)], dim=-1)
+
+
 def torchtitan(x, freqs):
     """freqs: [s, d / 2], complex."""
     pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
@@ -96,6 +179,19 @@ def torchtitan(x, freqs):
 
 def phi3_cache():
     return torch.cat(halves_cache(), -1)[0]
+
+
+def half_cache(batch=1, size=D):
+    return tuple(angle[..., : size // 2] for angle in halves_cache(batch, size))
+
+
+def sections_cache():
+    """One angle by time, height and width: what is chosen of them is that of a text."""
+    return tuple(angle.expand(3, *angle.shape) for angle in halves_cache())
+
+
+def neighbours_cache():
+    return tuple(angle.repeat_interleave(2, -1) for angle in half_cache())
 
 
 SPELLINGS = {
@@ -114,21 +210,54 @@ SPELLINGS = {
     "huggingface_phi3_whole": (huggingface_phi3, halves_cache, "halves"),
     "torchtitan": (torchtitan, lambda: [torch.polar(torch.ones_like(angles()[0]), angles()[0])],
                    "interleaved"),
+    "modernbert": (modernbert, halves_cache, "halves"),
+    "nanochat": (nanochat, halves_cache, "backwards"),
+    "qwen2_5_vl": (qwen2_5_vl, sections_cache, "halves"),
+    "gpt_oss": (gpt_oss, half_cache, "halves"),
+    "gpt_oss_positions_of_each_sequence": (gpt_oss, lambda: half_cache(B), "halves"),
+    "deepseek_v3": (deepseek_v3, halves_cache, "pairs_to_halves"),
+    "cohere": (cohere, neighbours_cache, "pairs"),
+    "ernie": (ernie, halves_cache, "pairs"),
+    "glm_partial": (glm, lambda: halves_cache(size=8), "pairs"),
+    "glm_whole": (glm, halves_cache, "pairs"),
+    "gptj": (gptj, half_cache, "pairs"),
+    "gptj_positions_of_each_sequence": (gptj, lambda: half_cache(B), "pairs"),
+    "deepseek_v4_trailing": (deepseek_v4, lambda: half_cache(size=8), "trailing_pairs"),
 }  # fmt: skip
+# Heads first, and tables in the dtype of the model.
+HEADS_FIRST = [
+    huggingface,
+    huggingface_phi3,
+    modernbert,
+    nanochat,
+    qwen2_5_vl,
+    gpt_oss,
+    deepseek_v3,
+    cohere,
+    ernie,
+    glm,
+    deepseek_v4,
+]
 
 
 def rotated(x, batch=1, size=D, convention="halves"):
     """The rotation itself: of element i with i + size / 2, or of 2i with 2i + 1."""
     a = angles(batch, size).to(x.dtype).unsqueeze(2)
-    head, rest = x[..., :size], x[..., size:]
-    if convention == "halves":
+    if convention == "backwards":
+        a = -a
+    if convention == "trailing_pairs":
+        rest, head = x[..., :-size], x[..., -size:]
+    else:
+        head, rest = x[..., :size], x[..., size:]
+    if convention in ("halves", "backwards"):
         first, second = head.chunk(2, -1)
     else:
         first, second = head[..., ::2], head[..., 1::2]
     parts = first * a.cos() - second * a.sin(), second * a.cos() + first * a.sin()
-    if convention == "halves":
+    if convention in ("halves", "backwards", "pairs_to_halves"):
         return torch.cat((*parts, rest), -1)
-    return torch.stack(parts, -1).flatten(-2)
+    turned = torch.stack(parts, -1).flatten(-2)
+    return torch.cat((rest, turned) if convention == "trailing_pairs" else (turned, rest), -1)
 
 
 # -- fires -----------------------------------------------------------------------------------------
@@ -153,13 +282,13 @@ class Rotation(torch.nn.Module):
 def test_fires_once_on_every_spelling(case, dtype, dynamic, x):
     spelling, caches, convention = SPELLINGS[case]
     made = list(caches())
-    if spelling in (huggingface, huggingface_phi3):
+    if spelling in (*HEADS_FIRST, gptj):
         made = [t.to(dtype) for t in made]
     module = Rotation(spelling, made)  # sizes of heads and tables are constants, as in a model
     found = capture(module, x.to(dtype).flatten(2), dynamic=dynamic)
     assert found.reports[0].counts == {"rope": 1}, found.reports[0]
     (op,) = (str(n.target) for n in found.graphs[0].graph.nodes if "liger_fx" in str(n.target))
-    expected = "rope" if convention == "halves" else "rope_interleaved"
+    expected = "rope_interleaved" if convention == "interleaved" else "rope"
     assert op == f"liger_fx.{expected}.default"
 
 
@@ -178,7 +307,7 @@ def forward(self, L_x_: "f32[2, 5, 3, 12]", L_cos_: "f32[1, 5, 12]", L_sin_: "f3
     squeeze: "f32[1, 5, 12]" = cos.squeeze(1)
     squeeze_1: "f32[1, 5, 12]" = sin.squeeze(1)
     transpose_1: "f32[2, 5, 3, 12]" = x.transpose(1, 2)
-    rope_default: "f32[2, 5, 3, 12]" = torch.ops.liger_fx.rope.default(transpose_1, squeeze, squeeze_1, False)
+    rope_default: "f32[2, 5, 3, 12]" = torch.ops.liger_fx.rope.default(transpose_1, squeeze, squeeze_1, False, False, False)
     transpose_2: "f32[2, 3, 5, 12]" = rope_default.transpose(1, 2)
     return (transpose_2,)""",
     )
@@ -214,6 +343,14 @@ def test_a_norm_after_a_rotation_does_not_take_its_sum(x):
     everything = functools.partial(capture, rewrites=DEFAULT)
     found = everything(fn, x, *halves_cache(), torch.rand(D, device=DEVICE))
     assert found.reports[0].counts == {"rope": 1, "rms_norm": 1}
+
+
+@pytest.mark.parametrize("spelling", [gpt_oss, deepseek_v3, glm], ids=lambda f: f.__name__)
+def test_a_result_that_eager_makes_contiguous_is_not_copied(spelling, x):
+    tables = half_cache() if spelling is gpt_oss else halves_cache(size=8 if spelling is glm else D)
+    found = capture(spelling, x, *tables)
+    assert found.value.is_contiguous() and "contiguous" not in show(found.graphs[0])
+    torch.testing.assert_close(found.value, spelling(x, *tables))
 
 
 def test_query_and_key_share_their_angles(x):
@@ -350,6 +487,47 @@ def test_refuses_angles_that_broadcast_the_input(x):
     )
 
 
+def test_refuses_one_angle_for_all_pairs(x):
+    cos, sin = (t[..., :1] for t in half_cache())
+    assert_expected_inline(
+        refusal(gpt_oss, x, cos, sin),
+        """cos is [1, 1, 5, 1] for an input of [2, 3, 5, 12], expected [b, s, 1, 6] or [b, 1, s, 6] with b or 1 in front""",
+    )
+
+
+def test_refuses_neighbours_in_another_order(x):
+    """What is stacked goes through another reshape than ``flatten(-2)``."""
+
+    def fn(x, cos, sin):
+        x, cos, sin = x[:1].transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+        other = torch.stack((-x[..., 1::2], x[..., ::2]), -1).reshape(N, 1, S, D)
+        return x * cos + other * sin
+
+    assert_expected_inline(
+        refusal(fn, x, *neighbours_cache()),
+        """[1, 3, 5, 12] became [3, 3, 5, 12]: heads do not stay heads""",
+    )
+
+
+def test_refuses_trained_angles_of_neighbours(x):
+    cos, sin = neighbours_cache()
+    assert_expected_inline(
+        refusal(cohere, x, cos.requires_grad_(), sin),
+        """cos is trained; the kernel has no gradient for it""",
+    )
+
+
+def test_refuses_a_rotated_value_that_escapes(x):
+    def fn(x, cos, sin):
+        x, cos, sin = x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+        other = rotate_neighbours(x)
+        return x * cos + other * sin, other
+
+    assert_expected_inline(
+        refusal(fn, x, *neighbours_cache()), """the value of `reshape` (other) is also returned"""
+    )
+
+
 def test_refuses_double_precision(x):
     cos, sin = (t.double() for t in halves_cache())
     assert_expected_inline(
@@ -407,13 +585,49 @@ def nothing(fn, *args):
     assert report.counts == {} and report.rejections == []
 
 
-def test_leaves_a_rotation_backwards(x):
+def test_leaves_neighbours_with_the_other_sign(x):
     def fn(x, cos, sin):
         x, cos, sin = x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
-        x1, x2 = x[..., : D // 2], x[..., D // 2 :]
-        return x * cos + torch.cat((x2, -x1), -1) * sin
+        other = torch.stack((x[..., 1::2], -x[..., ::2]), -1).flatten(-2)
+        return x * cos + other * sin
+
+    nothing(fn, x, *neighbours_cache())
+
+
+def test_leaves_neighbours_that_change_places(x):
+    def fn(x, cos, sin):
+        x, cos, sin = x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+        other = torch.stack((-x[..., ::2], x[..., 1::2]), -1).flatten(-2)
+        return x * cos + other * sin
+
+    nothing(fn, x, *neighbours_cache())
+
+
+def test_leaves_neighbours_of_another_tensor(x):
+    def fn(x, y, cos, sin):
+        x, y, cos, sin = x.transpose(1, 2), y.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+        return x * cos + rotate_neighbours(y) * sin
+
+    nothing(fn, x, x.clone(), *neighbours_cache())
+
+
+def test_leaves_every_third_element(x):
+    def fn(x, cos, sin):
+        x = x.transpose(1, 2)
+        cos, sin = (t[..., : D // 3].unsqueeze(1) for t in (cos, sin))
+        x1, x2 = x[..., 0::3], x[..., 1::3]
+        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
 
     nothing(fn, x, *halves_cache())
+
+
+def test_leaves_halves_that_change_places(x):
+    def fn(x, cos, sin):
+        x, cos, sin = x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+        first, second = torch.chunk(x, 2, dim=-1)
+        return torch.cat((second * cos + first * sin, first * cos - second * sin), dim=-1)
+
+    nothing(fn, x, *half_cache())
 
 
 def test_leaves_pairs_with_the_other_sign(x):
@@ -453,10 +667,10 @@ def test_numerics_under_inductor(case):
 def check_numerics(case, dtype, inner):
     spelling, caches, convention = SPELLINGS[case]
     made = list(caches())
-    batch = B if case in ("torchtune_llama_packed", "huggingface_positions_of_each_sequence") else 1
-    size = 8 if case == "huggingface_phi3_partial" else D
-    transposed = spelling in (huggingface, huggingface_phi3)
-    if transposed:  # its models cast the tables
+    batch = B if case.endswith(("packed", "of_each_sequence")) else 1
+    size = 8 if case.endswith(("partial", "trailing")) else D
+    transposed = spelling in HEADS_FIRST
+    if spelling in (*HEADS_FIRST, gptj):  # its models cast the tables
         made = [t.to(dtype) for t in made]
 
     def exact(x):

@@ -55,6 +55,23 @@ def gate_and_up_in_one(gate_up):
     return up * F.silu(gate)
 
 
+def gpt_oss(gate_up, alpha=1.702, limit=0.75):
+    gate, up = gate_up[..., ::2], gate_up[..., 1::2]
+    gate = gate.clamp(min=None, max=limit)
+    up = up.clamp(min=-limit, max=limit)
+    glu = gate * torch.sigmoid(gate * alpha)
+    return (up + 1) * glu
+
+
+def minimax_m3(gate_up, alpha=1.702, limit=0.75):
+    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+    return (up + 1.0) * (gate * torch.sigmoid(gate * alpha))
+
+
+CLAMPED = [gpt_oss, minimax_m3]
+
+
 # -- fires -----------------------------------------------------------------------------------------
 
 
@@ -87,6 +104,29 @@ def forward(self, L_gate_up_: "f32[2, 5, 48]"):
     l_gate_up_ = L_gate_up_
     swiglu_gate_up_default: "f32[2, 5, 24]" = torch.ops.liger_fx.swiglu_gate_up.default(l_gate_up_, True)
     return (swiglu_gate_up_default,)""",
+    )
+
+
+@pytest.mark.parametrize("spelling", CLAMPED)
+@pytest.mark.parametrize(("dtype", "dynamic"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_fires_on_clamped_gates(spelling, dtype, dynamic, gate, up):
+    both = torch.cat((gate, up), -1).to(dtype)
+    if dynamic:
+        torch._dynamo.mark_dynamic(both, 1)  # the width of a projection is a constant
+    found = capture(spelling, both)
+    assert found.reports[0].counts == {"swiglu": 1}
+    assert relative_error(found.value, spelling(both)) < (1e-2 if dtype.itemsize == 2 else 1e-6)
+
+
+def test_fires_graph_of_clamped_gates(gate, up):
+    found = capture(gpt_oss, torch.cat((gate, up), -1))
+    assert_expected_inline(
+        show(found.graphs[0]),
+        """\
+def forward(self, L_gate_up_: "f32[2, 5, 48]"):
+    l_gate_up_ = L_gate_up_
+    clamped_swiglu_default: "f32[2, 5, 24]" = torch.ops.liger_fx.clamped_swiglu.default(l_gate_up_, 1.702, 0.75, True)
+    return (clamped_swiglu_default,)""",
     )
 
 
@@ -170,6 +210,52 @@ def test_refuses_halves_of_a_tensor_that_is_not_contiguous(gate, up):
     )
 
 
+def test_refuses_halves_of_an_odd_number(gate):
+    """Two elements and one: the product broadcasts."""
+    assert_expected_inline(
+        refusal(gate_and_up_in_one, gate[..., :3].contiguous()),
+        """gate and up are 3 elements of one tensor, expected an even constant""",
+    )
+    assert_expected_inline(
+        refusal(gpt_oss, gate[..., :3].contiguous()),
+        """gate and up are 3 elements of one tensor, expected an even constant""",
+    )
+
+
+def test_refuses_halves_of_an_unknown_number(gate, up):
+    (report,) = capture(gate_and_up_in_one, torch.cat((gate, up), -1), dynamic=True).reports
+    assert report.counts == {} and "expected an even constant" in reasons(report)
+
+
+def test_refuses_two_limits(gate, up):
+    def fn(gate_up):
+        gate, up = gate_up[..., ::2].clamp(max=7.0), gate_up[..., 1::2].clamp(-6.0, 7.0)
+        return (up + 1) * (gate * torch.sigmoid(gate * 1.7))
+
+    assert_expected_inline(
+        refusal(fn, torch.cat((gate, up), -1)),
+        """up is clamped to -6.0 and 7.0, expected one limit on both sides""",
+    )
+
+
+def test_refuses_a_limit_that_is_computed(gate, up):
+    assert_expected_inline(
+        refusal(gpt_oss, torch.cat((gate, up), -1), torch.tensor(1.7, device=DEVICE)),
+        """the limits and the factor of the gate are not all constants""",
+    )
+
+
+def test_refuses_a_clamped_gate_that_escapes(gate, up):
+    def fn(gate_up):
+        gate, up = gate_up[..., ::2].clamp(max=7.0), gate_up[..., 1::2].clamp(-7.0, 7.0)
+        return (up + 1) * (gate * torch.sigmoid(gate * 1.7)), gate
+
+    assert_expected_inline(
+        refusal(fn, torch.cat((gate, up), -1)),
+        """the value of `clamp` (gate) is also returned""",
+    )
+
+
 def test_refuses_a_number(gate):
     assert_expected_inline(
         refusal(lambda g: F.silu(g) * 2.0, gate),
@@ -203,6 +289,24 @@ def test_leaves_a_sigmoid_gate(gate, up):
     assert report.counts == {} and report.rejections == [] and report.near_misses == []
 
 
+def test_leaves_gates_of_one_limit_and_ups_of_another(gate, up):
+    def two_limits(gate_up):
+        gate, up = gate_up[..., ::2].clamp(max=7.0), gate_up[..., 1::2].clamp(-6.0, 6.0)
+        return (up + 1) * (gate * torch.sigmoid(gate * 1.7))
+
+    def swapped(gate_up):
+        gate, up = gate_up[..., 1::2].clamp(max=7.0), gate_up[..., ::2].clamp(-7.0, 7.0)
+        return (up + 1) * (gate * torch.sigmoid(gate * 1.7))
+
+    def two_gates(gate_up):
+        gate, up = gate_up[..., ::2].clamp(max=7.0), gate_up[..., 1::2].clamp(-7.0, 7.0)
+        return (up + 1) * (gate * torch.sigmoid(up * 1.7))
+
+    for fn in (two_limits, swapped, two_gates):
+        (report,) = capture(fn, torch.cat((gate, up), -1)).reports
+        assert report.counts == {} and report.rejections == []
+
+
 def test_leaves_an_activation_in_place(gate, up):
     (report,) = capture(lambda g, u: F.silu(g + 0, inplace=True) * u, gate, up).reports
     assert report.counts == {} and report.rejections == []
@@ -225,6 +329,33 @@ def test_numerics_of_gate_and_up_in_one(inner):
     no_worse_than_eager(
         gate_and_up_in_one, reference, [(40, 5, 514)], "swiglu", torch.bfloat16, inner
     )
+
+
+@pytest.mark.parametrize("spelling", CLAMPED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numerics_of_clamped_gates(spelling, dtype):
+    no_worse_than_eager(spelling, spelling, [(40, 5, 514)], "swiglu", dtype)
+
+
+def test_numerics_of_clamped_gates_under_inductor():
+    no_worse_than_eager(gpt_oss, gpt_oss, [(40, 5, 514)], "swiglu", torch.bfloat16, "inductor")
+
+
+def test_clamped_gates_keep_nan_and_inf():
+    both = torch.tensor(
+        [[float("nan"), 1.0, 1.0, float("nan"), float("inf"), -float("inf"), -float("inf"), 2.0]],
+        requires_grad=True,
+    )
+    options = {"policy": ["swiglu"], "inner": "aot_eager"}
+    compiled = torch.compile(gpt_oss, backend="liger_fx", options=options)
+    actual, expected = compiled(both), gpt_oss(both)
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+    for a, e in zip(
+        torch.autograd.grad(actual.nansum(), both),
+        torch.autograd.grad(expected.nansum(), both),
+        strict=True,
+    ):
+        torch.testing.assert_close(a[:, 1:6], e[:, 1:6], equal_nan=True)
 
 
 def mlp(x, w1, w2, w3):

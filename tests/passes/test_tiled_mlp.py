@@ -68,8 +68,38 @@ def gemma(x, gate, up, down):
     return F.linear(F.gelu(F.linear(x, gate), approximate="tanh") * F.linear(x, up), down)
 
 
-SPELLINGS = [torchtune, huggingface, up_first, flat, gemma]
-OPS = {spelling: "geglu_mlp" if spelling is gemma else "swiglu_mlp" for spelling in SPELLINGS}
+def t5(x, gate, up, down):
+    return F.linear(F.gelu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def phi3(x, gate, up, down):
+    """Gate and up are one weight, [2 I, H]."""
+    gate, up = F.linear(x, torch.cat((gate, up))).chunk(2, dim=-1)
+    return F.linear(up * F.silu(gate), down)
+
+
+def gemma_in_one(x, gate, up, down):
+    gate, up = F.linear(x, torch.cat((gate, up))).chunk(2, dim=-1)
+    return F.linear(F.gelu(gate, approximate="tanh") * up, down)
+
+
+def modernbert(x, gate, up, down):
+    gate, up = F.linear(x, torch.cat((gate, up))).chunk(2, dim=-1)
+    return F.linear(F.gelu(gate) * up, down)
+
+
+OPS = {
+    torchtune: "swiglu_mlp",
+    huggingface: "swiglu_mlp",
+    up_first: "swiglu_mlp",
+    flat: "swiglu_mlp",
+    gemma: "geglu_mlp",
+    t5: "geglu_exact_mlp",
+    phi3: "swiglu_mlp",
+    gemma_in_one: "geglu_mlp",
+    modernbert: "geglu_exact_mlp",
+}
+SPELLINGS = list(OPS)
 
 
 # -- fires -----------------------------------------------------------------------------------------
@@ -141,6 +171,38 @@ def forward(self, L_tensors_0_: "f32[2, 5, 16]", L_tensors_1_: "f32[24, 16]", L_
     _exit_autocast = torch.amp.autocast_mode._exit_autocast(_enter_autocast)
     return (swiglu_mlp_default,)""",
     )
+    assert relative_error(found.value, mlp(*inputs)) < TOLERANCES[torch.bfloat16]
+
+
+def test_one_projection_is_not_copied(inputs):
+    x, gate, up, down = inputs
+
+    def mlp(x, both, down):
+        gate, up = F.linear(x, both).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, down)
+
+    assert_expected_inline(
+        show(capture(mlp, x, torch.cat((gate, up)), down).graphs[0]),
+        """\
+def forward(self, L_x_: "f32[2, 5, 16]", L_both_: "f32[48, 16]", L_down_: "f32[16, 24]"):
+    l_x_ = L_x_
+    l_both_ = L_both_
+    l_down_ = L_down_
+    chunk_1 = l_both_.chunk(2)
+    getitem_2: "f32[24, 16]" = chunk_1[0]
+    getitem_3: "f32[24, 16]" = chunk_1[1]
+    swiglu_mlp_default: "f32[2, 5, 16]" = torch.ops.liger_fx.swiglu_mlp.default(l_x_, getitem_2, getitem_3, l_down_, 0, False)
+    return (swiglu_mlp_default,)""",
+    )
+
+
+def test_autocast_casts_one_projection(inputs):
+    def mlp(*tensors):
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return phi3(*tensors)
+
+    found = capture(mlp, *inputs)
+    assert found.reports[0].counts == {"tiled_mlp": 1} and found.value.dtype == torch.bfloat16
     assert relative_error(found.value, mlp(*inputs)) < TOLERANCES[torch.bfloat16]
 
 
@@ -337,6 +399,20 @@ def test_refuses_a_product_that_broadcasts(inputs):
     )
 
 
+def test_refuses_gate_and_up_of_an_odd_number(inputs):
+    """Two rows and one: the product broadcasts."""
+
+    def mlp(x, both, down):
+        gate, up = F.linear(x, both).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, down)
+
+    x, gate, _, down = inputs
+    assert_expected_inline(
+        refusal(mlp, x, gate[:3], down[:, :2]),
+        """the weight of gate and up is [3, 16]: it has no halves""",
+    )
+
+
 def test_refuses_double_precision(inputs):
     assert_expected_inline(
         refusal(huggingface, *(t.double() for t in inputs)),
@@ -412,15 +488,9 @@ def adapters(x, gate, up, down):
     return linear(F.silu(linear(x, gate)) * linear(x, up), down)
 
 
-def one_projection(x, gate, up, down):
-    """Hugging Face's Phi-3."""
-    gate, up = F.linear(x, torch.cat((gate, up))).chunk(2, dim=-1)
+def up_in_front(x, gate, up, down):
+    up, gate = F.linear(x, torch.cat((up, gate))).chunk(2, dim=-1)
     return F.linear(up * F.silu(gate), down)
-
-
-def exact_gelu(x, gate, up, down):
-    """T5's."""
-    return F.linear(F.gelu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
 def two_inputs(x, gate, up, down):
@@ -436,8 +506,7 @@ def dropout_in_between(x, gate, up, down):
     ("fn", "found"),
     [
         (adapters, "3 of 5: wanted linear, found `add` (add)"),
-        (one_projection, "3 of 5: wanted linear, found `getitem` (gate)"),
-        (exact_gelu, "4 of 5: wanted 'tanh', found 'none'"),
+        (up_in_front, "6 of 9: wanted 0, found 1"),
         (two_inputs, "5 of 5: wanted the same x as before, found `tanh` (tanh)"),
     ],
 )
@@ -481,7 +550,7 @@ def test_numerics(spelling, dtype, tile_tokens, monkeypatch):
     no_worse_than_eager(fn, fn, LARGE, "tiled_mlp", dtype)
 
 
-@pytest.mark.parametrize("spelling", [huggingface, gemma])
+@pytest.mark.parametrize("spelling", [huggingface, gemma, phi3])
 def test_numerics_under_inductor(spelling):
     fn = smaller_weights(spelling)
     no_worse_than_eager(fn, fn, LARGE, "tiled_mlp", torch.bfloat16, "inductor")
