@@ -29,6 +29,7 @@ _LIBRARY = torch.library.Library("liger_fx", "FRAGMENT")
 # What each kernel of Triton's does on CUDA, by its name: ``launchers[name](module, *arguments)``.
 # Tests run it in Triton's interpreter, benchmarks with kernels that do nothing.
 launchers: dict[str, Callable[..., Any]] = {}
+modules: dict[str, str] = {}  # the name of that module of Liger's
 
 
 def kernel(
@@ -65,7 +66,7 @@ def kernel(
 
     name = _define(schema, *[torch.Tag.cudagraph_unsafe] * waits)
     if liger is not None:
-        launchers[name] = cuda
+        launchers[name], modules[name] = cuda, liger
     _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")  # all devices but those below
     _LIBRARY.impl(name, launch, "CUDA")
     torch.library.register_fake(f"liger_fx::{name}", fake_if_fit, lib=_LIBRARY)

@@ -244,7 +244,7 @@ def test_refuses_two_cross_entropies(hidden, weight, labels):
 
     assert_expected_inline(
         refusal(fn, hidden, weight, labels),
-        """cross_entropy, cross_entropy are taken of one projection; the op gives one of each""",
+        """cross_entropy and cross_entropy are taken of one projection; the op gives one of each""",
     )
 
 
