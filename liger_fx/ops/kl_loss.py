@@ -86,7 +86,8 @@ def write_divergences_torch(
         weight = torch.ones_like(values[i]) if weights is None else weights[i]
         if taken == "cross_entropy" and target is not None:
             values[i], slope = _cross_entropy(wide.log_softmax(1), target, loss)
-            weight = weight.where(target != loss.ignore_index, 0.0)  # 1/0 without any label
+            if loss.ignore_index is not None:  # a weight of 1/0 without any label
+                weight = weight.where(target != loss.ignore_index, 0.0)
         elif taken == "jensen_shannon":
             values[i], slope = _jensen_shannon(log_q, log_p, loss.beta)
         else:

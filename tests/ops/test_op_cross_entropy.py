@@ -55,6 +55,7 @@ class TestCrossEntropy(Contract):
         case("class weights", weights=True),
         case("label smoothing", label_smoothing=0.1),
         case("label smoothing, a class ignored", label_smoothing=0.1, ignore_index=3),
+        case("both, ignored is -1", label_smoothing=0.1, weights=True, ignore_index=-1),
     )
     SHAPES = ((1, 257), (7, 5), (33, 48), (3, 4099), (4, 2), (0, 7), (100_003, 5))
     BIG = (17_000, 128_256)
@@ -71,12 +72,6 @@ def test_labels_out_of_range_are_an_error(label):  # A29
     target[5] = label
     with pytest.raises(IndexError, match=f"Target {label} is out of bounds"):
         plain(logits, target)
-
-
-def test_class_weights_with_label_smoothing_are_refused():
-    logits, target, class_weight = TestCrossEntropy.CASES[5].make()
-    with pytest.raises(ValueError, match="class weights and label smoothing"):
-        plain(logits, target, class_weight, label_smoothing=0.1)
 
 
 def test_strided_labels_and_upstream():
