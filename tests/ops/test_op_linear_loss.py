@@ -94,11 +94,8 @@ class Case:
             made["teacher_input"] = randn(tokens, TEACHER_HIDDEN)
             made["teacher_weight"] = randn(vocab, TEACHER_HIDDEN, scale=0.2)
             made["teacher_bias"] = randn(vocab) if self.bias else None
-        made["weights"] = {None: None, "one": each.new_tensor([[0.6], [0.4], [1.7], [0.9]])}.get(
-            self.weights, each
-        )
-        if self.weights == "one":
-            made["weights"] = made["weights"][: len(self.takes)]
+        one = 0.1 + rand(len(self.takes), 1)
+        made["weights"] = {None: None, "one": one, "each": each}[self.weights]
         return [made[name] for name in self.names]
 
     @property
@@ -211,16 +208,33 @@ def errors(case, dtype=torch.float32, function=None, seed=0):
     return [relative_error(a, e) for a, e in zip(actual, expected, strict=True)]
 
 
-def assert_exact(case, tensors=None, tolerance=1e-9, **how):
-    """In fp64, where rounding hides nothing (on CUDA the kernels compute in fp32)."""
-    exact = in_fp64(case.make() if tensors is None else tensors)
+class Dispatched(torch.utils._python_dispatch.TorchDispatchMode):
+    """The names of torch's operators that ran, and the sizes of their results in bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.sizes = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.append(func.__name__)
+        leaves = torch.utils._pytree.tree_leaves(out)
+        storages = (t.untyped_storage() for t in leaves if isinstance(t, torch.Tensor))
+        self.sizes += [storage.nbytes() for storage in storages]
+        return out
+
+
+def assert_exact(case, tensors=None, tolerance=1e-9):
+    """In fp64, where rounding hides nothing. The kernels on CUDA compute in fp32."""
+    tensors = case.make() if tensors is None else tensors
+    exact = in_fp64(tensors)
     if DEVICE == "cpu":
         tensors, case = exact, replace(case, accum_dtype=torch.float64)
     else:
-        tensors, tolerance = tensors or case.make(), 1e-5
-    actual = grads(case.total(*tensors, **how), tensors)
+        tolerance = 1e-5
+    actual = grads(case.total(*tensors), tensors)
     for a, e in zip(actual, grads(case.eager_total(*exact), exact), strict=True):
-        torch.testing.assert_close(a.double(), e, atol=tolerance, rtol=tolerance)
+        assert relative_error(a, e) < tolerance
 
 
 OPS = pytest.mark.parametrize(
@@ -363,30 +377,34 @@ def test_values_come_along_without_a_derivative(case):
     assert total.requires_grad and not values.requires_grad
 
 
-def torchtune_loss(takes):
-    from torchtune.modules.loss import ForwardKLLoss, ReverseKLLoss, SymmetricKLLoss
-
-    return (
-        {"forward_kl": ForwardKLLoss, "reverse_kl": ReverseKLLoss}[takes[0]]()
-        if len(takes) == 1
-        else SymmetricKLLoss(0.5)
-    )
-
-
-@pytest.mark.parametrize("takes", [TUNES[:1], TUNES[1:], TUNES])
-def test_as_torchtunes_losses(takes):
+@pytest.mark.parametrize(
+    ("takes", "name"),
+    [(TUNES[:1], "ForwardKLLoss"), (TUNES[1:], "ReverseKLLoss"), (TUNES, "SymmetricKLLoss")],
+)
+def test_as_torchtunes_losses(takes, name):
+    loss = getattr(pytest.importorskip("torchtune.modules.loss"), name)()  # half of both
     case = Case(takes=takes, weights="each")
     tensors = case.make()
-    given = case.named(tensors)
     counts = torch.arange(37, device=DEVICE) % 3 > 0
-    given["weights"].copy_(counts / len(takes))
-    student, teacher = (
-        F.linear(*(given[name] for name in names)) for names in (TENSORS[:3], TENSORS[5:])
-    )
-    labels = torch.where(counts, 0, -100)
-    expected = torchtune_loss(takes)(student, teacher, labels, normalize=False)
+    tensors[-1].copy_(counts / len(takes))
+    student, teacher = F.linear(*tensors[:3]), F.linear(*tensors[3:6])
+    expected = loss(student, teacher, torch.where(counts, 0, -100), normalize=False)
     for a, e in zip(grads(case.total(*tensors), tensors), grads(expected, tensors), strict=True):
         torch.testing.assert_close(a, e, atol=1e-5, rtol=1e-5)
+
+
+@OPS
+@HEADS
+def test_tokens_of_several_dimensions(op, head):
+    case = replace(head, op=op, weights="each")
+    tensors = case.make((36, 61))
+    expected = grads(case.total(*tensors), tensors)
+    shaped = {"input": (4, 9, HIDDEN), "teacher_input": (4, 9, TEACHER_HIDDEN), "target": (4, 9)}
+    several = [t.view(shaped.get(n, t.shape)) for n, t in zip(case.names, tensors, strict=True)]
+    several = [_op_checks.alike(t, s) for t, s in zip(tensors, several, strict=True)]
+    total, of_input, *others = grads(case.total(*several), several)
+    assert of_input.shape == (4, 9, HIDDEN)
+    torch.testing.assert_close([total, of_input.flatten(0, 1), *others], expected)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -685,18 +703,7 @@ def test_no_tensor_exceeds_a_chunk_of_logits(head):
     if case.two_heads:
         heads[1] = chunked_head.Head(*(given[name] for name in TENSORS[5:]))
     literals = [getattr(case, name) for name in LITERALS]
-    largest = 0
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for t in torch.utils._pytree.tree_leaves(out):
-                if isinstance(t, torch.Tensor):
-                    largest = max(largest, t.untyped_storage().nbytes())
-            return out
-
-    with Watch():
+    with Dispatched() as dispatched:
         chunked_head.run(
             *heads,
             given["target"],
@@ -705,7 +712,7 @@ def test_no_tensor_exceeds_a_chunk_of_logits(head):
             weights=given["weights"],
             chunk_tokens=64,
         )
-    assert 0 < largest <= 64 * 1024 * 4
+    assert 0 < max(dispatched.sizes) <= 64 * 1024 * 4
 
 
 # -- gradients -------------------------------------------------------------------------------------
@@ -786,17 +793,9 @@ def test_upstream_gradient_is_not_rounded(head):
 def test_backward_makes_no_zeros_for_unused_outputs():  # A18
     tensors = ONE.make()
     value = ONE.fused(*tensors)
-    made = []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if "zeros" in func.__name__:
-                made.append(func.__name__)
-            return func(*args, **(kwargs or {}))
-
-    with Watch():
+    with Dispatched() as dispatched:
         grads(value, tensors)
-    assert made == []
+    assert dispatched.names and not any("zeros" in name for name in dispatched.names)
 
 
 @pytest.mark.parametrize("ignored", [0.0, 0.5])
