@@ -660,6 +660,17 @@ def test_no_token_that_counts(op, head, skip):
     assert not any(gradient.any() for gradient in gradients)
 
 
+@OPS
+@pytest.mark.parametrize("skip", [True, False])
+def test_mean_of_no_token(op, skip):
+    """The upstream gradient is 1/0 then, and no gradient comes of it, as in eager."""
+    case = Case(op, ignored=1.0, skip=skip)
+    tensors = case.make()
+    loss, *gradients = grads(case.total(*tensors) / 0, tensors)
+    assert loss.isnan()
+    assert not any(gradient.any() for gradient in gradients)
+
+
 def test_chunks_are_as_equal_as_they_come(projected, monkeypatch):
     monkeypatch.setitem(chunked_head.LOGITS_BUDGET, DEVICE, 512 * 64 * 4)
     case = Case(ignored=0.0, chunk_tokens=0)
