@@ -258,6 +258,8 @@ def _check(arguments: Sequence[Any]) -> None:
     known = {*DIVERGENCES, "cross_entropy"} if teacher is not None else {*TAKES}
     if not takes or len({*takes}) < len(takes) or not known.issuperset(takes):
         raise ValueError(f"expected some of {sorted(known)}, each once, got {list(takes)}")
+    if (teacher is None) != (tensors[6] is None):
+        raise ValueError("expected teacher_input and teacher_weight, or neither")
     if "jensen_shannon" in takes and {"forward_kl", "reverse_kl"} & {*takes}:
         raise ValueError(f"expected torchtune's divergences or jensen_shannon, got {list(takes)}")
     if teacher is not None and (any(of_labels) or tensors[4] is not None):

@@ -181,7 +181,8 @@ class _Labels:
         self.of_label = (1 - e) * weight[self.label]
         self.of_all = self.each.sum()
         self.at_label = z.gather(1, self.label)
-        self.at_all = z @ self.each.unsqueeze(1) if e else 0.0
+        # No matrix product: autocast outside would round it.
+        self.at_all = (z * self.each).sum(1, keepdim=True) if e else 0.0
         self.smoothed = bool(e)
 
     def cross_entropy(self, log_total: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ imported, for good. numpy has no bf16: fp32 and fp16 it is.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-import re
+import itertools
 import sys
 from unittest import mock
 
@@ -18,6 +19,8 @@ import torch
 from _op_checks import LAYOUTS, KernelCalls, alike, laid_out, outputs_of, run
 from test_op_cross_entropy import TestCrossEntropy as CrossEntropy
 from test_op_gated import TestGated as Gated
+from test_op_linear_loss import CE, JSD, MIXTURE, ONE, TUNES, TWO, grads
+from test_op_linear_loss import Case as Head
 from test_op_norms import NORMS, ROWS_IN_MEMORY, two_layouts
 from test_op_norms import TestAddRMSNorm as AddRMSNorm
 from test_op_norms import TestRMSNorm as RMSNorm
@@ -26,12 +29,13 @@ from test_op_rope import TestHalves as Halves
 from test_op_rope import TestPairs as Pairs
 from test_op_tiled_mlp import TestTiledMLP as TiledMLP
 
-from liger_fx.ops import kl_loss, kl_triton, library, token_loss_triton
+from liger_fx import ops
+from liger_fx.ops import kl_loss, kl_triton, library, token_loss, token_loss_triton
 from liger_fx.ops.token_loss import (
+    TAKES,
     TokenLoss,
-    write_losses,
-    write_losses_liger,
-    write_losses_torch,
+    write_cross_entropy_liger,
+    write_values_torch,
 )
 
 CASES = [
@@ -42,25 +46,6 @@ CASES = [
 ]
 DTYPES = [torch.float32, torch.float16]
 TOLERANCES = {torch.float32: {}, torch.float16: {"atol": 2e-3, "rtol": 2e-3}}
-# Liger's modules, for each op.
-MODULES = {
-    "rms_norm": "rms_norm",
-    "add_rms_norm": "fused_add_rms_norm",
-    "layer_norm": "layer_norm",
-    "swiglu": "swiglu",
-    "swiglu_gate_up": "swiglu",
-    "geglu": "geglu",
-    "geglu_gate_up": "geglu",
-    "geglu_exact": "geglu",
-    "geglu_exact_gate_up": "geglu",
-    "clamped_swiglu": "swiglu",
-    "swiglu_mlp": "swiglu",
-    "geglu_mlp": "geglu",
-    "geglu_exact_mlp": "geglu",
-    "rope": "rope",
-    "rope_interleaved": "llama4_rope",
-    "cross_entropy": "cross_entropy",
-}
 RMS_NORM = sys.modules["liger_fx.ops.rms_norm"]  # the package has the op by that name
 
 
@@ -76,7 +61,7 @@ def as_on_a_gpu():
 
 def launch(name, *arguments):
     """What runs for a kernel on CUDA."""
-    module = library.liger_module(MODULES[re.sub("_(forward|backward_?)$", "", name)])
+    module = library.liger_module(library.modules[name])
     with as_on_a_gpu():
         return library.launchers[name](module, *arguments)
 
@@ -185,127 +170,190 @@ def test_vocabulary_of_several_blocks(case, monkeypatch):
     check_kernels(case.fused, case.make((7, 53)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("differentiate", [True, False])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"softcap": 2.0},
-        {"label_smoothing": 0.1},
-        {"softcap": 2.0, "label_smoothing": 0.1},
-        {"class_weight": torch.rand(21)},
-        {"softcap": 2.0, "class_weight": torch.rand(21)},
-    ],
-    ids=lambda options: ", ".join(options),
-)
-def test_losses_of_a_head(options, differentiate, dtype):
-    loss = TokenLoss(3, **options)
-    logits, target = CrossEntropy.CASES[3].make((7, 21), dtype)
-    logits = logits.detach()
-    plain, liger = logits.clone(), logits.clone()
-    losses = torch.zeros(2, 7)
-    write_losses_torch(plain, target, losses[0], loss, differentiate, None)
-    write_losses_liger(liger, target, losses[1], loss, differentiate)
-    torch.testing.assert_close(losses[1], losses[0])
-    if not differentiate:
-        plain[target == 3] = 0  # the kernel clears them even so
-    torch.testing.assert_close(liger, plain, **TOLERANCES[dtype])
+# -- what a loss takes of logits -------------------------------------------------------------------
+
+ROWS, VOCAB = 7, 53
+SUBSETS = [c for n in range(1, 5) for c in itertools.combinations(TAKES, n)]
+LITERALS = {"label_smoothing": 0.1, "softcap": 2.0, "temperature": 0.7, "class_weight": True}
+DIVERGED = [
+    *((c, 0.5) for n in range(1, 4) for c in itertools.combinations((*TUNES, CE), n) if c != (CE,)),
+    (("reverse_kl", CE, "forward_kl"), 0.5),
+    *itertools.product([(JSD,), (CE, JSD)], [0.0, 0.1, 0.5, 1.0]),
+]
 
 
-DIRECTIONS = [kl_loss.Divergence(3, *each) for each in [(1.0, 0.0), (0.0, 1.0), (0.3, 0.7)]]
-BETAS = [kl_loss.Divergence(3, beta=b, temperature=2.0) for b in (0.0, 0.1, 0.5, 1.0)]
+def made(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("differentiate", [True, False])
-@pytest.mark.parametrize("loss", DIRECTIONS, ids=str)
-@pytest.mark.parametrize("weights", [None, [0.6, -2.0]])
-@pytest.mark.parametrize("infinite", [False, True])
-def test_divergences_of_a_head(loss, weights, differentiate, infinite, dtype, monkeypatch):
-    monkeypatch.setattr(kl_triton, "_BLOCK", 16)
-    check_divergence(loss, weights, differentiate, infinite, dtype)
+def loss_of(takes, ignore_index=3, **literals):
+    if literals.get("class_weight"):
+        literals["class_weight"] = 0.5 + made(VOCAB).abs().repeat_interleave(2)[::2]
+    return TokenLoss(takes, ignore_index, **literals)
 
 
-@pytest.mark.parametrize("infinite", [False, True])
-@pytest.mark.parametrize("loss", BETAS, ids=str)
-def test_jensen_shannon_divergences_of_a_head(loss, infinite, monkeypatch):
-    monkeypatch.setattr(kl_triton, "_BLOCK", 16)
-    check_divergence(loss, [0.6, -2.0], True, infinite, torch.float32)
-    if not infinite:
-        check_divergence(loss, None, loss.beta == 0.5, infinite, torch.float16)
-
-
-def check_divergence(loss, weights, differentiate, infinite, dtype):
-    logits, target = CrossEntropy.CASES[3].make((7, 53), dtype)
-    teacher = torch.randn(7, 53).to(dtype)
-    target[1] = target[3] = 3
-    mask = torch.tensor([True, False, True, True, True, False, True])
-    mask = None if loss.beta == 0.1 else mask
-    if infinite:  # a whole block, single ones, another block of the teacher's, everything
-        logits = logits.detach().clone()
-        logits[0, :16] = logits[2, 5] = logits[4] = -torch.inf
-        teacher[2, 32:48] = teacher[5, 7] = -torch.inf
-        if loss.beta in (None, 1.0):
-            logits[6, 20] = torch.inf
-        if loss.beta == 0.0:  # then the divergence is infinite, and where it is depends on p = 0
-            teacher[0, :16] = teacher[2, 5] = -torch.inf
-    weights = weights and torch.tensor(weights)
-    plain, triton = (torch.zeros(7, 64, dtype=dtype)[:, :53].copy_(logits.detach()) for _ in "ab")
-    losses = torch.zeros(2, 2, 7)
-    for logits, write, to in (
-        (plain, kl_loss.write_losses_torch, losses[0]),
-        (triton, kl_triton.write_losses_triton, losses[1]),
-    ):
-        labels = None if weights is None else target
-        write(logits, teacher, labels, mask, to, loss, weights, differentiate)
-    torch.testing.assert_close(losses[1], losses[0], equal_nan=True)
-    torch.testing.assert_close(triton, plain, equal_nan=True, **TOLERANCES[dtype])
-
-
-@pytest.mark.parametrize("loss", [*DIRECTIONS[:2], *BETAS], ids=str)
-def test_divergences_of_confident_rows(loss, monkeypatch):
-    monkeypatch.setattr(kl_triton, "_BLOCK", 16)
-    generator = torch.Generator().manual_seed(0)
-    student = 100 + torch.randn(16, 61, generator=generator)
-    student[range(16), torch.arange(16)] += 9
-    teacher = 50 + student + 0.1 * torch.randn(16, 61, generator=generator)
-    losses, exact = torch.zeros(2, 16), torch.zeros(2, 16, dtype=torch.float64)
-    weights = torch.tensor([1.0, 1.0])
-    arguments = (teacher, torch.arange(16), None)
-    kl_triton.write_losses_triton(student, *arguments, losses, loss, weights, False)
-    kl_loss.write_losses_torch(student, *arguments, exact, loss, weights.double(), False)
-    torch.testing.assert_close(losses.double(), exact, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", [16, 4096])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("differentiate", [True, False])
-@pytest.mark.parametrize("entropy", [True, False])
-def test_scaled_losses_of_a_head(entropy, differentiate, temperature, block, dtype, monkeypatch):
-    monkeypatch.setattr(token_loss_triton, "_MAX_BLOCK", block)
-    loss = TokenLoss(3, temperature=temperature, entropy=entropy)
-    logits, target = CrossEntropy.CASES[3].make((7, 53), dtype)
-    logits = logits.detach()
-    logits[2, 7:40] = float("-inf")  # a whole block as well
-    logits[4] *= 300
+def check_values(write, plain, loss, logits, *others, tolerance, cleared=False):
+    """``write`` gives what ``plain`` does, with and without weights and gradients; of rows, labels
+    and weights with gaps between them. cleared: logits of ignored labels may become 0."""
+    target = torch.randint(0, VOCAB, (ROWS,), generator=torch.Generator().manual_seed(0))
+    target[1::2] = 3
     target[2], target[4] = 50, 5
-    plain, ours = logits.clone(), torch.cat([logits, logits], 1)[:, :53]  # of wider rows
-    shape = (2, 7) if entropy else (7,)
-    plain_values, values = torch.zeros(2, *shape)
-    factor = torch.randn(*shape, 1) if differentiate and (entropy or block == 16) else None
-    write_losses(plain, target, plain_values, loss, differentiate, factor)
-    token_loss_triton.write_losses_triton(ours, target, values, loss, differentiate, factor)
-    torch.testing.assert_close(values, plain_values)
-    torch.testing.assert_close(ours, plain, **TOLERANCES[dtype])
+    target = target.repeat_interleave(2)[::2] if CE in loss.takes else None
+    all_weights = made(len(loss.takes), 2 * ROWS)[:, ::2]
+    all_weights[:, 5] = 0.0
+    for weights, differentiate in ((None, False), (None, True), (all_weights, True)):
+        if weights is not None and write is liger:
+            continue
+        expected, actual = torch.full((2, ROWS, 64), torch.nan, dtype=logits.dtype)
+        values = torch.zeros(2, len(loss.takes), ROWS)
+        for each, to, function in zip((expected, actual), values, (plain, write), strict=True):
+            each[:, :VOCAB] = logits
+            function(each[:, :VOCAB], *others, target, to, loss, weights, differentiate)
+        if cleared and not differentiate:
+            expected[target == loss.ignore_index, :VOCAB] = 0.0
+        torch.testing.assert_close(values[1], values[0], equal_nan=True)
+        torch.testing.assert_close(actual, expected, equal_nan=True, **tolerance)
 
 
-def test_losses_and_entropies_of_logits_that_are_not_finite():
-    logits = torch.randn(3, 21)
-    logits[1, 5] = float("nan")
-    target, values, factor = torch.tensor([1, 2, 3]), torch.zeros(2, 3), torch.ones(2, 3, 1)
-    loss = TokenLoss(-1, entropy=True)
-    token_loss_triton.write_losses_triton(logits, target, values, loss, True, factor)
-    assert values.isnan().tolist() == 2 * [[False, True, False]]
+def liger(logits, target, values, loss, weights, differentiate):
+    write_cross_entropy_liger(logits, target, values[0], loss, differentiate)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "given",
+    [
+        (),
+        ("softcap",),
+        ("label_smoothing",),
+        ("softcap", "label_smoothing"),
+        ("class_weight",),
+        ("softcap", "class_weight"),
+    ],
+    ids=", ".join,
+)
+def test_cross_entropy_by_liger(given, dtype):
+    loss = loss_of((CE,), **{name: LITERALS[name] for name in given})
+    assert loss.known_to_liger
+    logits = made(ROWS, VOCAB).to(dtype)
+    tolerance = TOLERANCES[dtype]
+    check_values(liger, write_values_torch, loss, logits, tolerance=tolerance, cleared=True)
+
+
+BOTH_ENDS = [SUBSETS[0], SUBSETS[-1][::-1]]
+OF_ONE_HEAD = [
+    *((takes, literals, torch.float32) for takes in SUBSETS for literals in ((), tuple(LITERALS))),
+    *((takes, (name,), torch.float32) for takes in BOTH_ENDS for name in LITERALS),
+    *(
+        (takes, literals, torch.float16)
+        for takes in BOTH_ENDS
+        for literals in ((), tuple(LITERALS))
+    ),
+]
+
+
+@pytest.mark.parametrize(("takes", "literals", "dtype"), OF_ONE_HEAD, ids=str)
+def test_takes_of_one_head(takes, literals, dtype, monkeypatch):
+    monkeypatch.setattr(token_loss_triton, "_MAX_BLOCK", 32)
+    logits = 3 * made(ROWS, VOCAB)
+    if "label_smoothing" not in literals:
+        logits[2, :40] = -torch.inf  # a whole block as well
+    logits[4] *= 100
+    ignored = None if literals == ("temperature",) else 3
+    check_values(
+        token_loss_triton.write_values_triton,
+        write_values_torch,
+        loss_of(takes, ignored, **{name: LITERALS[name] for name in literals}),
+        logits.to(dtype),
+        tolerance=TOLERANCES[dtype],
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "infinite"), [(torch.float32, False), (torch.float32, True), (torch.float16, False)]
+)
+@pytest.mark.parametrize(("temperature", "ignored"), [(1.0, None), (2.0, 3)])
+@pytest.mark.parametrize(("takes", "beta"), DIVERGED, ids=str)
+def test_takes_of_two_heads(takes, beta, temperature, ignored, infinite, dtype, monkeypatch):
+    monkeypatch.setattr(kl_triton, "_BLOCK", 32)
+    logits, teacher = (made(ROWS, VOCAB, seed=seed).to(dtype) for seed in (0, 1))
+    if infinite:  # a whole block, single ones, another block of the teacher's, everything
+        logits[0, :32] = logits[2, 5] = logits[4] = -torch.inf
+        teacher[2, 32:] = teacher[5, 7] = -torch.inf
+        if JSD not in takes or beta == 1.0:
+            logits[6, 20] = torch.inf
+        if JSD in takes and beta == 0.0:  # infinite, and where it is depends on p = 0
+            teacher[0, :32] = teacher[2, 5] = -torch.inf
+    check_values(
+        kl_triton.write_divergences_triton,
+        kl_loss.write_divergences_torch,
+        TokenLoss(takes, ignored, temperature=temperature, beta=beta),
+        logits,
+        teacher,
+        tolerance=TOLERANCES[dtype],
+    )
+
+
+@pytest.mark.parametrize("takes", [*TUNES, 0.0, 0.1, 0.5, 1.0])
+def test_divergences_of_confident_rows(takes, monkeypatch):
+    monkeypatch.setattr(kl_triton, "_BLOCK", 16)
+    beta = 0.5 if takes in TUNES else takes
+    loss = TokenLoss((takes if takes in TUNES else JSD, CE), temperature=2.0, beta=beta)
+    student = 100 + made(16, 61)
+    student[range(16), torch.arange(16)] += 9
+    teacher = 50 + student + 0.1 * made(16, 61, seed=1)
+    values, exact = torch.zeros(2, 16), torch.zeros(2, 16, dtype=torch.float64)
+    arguments = (teacher, torch.arange(16))
+    kl_triton.write_divergences_triton(student, *arguments, values, loss, None, False)
+    kl_loss.write_divergences_torch(student.double(), *arguments, exact, loss, None, False)
+    torch.testing.assert_close(values.double(), exact, atol=1e-6, rtol=1e-6)
+
+
+def test_nan_stays_in_its_row():
+    logits = made(3, 21)
+    logits[1, 5] = torch.nan
+    target, values = torch.tensor([1, 2, 3]), torch.zeros(4, 3)
+    loss = TokenLoss(TAKES, -1)
+    token_loss_triton.write_values_triton(logits, target, values, loss, None, True)
+    assert values.isnan().tolist() == 4 * [[False, True, False]]
     assert logits.isnan().all(1).tolist() == logits.isnan().any(1).tolist() == [False, True, False]
+
+
+WRITERS = ("write_values_torch", "write_cross_entropy_liger", "write_values_triton")
+
+
+@pytest.mark.parametrize(
+    ("loss", "weighted", "writer"),
+    [
+        (TokenLoss(), False, "write_cross_entropy_liger"),
+        (TokenLoss(), True, "write_values_triton"),
+        (TokenLoss(temperature=0.7), False, "write_values_triton"),
+        (TokenLoss(("logsumexp",)), False, "write_values_triton"),
+        (TokenLoss((CE, "entropy")), False, "write_values_triton"),
+        (loss_of((CE,), class_weight=True), False, "write_cross_entropy_liger"),
+        (loss_of((CE,), class_weight=True, label_smoothing=0.1), False, "write_values_triton"),
+    ],
+)
+@pytest.mark.parametrize("usable", [True, False])
+def test_which_kernel_is_launched(loss, weighted, writer, usable, monkeypatch):
+    called = []
+    for module, name in zip((token_loss, token_loss, token_loss_triton), WRITERS, strict=True):
+        monkeypatch.setattr(module, name, lambda *_, name=name: called.append(name))
+    monkeypatch.setattr(token_loss, "liger_module", lambda name: usable or None)
+    logits, values = made(2, 5), torch.zeros(len(loss.takes), 2)
+    target = torch.tensor([1, 2]) if CE in loss.takes else None
+    with as_on_a_gpu():
+        token_loss.write_values(logits, target, values, loss, values if weighted else None, True)
+    assert called == [writer if usable else "write_values_torch"]
+
+
+@pytest.mark.parametrize("weights", [None, "one", "each"])
+@pytest.mark.parametrize("op", [ops.linear_loss, ops.linear_token_losses], ids=str)
+@pytest.mark.parametrize("head", [Head(), ONE, TWO, MIXTURE], ids=str)
+def test_heads(head, op, weights):
+    case = dataclasses.replace(head, op=op, weights=weights, skip=False, chunk_tokens=5)
+    tensors = case.make((12, 21))
+    expected = grads(case.total(*tensors), tensors)
+    with as_on_a_gpu():
+        actual = grads(case.total(*tensors), tensors)
+    torch.testing.assert_close(actual, expected, atol=5e-6, rtol=1e-5)

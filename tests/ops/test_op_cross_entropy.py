@@ -56,6 +56,7 @@ class TestCrossEntropy(Contract):
         case("class weights and label smoothing", weights=True, label_smoothing=0.1),
         case("label smoothing", label_smoothing=0.1),
         case("label smoothing, a class ignored", label_smoothing=0.1, ignore_index=3),
+        case("both, ignored is -1", label_smoothing=0.1, weights=True, ignore_index=-1),
     )
     SHAPES = ((1, 257), (7, 5), (33, 48), (3, 4099), (4, 2), (0, 7), (100_003, 5))
     BIG = (17_000, 128_256)

@@ -189,8 +189,8 @@ def ignored_labels():
     generator = torch.Generator(DEVICE).manual_seed(7)
     x, weight = (randn(s, torch.float32, generator) for s in ((6, 8), (16, 8)))
     labels = torch.tensor([1, -100, 2, -100, -100, 3], device=DEVICE)
-    literals = (-100, 0.0, 0.0, True, True, False, 0, torch.float32, True)
-    loss, *_ = ops.linear_cross_entropy(x, weight, None, labels, *literals)
+    literals = (["cross_entropy"], -100, 0.0, 0.0, 1.0, 0.5, 0, torch.float32, True, False)
+    loss, _ = ops.linear_loss(x, weight, None, labels, *(None,) * 5, *literals)
     assert loss.isfinite()
     gradients_of(*padded_step(7), skip_padding=True)
 
