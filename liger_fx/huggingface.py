@@ -38,34 +38,23 @@ _WITH_A_CACHE = (
 )
 
 
-# One graph takes about 3 s more to compile for each layer (H100), layers one by one no more.
-DEEP = 8
-
-
 class LigerFxCallback(TrainerCallback):
-    """``Trainer(..., callbacks=[LigerFxCallback()])``: compiles the model with liger_fx, in place:
-    as one graph, or from 8 layers on layer by layer (`compile`).
+    """``Trainer(..., callbacks=[LigerFxCallback()])``: compiles the model with liger_fx, in
+    place and as one graph.
 
     options: as for `liger_fx.backend`. Raises OptionError, a ValueError.
     """
 
     def __init__(self, **options: Any) -> None:
-        self._options = options
         self._backend = backend(**options)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
-        self._compile(trained["model"])
+        trained["model"].compile(backend=self._backend)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
         # With ``model_init``, ``train()`` has made a new model.
-        if all(module._compiled_call_impl is None for module in trained["model"].modules()):
-            self._compile(trained["model"])
-
-    def _compile(self, model: nn.Module) -> None:
-        if sum(not _is_norm(module) for _, module in _layers_and_norms(model)) >= DEEP:
-            compile(model, **self._options)
-        else:
-            model.compile(backend=self._backend)
+        if trained["model"]._compiled_call_impl is None:
+            trained["model"].compile(backend=self._backend)
 
 
 @dataclass

@@ -443,12 +443,13 @@ def test_leaves_a_loss_without_its_projection(labels):
     )
 
 
-def test_leaves_scaled_logits(hidden, weight, labels):
+def test_refuses_a_scale_that_is_not_positive(hidden, weight, labels):
     def fn(h, w, y):
-        return F.cross_entropy(F.linear(h, w).view(-1, V) * 0.5, y.view(-1))
+        return F.cross_entropy(F.linear(h, w).view(-1, V) * -0.5, y.view(-1))
 
     assert_expected_inline(
-        near_miss(fn, hidden, weight, labels), """wanted tanh, found `reshape` (view)"""
+        refusal(fn, hidden, weight, labels),
+        """the temperature or scale of the logits is computed or not positive, expected a constant""",
     )
 
 

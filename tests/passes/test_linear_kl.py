@@ -715,10 +715,10 @@ def test_checkpointing_runs_the_op_once(inner, heads, labels, monkeypatch):
     module = sys.modules["liger_fx.ops.linear_loss"]
     run = module.run
 
-    def counted(*args):
+    def counted(*args, **named):
         nonlocal calls
         calls += 1
-        return run(*args)
+        return run(*args, **named)
 
     monkeypatch.setattr(module, "run", counted)
 
