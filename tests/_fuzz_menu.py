@@ -223,6 +223,32 @@ HEADS = {
     f"$q = F.cross_entropy(F.linear($b, {{w}}).reshape(-1, {V}).float(), $d.reshape(-1), reduction='sum')\n$l = (0.0 + $p + $q) / ({{y}} != -100).sum()",
 }  # fmt: skip
 
+# Sums of several terms, weights and masks of tokens, and what is no sum.
+_TOKENS = f"$z = F.linear({{h}}, {{w}})\n$v = $z.float().reshape(-1, {V})\n$a = F.cross_entropy($v, {{y}}.reshape(-1), reduction='none')\n"
+_LOSS = f"$z = F.linear({{h}}, {{w}})\n$v = $z.float().reshape(-1, {V})\n$a = F.cross_entropy($v, {{y}}.reshape(-1))\n"
+_LOGPROBS = "$z = F.linear({h}, {w})\n$p = F.log_softmax($z.float(), -1)\n$g = torch.gather($p, -1, {y}.clamp(min=0).unsqueeze(-1)).squeeze(-1)\n"
+_DIVERGENCE = "$z = F.linear({h}, {w})\n$c = F.linear({h}.detach() * 0.5, {b2}).detach()\n$q = F.log_softmax($z.float(), -1)\n$p = F.softmax($c.float(), -1)\n$d = F.kl_div($q, $p, reduction='none')\n"
+SUMS = {
+    "weighted": _TOKENS + "$k = torch.linspace(0, 2, $a.numel())\n$g = $a * $k\n$l = $g.sum() / $k.sum()",
+    "masked": _TOKENS + "$m = {y}.reshape(-1) > 4\n$g = $a.masked_fill($m, 0.0)\n$l = $g.sum() / 3",
+    "in place": _TOKENS + "$g = $a * 2\n$g.masked_fill_({y}.reshape(-1) > 4, 0.0)\n$l = $g.mean()",
+    "sequences": _TOKENS + "$k = ({y} != -100).sum(1, keepdim=True).clamp(min=1)\n$g = $a.view({y}.shape) / $k\n$l = $g.sum(1).mean()",
+    "logged": _TOKENS + "$k = $a.detach() * 2\n$l = torch.where({y}.reshape(-1) > 2, $a, 0.0).sum()",
+    "focal": _TOKENS + "$k = (1 - torch.exp(-$a)) ** 2\n$l = ($k * $a).mean()",
+    "z-loss": _LOSS + "$e = torch.logsumexp($z.float(), -1)\n$g = torch.where({y} != -100, $e.square(), 0.0)\n$l = $a + 1e-2 * $g.sum()",
+    "bonus": _LOSS + "$p = F.log_softmax($z.float(), -1)\n$e = -($p.exp() * $p).sum(-1)\n$l = (1 + $a) / 2 - 0.1 * $e.mean()",
+    "auxiliary": _LOSS + "$k = {h}.float().square().mean()\n$l = ($a + $k) * 0.5 - torch.logsumexp($z.float(), -1).mean()",
+    "accumulated": _LOSS + "$l = {h}.float().square().mean()\n$l += $a",
+    "apart": _LOSS + "$e = torch.logsumexp($z.float(), -1).square().mean()\n$l = $a * $e",
+    "scaled": f"$z = F.linear({{h}}, {{w}})\n$c = $z / 8.0\n$v = (0.5 * $c).float().reshape(-1, {V})\n$l = F.cross_entropy($v, {{y}}.reshape(-1))",
+    "class weights": f"$z = F.linear({{h}}, {{w}})\n$k = torch.linspace(0.5, 2, {V})\n$l = F.cross_entropy($z.float().reshape(-1, {V}), {{y}}.reshape(-1), $k, label_smoothing=0.1)",
+    "policy": _LOGPROBS + "$k = torch.linspace(-1, 1, $g.numel()).view($g.shape)\n$l = -($g * $k * ({y} != -100)).mean()",
+    "ratio": _LOGPROBS + "$k = ($g - $g.detach() * 0.9).exp()\n$l = torch.min($k, $k.clamp(0.8, 1.2)).mean()",
+    "divergence": _DIVERGENCE + "$k = ({y} != -100).float()\n$g = $d.sum(-1) * $k\n$l = $g.sum() / 2",
+    "distillation": _DIVERGENCE + f"$g = $d.sum(-1).mean()\n$a = F.cross_entropy($z.float().reshape(-1, {V}), {{y}}.reshape(-1))\n$l = 0.3 * $a + 0.7 * $g",
+    "divergence apart": _DIVERGENCE + "$g = $d.sum(-1)\n$l = ($g * $g).sum()",
+}  # fmt: skip
+
 COPIES = [
     "$x = {x}.contiguous()",
     "$x = {x}.transpose(0, 1).contiguous()\n$x2 = $x.transpose(0, 1)",
@@ -456,9 +482,11 @@ class Generator:
         """A loss. Of labels that may have been copied before."""
         given = dict(w=self.weight(V, H), b=self.weight(V), b2=self.tensor("w", f"{V}, {H}", False))
         reduction = self.random.choice(["mean", "mean", "sum", "none"])
-        return self.emit(
-            self.pick(HEADS), h=self.copied(h), y=self.labels(), reduction=reduction, **given
-        )
+        text = self.pick(HEADS)
+        apart = random.Random(f"{self.seed} {len(self.body)} sums")  # other choices stay the same
+        if apart.random() < 0.4:
+            text = apart.choice([*SUMS.values()])
+        return self.emit(text, h=self.copied(h), y=self.labels(), reduction=reduction, **given)
 
     # -- regions around a part --
 
