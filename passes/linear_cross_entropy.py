@@ -11,9 +11,8 @@ Matches      ``F.cross_entropy`` over rows of ``F.linear``, with reshapes, slice
 Leaves alone logits that anybody else sees; two cross-entropies of the same logits; probability
              targets; LoRA on the head. A softcap on the hidden state (torchtune's Gemma2) belongs
              to the hidden state.
-Numerics     Logits in the projection's dtype, scale, softmax and weights of tokens in fp32, parameter
-             gradients summed in fp32.
-             ``mean`` stays a division in the graph: 0 valid tokens give nan, as in eager.
+Numerics     Logits in the projection's dtype; scale, softmax and weights of tokens in fp32; sums of
+             parameter gradients in fp32. ``mean`` stays a division in the graph: 0 valid tokens give nan, as in eager.
 """
 
 import torch

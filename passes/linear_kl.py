@@ -1,5 +1,5 @@
-"""Two final projections + divergence of the one from the other -> ``liger_fx::linear_loss``: neither
-student's nor teacher's logits.
+"""Two final projections + divergence of the one from the other -> ``liger_fx::linear_loss``: no
+logits of the student or of the teacher.
 
 Matches      torchtune's ForwardKLLoss, ReverseKLLoss and SymmetricKLLoss with ``normalize=False``
              over rows of two ``F.linear``, the teacher's without gradient; ``F.kl_div`` in both

@@ -15,8 +15,8 @@ Matches      ``gather(log_softmax(linear), labels)`` (torchtune) and ``gather(li
 Leaves alone logits that anybody else sees; an entropy alone; a temperature that is computed; more
              than one label for a token; LoRA on the head.
 Numerics     Softmax in fp32. The backward projects again, chunk by chunk, where the gradient of
-             each token's value is known only then. Made with and without gradients, so that a policy
-             and its reference, as long as they are the same, give the same numbers.
+             each token's value is known only then. Made with and without gradients, so that a
+             policy and its reference, as long as they are the same, give the same numbers.
 """
 
 import torch
