@@ -12,8 +12,8 @@ Leaves alone logits that anybody else sees; two cross-entropies of the same logi
              targets; LoRA on the head. A softcap on the hidden state (torchtune's Gemma2) belongs
              to the hidden state.
 Numerics     Logits in the projection's dtype; scale, softmax and weights of tokens in fp32; sums of
-             parameter gradients in fp32. ``mean`` stays a division in the graph: 0 valid tokens give
-             nan, as in eager.
+             parameter gradients in fp32. ``mean`` stays a division in the graph: no valid token
+             gives nan, as in eager.
 """
 
 import torch
