@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from liger_fx.ops.token_loss import TokenLoss
+from liger_fx.ops.token_loss_triton import weight_at
 
 _BLOCK = 4096
 
@@ -157,14 +158,14 @@ def _divergence_kernel(
         if FINITE:  # with no class left the sum is 0, whatever the log-sum-exp
             total = tl.where(s_max == -infinity, 0.0, total)
         tl.store(values_ptr + FORWARD * rows, total)
-        forward = sharpness * _weight(weights_ptr, FORWARD * rows + row)
+        forward = sharpness * weight_at(weights_ptr, FORWARD * rows + row)
     if REVERSE >= 0:
         q_kept /= s_sum
         total = q_ratio / s_sum - (s_log - t_log) * q_kept
         if FINITE:
             total = tl.where((s_max == -infinity) | (q_kept == 0.0), 0.0, total)
         tl.store(values_ptr + REVERSE * rows, total)
-        reverse = sharpness * _weight(weights_ptr, REVERSE * rows + row)
+        reverse = sharpness * weight_at(weights_ptr, REVERSE * rows + row)
     if MIXTURE >= 0:  # whose probabilities need both sums: a pass of its own
         total = 0.0
         of_teacher = 0.0
@@ -181,12 +182,12 @@ def _divergence_kernel(
             total += tl.sum(tl.where(s == -infinity, 0.0, of_q), 0)
             of_teacher += tl.sum(tl.where(t == -infinity, 0.0, of_p), 0)
         tl.store(values_ptr + MIXTURE * rows, (1.0 - beta) * total + beta * of_teacher)
-        mixture = sharpness * (1.0 - beta) * _weight(weights_ptr, MIXTURE * rows + row)
+        mixture = sharpness * (1.0 - beta) * weight_at(weights_ptr, MIXTURE * rows + row)
     if CROSS_ENTROPY >= 0:
         plain_log = tl.log(plain_sum) if TEMPERED else s_log
         cross_entropy = plain_log - (at_label - s_max)
         tl.store(values_ptr + CROSS_ENTROPY * rows, cross_entropy, mask=labelled)
-        of_label = _weight(weights_ptr, CROSS_ENTROPY * rows + row)
+        of_label = weight_at(weights_ptr, CROSS_ENTROPY * rows + row)
         of_label = tl.where(labelled, of_label, 0.0)
     if not DIFFERENTIATE:
         return
@@ -219,14 +220,6 @@ def _divergence_kernel(
                 q = tl.exp(s - s_max - plain_log)
             gradient += of_label * tl.where(offsets == label, q - 1.0, q)
         tl.store(student_ptr + offsets, gradient.to(dtype), mask=inside)
-
-
-@triton.jit
-def _weight(weights_ptr, at):
-    weight = 1.0
-    if weights_ptr is not None:
-        weight = tl.load(weights_ptr + at).to(tl.float32)
-    return weight
 
 
 @triton.jit

@@ -137,19 +137,19 @@ def _token_loss_kernel(
         if SMOOTHED:
             loss += each * (of_classes * log_total - (at_classes - of_classes * top))
         tl.store(values_ptr + CROSS_ENTROPY * rows, loss, mask=counts)
-        of_loss = _weight(weights_ptr, CROSS_ENTROPY * rows + row)
+        of_loss = weight_at(weights_ptr, CROSS_ENTROPY * rows + row)
         of_loss = tl.where(counts, of_loss, 0.0)
         slope += of_loss * (of_label + each * of_classes)
     if ENTROPY >= 0:
         entropy = log_total - moment / total
         tl.store(values_ptr + ENTROPY * rows, entropy)
-        of_entropy = _weight(weights_ptr, ENTROPY * rows + row)
+        of_entropy = weight_at(weights_ptr, ENTROPY * rows + row)
     if LOGSUMEXP >= 0:
         tl.store(values_ptr + LOGSUMEXP * rows, logsumexp)
-        slope += _weight(weights_ptr, LOGSUMEXP * rows + row)
+        slope += weight_at(weights_ptr, LOGSUMEXP * rows + row)
     if SQUARED >= 0:
         tl.store(values_ptr + SQUARED * rows, logsumexp * logsumexp)
-        slope += 2.0 * logsumexp * _weight(weights_ptr, SQUARED * rows + row)
+        slope += 2.0 * logsumexp * weight_at(weights_ptr, SQUARED * rows + row)
 
     if DIFFERENTIATE:
         for start in range(0, vocab, BLOCK):
@@ -182,7 +182,8 @@ def _token_loss_kernel(
 
 
 @triton.jit
-def _weight(weights_ptr, at):
+def weight_at(weights_ptr, at):
+    """What a value is taken times in the sum: 1 without weights."""
     weight = 1.0
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + at).to(tl.float32)
