@@ -504,13 +504,7 @@ FAMILIES = [
     face(
         "Cohere",
         huggingface("Cohere"),
-        LAYER_NORMS
-        | dict(
-            linear_cross_entropy=Refused("wanted tanh, found `linear`"),  # logits are scaled
-            cross_entropy=once,
-            layer_norm=n + 1,
-        ),
-        deferred=NONE,
+        LAYER_NORMS | dict(layer_norm=n + 1),
     ),
     face(
         "ModernBERT (decoder)",

@@ -155,7 +155,8 @@ def recorded_commands() -> set[str]:
     root = BENCHMARKS.parent
     found = [json.loads(f.read_text())["command"] for f in BENCHMARKS.glob("results/*.json")]
     for script in SCRIPTS:
-        found += re.findall(r"^    (python .*)", script.read_text(), re.MULTILINE)
+        text = script.read_text().replace("\\\n", " ")
+        found += re.findall(r"^    (python .*)", text, re.MULTILINE)
     for page in (*root.glob("*.md"), *root.glob("docs/**/*.md")):
         prose, *code = re.split(r"^ *```.*$", page.read_text(), flags=re.MULTILINE)
         for block, text in zip(code[::2], code[1::2], strict=True):

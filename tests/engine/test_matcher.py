@@ -13,7 +13,8 @@ from _util import reasons, show, words
 from expecttest import assert_expected_inline
 
 from liger_fx import Reject, Rewrite, rewrite_graph
-from liger_fx.pattern import Binding, Cast, Op, Pattern, guard
+from liger_fx.matcher import Matcher, candidates
+from liger_fx.pattern import Binding, Cast, Op, Pattern, guard, traced
 
 
 def swiglu_pattern(gate, up):
@@ -258,7 +259,7 @@ def test_a_grad_mode_that_is_switched_and_back_is_no_switch():  # fake quantisat
     assert rewritten(fn, A, B).report.counts == {"swiglu": 1}
 
 
-# -- companions -------------------------------------------------------------------------------------
+# -- matches that are joined ------------------------------------------------------------------------
 
 
 def gate_mean_pattern(gate, dim):
@@ -267,43 +268,48 @@ def gate_mean_pattern(gate, dim):
 
 def both(match, gate, up):
     product = torch.sub(gate, up)
-    return product if match.companion is None else (product, torch.amax(gate, -1))
+    return product if len(match.outputs) == 1 else (product, torch.amax(gate, -1))
 
 
-swiglu_and_mean = Rewrite("swiglu", [swiglu_pattern], both, companions=[gate_mean_pattern])
+def with_means(view, matches, reject):
+    """The mean of the same gate becomes a second output."""
+    pattern = traced(gate_mean_pattern)
+    means = [Matcher(view, pattern).at(node) for node in candidates(view, pattern)]
+    for match in matches:
+        for mean in means:
+            if mean is not None and mean.bindings["gate"] is match.bindings["gate"]:
+                match.outputs += mean.outputs
+                match.nodes |= mean.nodes
+                means.remove(mean)
+                break
+    return matches
 
 
-def with_companion(fn, *args):
+swiglu_and_mean = Rewrite("swiglu", [swiglu_pattern], both, join=with_means)
+
+
+def with_mean(fn, *args):
     return rewritten(fn, *args, rewrites=(swiglu_and_mean,))
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_a_companion_becomes_a_second_output(first):
+def test_a_joined_match_has_a_second_output(first):
     def fn(g, u):
         s = F.silu(g)
         return (s.mean(-1), s * u) if first else (s * u, s.mean(-1))[::-1]
 
-    found = with_companion(fn, A, B)
-    assert [r.pattern for r in found.report.replacements] == ["swiglu_pattern, gate_mean_pattern"]
+    found = with_mean(fn, A, B)
+    assert found.report.counts == {"swiglu": 1}
     calls = [node.target for node in found.gm.graph.nodes if node.op.startswith("call")]
     assert calls == [torch.sub, torch.amax]
 
 
-def test_a_companion_has_the_same_bindings():
-    def fn(g, u):
-        return F.silu(g) * u, F.silu(u).mean(-1)
-
-    found = with_companion(fn, A, B)
-    assert [r.pattern for r in found.report.replacements] == ["swiglu_pattern"]
-    assert "silu" in str(found.gm.graph)
-
-
-def test_only_one_companion_of_a_kind():
+def test_what_was_not_joined_still_reads():
     def fn(g, u):
         s = F.silu(g)
         return s * u, s.mean(-1), s.mean(0)
 
-    (rejection,) = with_companion(fn, A, B).report.rejections
+    (rejection,) = with_mean(fn, A, B).report.rejections
     assert rejection.reason == "the value of `silu` (s) is also used by `mean` (mean_1)"
 
 
@@ -316,15 +322,13 @@ def test_a_write_between_two_outputs_matters_to_what_is_read_later():
         return product, s.mean(-1), g, u
 
     for harmless in ("g", "u", "product"):
-        found = with_companion(fn, A, B, harmless)
-        assert [r.pattern for r in found.report.replacements] == [
-            "swiglu_pattern, gate_mean_pattern"
-        ]
-    (rejection,) = with_companion(fn, A, B, "s").report.rejections
+        found = with_mean(fn, A, B, harmless)
+        assert found.report.counts == {"swiglu": 1}
+    (rejection,) = with_mean(fn, A, B, "s").report.rejections
     assert rejection.reason == "the value of `silu` (s) is also used by `mul_` (mul_)"
 
 
-def test_a_companion_without_gradients_is_a_constant():
+def test_an_output_without_gradients_is_a_constant():
     def fn(g, u):
         s = F.silu(g)
         with torch.no_grad():
@@ -332,7 +336,7 @@ def test_a_companion_without_gradients_is_a_constant():
         return s * u, mean
 
     g = A.clone().requires_grad_()
-    found = with_companion(fn, g, B)
+    found = with_mean(fn, g, B)
     (product, mean) = found.gm(g, B)
     assert product.requires_grad and not mean.requires_grad
 

@@ -168,7 +168,6 @@ layers.0 to layers.2 (3 layers)
 around the layers
   replaced  linear_cross_entropy  loss_fn at ce_chunked_output_loss.py in forward
   replaced  rms_norm              decoder.norm at functional.py in rms_norm
-  no match  linear_kl             loss_fn at ce_chunked_output_loss.py in forward  1 of 6 operations match: wanted kl_div, found `ne` (ne)
 
 Layers traced: 1 of 3, one of each kind, each on its own, and the head with the loss, as the recipes of liger_fx compile them; counts and bytes are for all layers.
 Memory is what is held when the forward is done: what is returned, and what Inductor keeps for the backward. What an op needs while it runs, such as one chunk of logits, is not counted.""",
