@@ -249,7 +249,7 @@ def test_callback(way, bf16, tmp_path):
             data_collator=collator(),
             train_dataset=samples(16),
             callbacks=list(callbacks),
-            **{way: language_model() if way == "model" else language_model},
+            **{way: language_model() if way == "model" else lambda: language_model()},
         )
         trained.train()
         return losses(trained)
