@@ -239,11 +239,11 @@ def _head(view: View, chunks: list[list[Term]], adding: list[Term], end: fx.Node
 
 
 def _is_read_unweighted(term: Term) -> bool:
-    """Is a value read that a later step, or no step, weighs?"""
+    """Is a value read of tokens that a later step can take times zero, or that is in no sum?"""
     if not term.read:
         return False
     at = term.path.index(term.read[0])
-    return not term.steps or any(step.weighs_tokens for step in term.steps[at:])
+    return not term.steps or any(step.may_drop_tokens for step in term.steps[at:])
 
 
 def _apart(view: View, terms: list[Term]) -> Match:

@@ -55,6 +55,12 @@ class Step:
         return any(isinstance(value, torch.Tensor) and value.dim() for value in values)
 
     @property
+    def may_drop_tokens(self) -> bool:
+        """Can it take the values of tokens times zero?"""
+        zero = self.op == "mul" and (bool(self.others) or self.operand == 0)
+        return self.weighs_tokens or zero
+
+    @property
     def operand(self) -> Any:
         """The other one of two arguments, as the node has it."""
         left, right = self.node.args

@@ -95,6 +95,7 @@ def _values_and_gradients(
 
 
 def _fake(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    require_fit(input, "cross_entropy")
     takes, (input_grad, weight_grad, bias_grad) = rest[8], rest[14:17]
     kept, rows = kept_dtype(weight.dtype), math.prod(input.shape[:-1])
     return (
@@ -105,16 +106,11 @@ def _fake(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Te
     )
 
 
-def _fake_if_fit(input: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    require_fit(input, "cross_entropy")
-    return _fake(input, *rest)
-
-
 linear_loss_kernel = kernel(
     f"linear_loss_kernel({_TENSORS} Tensor? weights, Tensor? mask,{_LITERALS}"
     f" bool input_grad, bool weight_grad, bool bias_grad,{_CHUNKING}, bool every_value)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=_fake_if_fit,
+    fake=_fake,
     plain=_values_and_gradients,
     cuda=lambda _, *args: _values_and_gradients(*args),
 )

@@ -285,6 +285,18 @@ def unweighted_is_logged(h, w, y):
     return (losses * keep).sum(), losses.detach().mean()
 
 
+def logged_with_a_share_of_zero(h, w, y):
+    """A share that a schedule begins with, of values whose tokens no label counts."""
+    logits, share = F.linear(h, w), torch.zeros((), device=h.device)
+    z = (logits.logsumexp(-1).square() * (torch.arange(S, device=h.device) < 4)).mean()
+    return cross_entropy(logits, y) + share * z, z.detach()
+
+
+def two_heads_of_one_weight(h, w, y):
+    """Two models in one graph."""
+    return z_loss(h, w, y) * 2 + z_loss(h.tanh(), w, y.roll(1)), masked(h.cos(), w, y)
+
+
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 @pytest.mark.parametrize(
     "fn",
@@ -292,6 +304,7 @@ def unweighted_is_logged(h, w, y):
         added_in_place, added_in_place_to_both, written_after_it_is_logged, masked_in_place,
         weights_written_before, broadcast_sum, outer_product,
         summed_in_double, nan_instead, over_its_own_mean, inverse, flag, unweighted_is_logged,
+        logged_with_a_share_of_zero, two_heads_of_one_weight,
     ],
     ids=lambda f: f.__name__,
 )  # fmt: skip
