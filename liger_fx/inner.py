@@ -16,6 +16,7 @@ from torch import fx
 
 from liger_fx import ops, passes
 from liger_fx.bodies import checkpoint_eagerly, keep_in_checkpoints
+from liger_fx.ops import library
 from liger_fx.options import Options
 from liger_fx.rewrite import Rewrite
 
@@ -35,12 +36,30 @@ def compile_rewritten(
         return torch._dynamo.lookup_backend("aot_eager")(gm, list(example_inputs))
     from torch._inductor.compile_fx import compile_fx
 
+    _lower_as_calls()
     tag = ";".join(filter(None, [torch.compiler.config.cache_key_tag, environment(rewrites)]))
     tagged = torch.compiler.config.patch(cache_key_tag=tag)  # type: ignore[attr-defined]
     with tagged, _cacheable_random_state(options.inductor):
         return compile_fx(  # type: ignore[return-value]
             gm, list(example_inputs), config_patches=options.inductor
         )
+
+
+def _lower_as_calls() -> None:
+    """Tell Inductor that kernels are called as they are, with the layouts that it would choose.
+
+    Where Inductor finds that out by itself it writes a log line with the arguments of the call, and
+    in torch 2.11 spells them out, for whatever level is logged: with everything that they were
+    computed from. Each residual sum in a kernel doubles that text, so that a decoder of 26 layers
+    never ends (https://github.com/vllm-project/vllm/pull/43111 has the same for other operators).
+    """
+    from torch._inductor.lowering import lowerings, make_fallback, tag_to_layout_constraint
+    from torch._library.utils import get_layout_constraint_tag
+
+    for op in library.kernels:
+        if op not in lowerings:
+            layouts = tag_to_layout_constraint(get_layout_constraint_tag(op))
+            make_fallback(op, layout_constraint=layouts)
 
 
 def _cacheable_random_state(patches: Mapping[str, Any]) -> contextlib.AbstractContextManager[Any]:

@@ -67,8 +67,9 @@ def _empty_gradients(
     x: Tensor, weight: Tensor | None, weight_grad: bool, bias_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Room for the gradients of weight and bias; none for those that nobody needs."""
-    like, columns = (x if weight is None else weight), x.shape[-1]
-    return like.new_empty(columns * weight_grad), like.new_empty(columns * bias_grad)
+    like = x if weight is None else weight
+    for_weight, for_bias = (x.shape[-1] if want else 0 for want in (weight_grad, bias_grad))
+    return like.new_empty(for_weight), like.new_empty(for_bias)
 
 
 # -- Liger's kernels ------------------------------------------------------------------------------

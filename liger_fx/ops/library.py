@@ -26,6 +26,8 @@ log = logging.getLogger("liger_fx")
 
 _LIBRARY = torch.library.Library("liger_fx", "FRAGMENT")
 
+kernels: list[torch._ops.OpOverload] = []  # all opaque operators
+
 # What each kernel of Triton's does on CUDA, by its name: ``launchers[name](module, *arguments)``.
 # Tests run it in Triton's interpreter, benchmarks with kernels that do nothing.
 launchers: dict[str, Callable[..., Any]] = {}
@@ -70,7 +72,8 @@ def kernel(
     _LIBRARY.impl(name, plain, "CompositeExplicitAutograd")  # all devices but those below
     _LIBRARY.impl(name, launch, "CUDA")
     torch.library.register_fake(f"liger_fx::{name}", fake_if_fit, lib=_LIBRARY)
-    return getattr(torch.ops.liger_fx, name).default
+    kernels.append(op := getattr(torch.ops.liger_fx, name).default)
+    return op
 
 
 def differentiable(schema: str, function: Callable[..., Any]) -> torch._ops.OpOverload:

@@ -11,12 +11,14 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from _op_checks import no_compile_caches
 from _util import DEVICE, evidence, words
 from torch._dynamo.utils import counters
 
 import liger_fx
 import liger_fx.dynamo
 import liger_fx.inner
+from liger_fx.ops import library
 
 H, V, N = 8, 13, 12
 
@@ -277,6 +279,21 @@ def test_compile_caches_hit_and_miss(tmp_path):  # A33, A34
 
     assert runs(CACHE_SCRIPT) == ["0", "0", "0"], "each is compiled"
     assert runs(CACHE_SCRIPT) == ["1", "1", "1"], "another process finds them"
+
+
+def test_inductor_is_told_how_to_lower_the_kernels(model, args, monkeypatch):
+    """Where Inductor finds out by itself, torch 2.11 spells out all that an operator's arguments
+    were computed from: a decoder without checkpoints does not get compiled in any time."""
+    from torch._inductor import graph, lowering
+
+    for op in library.kernels:
+        monkeypatch.delitem(lowering.lowerings, op, raising=False)
+    found_out = mock.Mock(wraps=lowering.make_fallback)
+    monkeypatch.setattr(graph, "make_fallback", found_out)
+    with no_compile_caches():
+        torch.compile(model, backend="liger_fx")(*args).backward()
+    assert torch.ops.liger_fx.linear_loss_kernel.default in lowering.lowerings
+    assert not found_out.called
 
 
 CHECKPOINT_SCRIPT = """

@@ -105,11 +105,11 @@ def forward(self, L_k_: "f32[2, 3, 5, 8]", L_q_: "f32[2, 3, 5, 8]", L_v_: "f32[2
 
 def test_a_mask_that_attention_does_not_take_stays():
     """Without `attention` the mask is the model's own."""
-    found = alone(gpt2, *operands())
+    found = alone(gpt2, *operands(torch.bfloat16))
     assert_expected_inline(
         show(found.graphs[0]),
         """\
-def forward(self, L_k_: "f32[2, 3, 5, 8]", L_q_: "f32[2, 3, 5, 8]", L_v_: "f32[2, 3, 5, 8]"):
+def forward(self, L_k_: "bf16[2, 3, 5, 8]", L_q_: "bf16[2, 3, 5, 8]", L_v_: "bf16[2, 3, 5, 8]"):
     l_k_ = L_k_
     l_q_ = L_q_
     l_v_ = L_v_
@@ -117,7 +117,7 @@ def forward(self, L_k_: "f32[2, 3, 5, 8]", L_q_: "f32[2, 3, 5, 8]", L_v_: "f32[2
     getitem: "i64[1, 5]" = at[(None, slice(None, None, None))]
     getitem_1: "i64[5, 1]" = at[(slice(None, None, None), None)]
     le: "b8[5, 5]" = getitem <= getitem_1
-    scaled_dot_product_attention: "f32[2, 3, 5, 8]" = torch._C._nn.scaled_dot_product_attention(l_q_, l_k_, l_v_, le, scale = 0.4)
+    scaled_dot_product_attention: "bf16[2, 3, 5, 8]" = torch._C._nn.scaled_dot_product_attention(l_q_, l_k_, l_v_, le, scale = 0.4)
     return (scaled_dot_product_attention,)""",
     )
 
@@ -259,10 +259,10 @@ def refused(fn, *given):
 
 
 def test_refuses_a_mask_of_which_nothing_is_known():
-    bias = torch.randn(S, S, device=DEVICE, dtype=DTYPE)
-    said = refused(seen_by(lambda q, bias: bias), *operands(), bias)
+    bias = torch.randn(S, S, device=DEVICE, dtype=torch.bfloat16)
+    said = refused(seen_by(lambda q, bias: bias), *operands(torch.bfloat16), bias)
     assert_expected_inline(
-        said, """the mask l_rest_0_ is torch.float32, and not zero or minus infinity"""
+        said, """the mask l_rest_0_ is torch.bfloat16, and not zero or minus infinity"""
     )
 
 
@@ -303,8 +303,8 @@ def test_refuses_padding_by_a_finite_number():
         return torch.where(seen, 0.0, torch.finfo(q.dtype).min).to(q.dtype)
 
     assert_expected_inline(
-        refused(seen_by(mask), *operands(), valid),
-        """where is finite for padding: a query that sees no key attends to all of them""",
+        refused(seen_by(mask), *operands(torch.bfloat16), valid),
+        """to is finite for padding: a query that sees no key attends to all of them""",
     )
 
 
@@ -335,8 +335,8 @@ def test_refuses_a_finite_number_that_leaves_weight():
         return scores.masked_fill(~causal(scores), -1e4).softmax(-1) @ v
 
     assert_expected_inline(
-        refused(fn, *operands()),
-        """keys are hidden by -10000.0; expected minus infinity or -3.4028234663852886e+38""",
+        refused(fn, *operands(torch.bfloat16)),
+        """keys are hidden by -10000.0; expected minus infinity or -3.3895313892515355e+38""",
     )
 
 
