@@ -19,6 +19,7 @@ of documents in one row, as by ``DataCollatorWithFlattening``. The arms:
     inductor_loss   a function of tokens and labels that returns the loss alone, compiled
     liger_fx        ``model.compile(backend="liger_fx")``
     liger_fx_loss   the function of ``inductor_loss``, with the backend liger_fx
+    liger_fx_keep   that of ``liger_fx``, and activation checkpoints keep what attention returns
     liger_fx_layers ``liger_fx.huggingface.compile(model)``: equal layers are compiled once
 
 Every arm is a process of its own, with empty caches. All arms of a model compile first, ``--jobs``
@@ -77,6 +78,8 @@ CONFIGS = {
     "tiny": config(LlamaConfig, 512, 64, 128, 2, 4, 2, 16, 2048),
 }
 
+KEEP = "attention.keep_in_checkpoints"
+
 
 # -- arms ------------------------------------------------------------------------------------------
 
@@ -98,8 +101,8 @@ def collated(args: Args) -> dict[str, Tensor]:
     return {"position_ids": torch.cat(documents)[: args.seq].expand_as(tokens).to(args.device)}
 
 
-def compiled_model(backend: str, model: nn.Module, args: Args) -> LossStep:
-    model.compile(backend=backend)
+def compiled_model(backend: str, model: nn.Module, args: Args, **options: Any) -> LossStep:
+    model.compile(backend=backend, options=options or None)
     return eager(model, args)
 
 
@@ -135,6 +138,7 @@ ARMS: dict[str, Callable[[nn.Module, Args], LossStep]] = {
     "inductor_loss": partial(compiled_loss, "inductor"),
     "liger_fx": partial(compiled_model, "liger_fx"),
     "liger_fx_loss": partial(compiled_loss, "liger_fx"),
+    "liger_fx_keep": partial(compiled_model, "liger_fx", **{KEEP: True}),
     "liger_fx_layers": compiled_layers,
 }
 UNCOMPILED = ("eager", "liger")

@@ -7,8 +7,9 @@
 
 Two decoder layers of torchtune's, in the sizes of real models, forward and backward, with random
 weights in bf16 and without embedding and head: each layer compiled by itself ("layers") or both in
-one graph ("step"), checkpointed or not, under each inner compiler. And the loss on logits. Each
-rewrite is made alone and compared with none: laps in turn, in one process, medians.
+one graph ("step"), checkpointed or not, under each inner compiler. And the loss on logits, and a
+trained embedding. Each rewrite is made alone and compared with none: laps in turn, in one process,
+medians.
 
 A case is a process of its own. First all compile, ``--jobs`` at a time; when the last has, they
 are timed one by one. ``--write`` puts the rows into liger_fx/measured.json, in the place of what it
@@ -37,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from _harness import Args, Benchmark, options, several, side_by_side
 from _measure import lap_times, padding, run_laps
 from _output import PACKAGES, Column, Panel, Row, columns, markdown
@@ -55,9 +57,12 @@ from liger_fx.policy import architecture_of, pays, table
 
 TABLE = Path(__file__).parent.parent / "liger_fx" / "measured.json"
 
+NO_RUNS: Row = {"machine": "", "commands": [], "rows": []}
+
 TURN = 3  # laps
 LAYERS, VOCABULARY = 2, 8  # the vocabulary is that of a head and an embedding that nobody calls
 LOGITS = {"logits [4096, 128256]": (4096, 128_256), "tiny logits [64, 512]": (64, 512)}
+TABLES = {"table [128256, 2048]": (128_256, 2048), "tiny table [512, 64]": (512, 64)}
 
 GEMMA2 = {"hidden_capping_value": 30.0, "final_capping_value": 50.0}
 # Positional: vocabulary, layers, heads and their sizes, hidden size, that of the MLP, length.
@@ -93,7 +98,8 @@ def case(model: str, form: str, checkpoint: bool, inner: str, mask: str = "") ->
 def cases(models: Sequence[str], inners: Sequence[str]) -> list[Row]:
     """Those that take longest to compile first. Without Inductor the form makes no difference."""
     small = "tiny" in models
-    logits = [name for name in LOGITS if name.startswith("tiny") == small]
+    parts = [(name, "loss") for name in LOGITS] + [(name, "embedding") for name in TABLES]
+    parts = [part for part in parts if part[0].startswith("tiny") == small]
     found = [
         case(model, form, checkpoint, inner)
         for inner in inners
@@ -106,7 +112,7 @@ def cases(models: Sequence[str], inners: Sequence[str]) -> list[Row]:
             case(model, "step", checkpoint, "inductor", mask)
             for model, checkpoint, mask in itertools.product(of_masks, (True, False), MASKS)
         ]
-    return found + [case(name, "loss", False, inner) for name in logits for inner in inners]
+    return found + [case(*part, False, inner) for part in parts for inner in inners]
 
 
 # -- a case ----------------------------------------------------------------------------------------
@@ -170,6 +176,18 @@ def loss_on_logits(args: Args) -> Build:
     return build
 
 
+def embedding(args: Args) -> Build:
+    """A lookup of every token of a batch."""
+    weight = torch.randn(TABLES[args.model], dtype=torch.bfloat16, device=args.device)
+    weight.requires_grad_()
+    tokens = torch.randint(len(weight), (args.batch, args.seq), device=args.device)
+
+    def build(compiled: Compile) -> Callable[[], object]:
+        return forward_and_backward(compiled(F.embedding), [weight], tokens, weight)
+
+    return build
+
+
 def possible(build: Build) -> dict[str, str]:
     """The rewrites that can be made in this case, each on its own, and the spelling they find: one,
     as a model has its own."""
@@ -195,7 +213,7 @@ def measure(args: Args) -> Iterator[Row]:
     """A first row when all is compiled; after a line from the parent a row for each rewrite."""
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64  # each arm is one
-    build = (loss_on_logits if args.form == "loss" else decoder)(args)
+    build = {"loss": loss_on_logits, "embedding": embedding}.get(args.form, decoder)(args)
     arms = {"none": build(compiled_with([], args.inner))}
     spellings = possible(build)
     if args.mask:
@@ -240,31 +258,30 @@ def interleaved(
 # -- all cases -------------------------------------------------------------------------------------
 
 
-def here(device: torch.device) -> Row:
+def versions() -> str:
     """What runs must have in common whose medians are taken."""
-    return {
-        "machine": torch.cuda.get_device_name(device),
-        "versions": ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES),
-    }
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
 
 
 def runs_before(device: torch.device) -> Row:
     """What the table says of this machine's architecture. Raises ValueError where that was measured
-    on another machine, or with other versions."""
-    entry = json.loads(TABLE.read_text()).get(architecture_of(device), {"commands": [], "rows": []})
-    if entry["rows"] and here(device) != {name: entry[name] for name in here(device)}:
-        machine, versions = entry["machine"], entry["versions"]
+    with other versions."""
+    entry = json.loads(TABLE.read_text()).get(architecture_of(device))
+    if entry and entry["versions"] != versions():
         raise ValueError(
-            f"{TABLE.name} is of {machine}, {versions}; nothing can be added to it here, only "
-            "--write makes it anew"
+            f"{TABLE.name} is of {entry['versions']}; nothing can be added to it with {versions()}, "
+            "only --write makes it anew"
         )
-    return entry
+    return entry or NO_RUNS
 
 
 def write_table(rows: Sequence[Row], device: torch.device, before: Row) -> None:
     """Put ``rows`` beside those of ``before``, this machine's architecture in the table."""
     entries = json.loads(TABLE.read_text())
-    entries[architecture_of(device)] = here(device) | {
+    machines = [*before["machine"].split(", "), torch.cuda.get_device_name(device)]
+    entries[architecture_of(device)] = {
+        "machine": ", ".join(dict.fromkeys(filter(None, machines))),
+        "versions": versions(),
         "date": str(datetime.date.today()),
         "commands": [*before["commands"], f"python {shlex.join(sys.argv)}"],
         "rows": with_speeds(before["rows"], rows),
@@ -273,19 +290,28 @@ def write_table(rows: Sequence[Row], device: torch.device, before: Row) -> None:
 
 
 def with_speeds(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-    """``rows`` as the table keeps them, each with the speeds of the same one in ``before``. Several
-    masks of one graph are rows that the table does not tell apart: the first is the first's."""
+    """``rows`` as the table keeps them, each with the speeds of the same one in ``before``, and
+    those of ``before`` whose case failed this time. Several masks of one graph are rows that the
+    table does not tell apart: the first is the first's."""
     keys = [field.name for field in fields(TableRow) if field.name not in ("speed", "memory")]
-    speeds: dict[tuple[Any, ...], list[list[float]]] = {}
+    earlier: dict[tuple[Any, ...], list[Row]] = {}
     for row in before:
-        speeds.setdefault(tuple(row[key] for key in keys), []).append(row["speeds"])
+        earlier.setdefault(tuple(row[key] for key in keys), []).append(row)
     found = []
     for row in rows:
+        if "error" in row:
+            continue
         place = {key: row[key] for key in keys}
-        same = speeds.get(tuple(place.values()))
-        of_before = same.pop(0) if same else []
-        found.append({"speeds": [*of_before, row["speed"]], "memory": row["memory"]} | place)
-    return found
+        same = earlier.get(tuple(place.values()))
+        speeds = same.pop(0)["speeds"] if same else []
+        found.append({"speeds": [*speeds, row["speed"]], "memory": row["memory"]} | place)
+    failed = [case_of(row) for row in rows if "error" in row]
+    left = itertools.chain.from_iterable(earlier.values())
+    return found + [row for row in left if case_of(row) in failed]
+
+
+def case_of(row: Row) -> list[Any]:
+    return [row[key] for key in ("model", "form", "checkpoint", "inner")]
 
 
 def as_text(entries: dict[str, Any]) -> str:
@@ -317,7 +343,7 @@ def summary(architecture: str) -> str:
     of those without the rewrite; in bold where ``auto`` applies it."""
     rows: dict[tuple[str, ...], list[TableRow]] = {}
     for row in table()[architecture].rows:
-        form = "layers" if row.form == "loss" else row.form
+        form = row.form if row.form == "step" else "layers"
         place = (row.rewrite, row.spelling, row.inner, form, row.checkpoint)
         rows.setdefault(place, []).append(row)
     names = sorted(dict.fromkeys(place[:2] for place in rows), key=lambda name: name[0])
@@ -355,12 +381,12 @@ def run(args: Args) -> Iterator[list[Row]]:
         raise SystemExit("the table is for GPUs: on a CPU nothing is decided from it")
     if (args.write or args.add) and set(args.inner) != set(INNER):
         raise SystemExit(f"the table is of all inner compilers: {', '.join(INNER)}")
-    before = runs_before(args.device) if args.add else {"commands": [], "rows": []}
+    before = runs_before(args.device) if args.add else NO_RUNS
     found = cases(args.models, args.inner)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("LIGER_FX_")}
     rows: list[Row] = []
     for measured in side_by_side(found, args.jobs, lambda case: environment):
-        rows += [row for row in measured if "error" not in row]
+        rows += measured
         yield measured
     if args.write or args.add:
         write_table(rows, args.device, before)

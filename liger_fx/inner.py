@@ -18,7 +18,7 @@ from liger_fx import ops, passes
 from liger_fx.bodies import checkpoint_eagerly, keep_in_checkpoints
 from liger_fx.ops import library
 from liger_fx.options import Options
-from liger_fx.rewrite import Rewrite
+from liger_fx.rewrite import Rewrite, kept_ops
 
 
 def compile_rewritten(
@@ -28,7 +28,7 @@ def compile_rewritten(
     rewrites: Sequence[Rewrite],
 ) -> Callable[..., Any]:
     """Compile ``gm``, to which ``rewrites`` have been applied, with ``options.inner``."""
-    keep_in_checkpoints(gm, [name for rewrite in rewrites for name in rewrite.save_ops])
+    keep_in_checkpoints(gm, kept_ops(rewrites, options.settings))
     if options.inner == "eager":
         checkpoint_eagerly(gm)
         return gm.forward

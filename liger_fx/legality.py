@@ -77,7 +77,7 @@ class Legality:
         self._inputs_in_time(match)
         self._unwritten(match, saved)
         self._one_grad_mode(match, rewrite.constants)
-        if rewrite.save_ops:
+        if rewrite.kept_ops(match.settings):
             self.check_kept(match)
 
     def _loses_gradient(self, node: fx.Node) -> bool:

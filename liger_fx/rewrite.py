@@ -67,7 +67,8 @@ class Rewrite:
     gain: why it is worth making on every device, under every inner compiler. Without one,
         ``policy="auto"`` and ``"measure"`` decide from measurements.
     save_ops: names of ops whose results activation checkpointing must keep rather than compute
-        again: those that ``replace`` calls, and those that they consist of under autograd.
+        again, or a function of the settings that gives them: those that ``replace`` calls, and
+        those that they consist of under autograd.
     """
 
     name: str
@@ -81,7 +82,18 @@ class Rewrite:
     variant: Callable[[Match], str] | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     gain: str | None = None
-    save_ops: Sequence[str] = ()
+    save_ops: Sequence[str] | Callable[[Mapping[str, Any]], Sequence[str]] = ()
+
+    def kept_ops(self, chosen: Mapping[str, Any]) -> Sequence[str]:
+        """``save_ops`` under these settings, and the defaults of the others."""
+        if not callable(self.save_ops):
+            return self.save_ops
+        return self.save_ops(self.settings | dict(chosen))
+
+
+def kept_ops(rewrites: Sequence[Rewrite], settings: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The ``save_ops`` of all ``rewrites``. settings: as for `rewrite_graph`."""
+    return [op for rewrite in rewrites for op in rewrite.kept_ops(settings.get(rewrite.name, {}))]
 
 
 Allow = Callable[[Rewrite, Match], str]

@@ -3,6 +3,7 @@
 from liger_fx.passes.add_rms_norm import add_rms_norm
 from liger_fx.passes.attention import attention
 from liger_fx.passes.cross_entropy import cross_entropy
+from liger_fx.passes.embedding import embedding
 from liger_fx.passes.geglu import geglu
 from liger_fx.passes.layer_norm import layer_norm
 from liger_fx.passes.linear_cross_entropy import linear_cross_entropy
@@ -28,4 +29,5 @@ DEFAULT = [
     tiled_mlp,  # before swiglu and geglu: it takes the activation together with its projections
     swiglu,
     geglu,
+    embedding,
 ]

@@ -34,6 +34,9 @@ from liger_fx.rewrite import Rewrite
 
 MAX_HEAD_SIZE = 256  # of PyTorch's flash attention
 GIVEN = "given mask"  # its values say what it is
+_OPS = [
+    f"liger_fx::{op}{part}" for op in ("attention", "masked_attention") for part in ("", "_forward")
+]
 _PLAN = "liger_fx_plan"  # in the meta of the nodes that make one
 
 
@@ -201,15 +204,27 @@ def _needs_op(says: Mask) -> bool:
 
 def _becomes_cudnn(match: Match) -> bool:
     """May cuDNN run without the mask, and a gradient be asked of it?"""
-    query, value = match.values["query"], match.values["value"]
     return (
-        query.device.type == "cuda"
+        match.values["query"].device.type == "cuda"
         and match.values["mask"] is not None
         and match.output.requires_grad
-        and match.values["dropout_p"] in (0, 0.0)
-        and not query.shape[-1] % 8
-        and not _no_flash(match.output.dtype, query, value)
+        and _op_takes(match)
     )
+
+
+def _is_kept(match: Match, says: Mask) -> bool:
+    """Does a checkpoint keep the output, which takes an op that the checkpoint can name?"""
+    kept = match.recomputed and match.settings["keep_in_checkpoints"]
+    return kept and says.causal and _op_takes(match)
+
+
+def _op_takes(match: Match) -> bool:
+    query, value = match.values["query"], match.values["value"]
+    if match.values["dropout_p"] not in (0, 0.0):
+        return False
+    if query.device.type != "cuda":
+        return same_sizes(query.shape[-1:], value.shape[-1:])
+    return not query.shape[-1] % 8 and not _no_flash(match.output.dtype, query, value)
 
 
 def _check_op(match: Match, says: Mask, query: Any, key: Any, value: Any) -> None:
@@ -290,7 +305,7 @@ def replace(
     says = _predicates(match)
     if says == GIVEN:
         return ops.masked_attention(query, key, value, mask, _scale(match, scale))
-    if says is not None and (_needs_op(says) or _becomes_cudnn(match)):
+    if says is not None and (_needs_op(says) or _becomes_cudnn(match) or _is_kept(match, says)):
         plan = _plan(match, says, query.tracer)
         return ops.attention(query, key, value, *plan, says.window, _scale(match, scale))
     if says is not None:
@@ -370,4 +385,6 @@ attention = Rewrite(
     replace=replace,
     variant=variant,
     saved=saved,
+    settings={"keep_in_checkpoints": False},
+    save_ops=lambda settings: _OPS if settings["keep_in_checkpoints"] else (),
 )

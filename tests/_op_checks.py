@@ -191,6 +191,7 @@ class Contract:
     SHAPES: Sequence[tuple[int, ...]]  # odd ones: of 1 row, of very many, of none
     BIG: tuple[int, ...]  # more than 2**31 elements
     BIG_TOLERANCE: Mapping[str, float] = MappingProxyType({})
+    KERNELS = 2  # of forward and backward
     OWN_LAYOUT = False  # whether the result lies in memory as the input; else it is contiguous
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
@@ -305,7 +306,7 @@ class Contract:
         torch.library.opcheck(case.op, (*tensors, *case.literals))
         with KernelCalls() as kernels:
             run(case.fused, tensors)
-        assert len(kernels.calls) == 2  # forward and backward
+        assert len(kernels.calls) == self.KERNELS
         for kernel, arguments in kernels.calls:
             checks = ("test_schema", "test_faketensor")  # the others are about derivatives
             torch.library.opcheck(kernel, arguments, test_utils=checks)

@@ -19,6 +19,7 @@ from liger_fx.explaining.subject import CannotExplain, Part, Subject
 from liger_fx.matcher import name_of
 from liger_fx.report import Place, Report
 from liger_fx.returned import returning
+from liger_fx.rewrite import kept_ops
 
 _HELD = (
     "Memory is what is held when the forward is done: what is returned, and what Inductor keeps "
@@ -169,12 +170,13 @@ class _Graph(NamedTuple):
 
 def _trace(part: Part, backend: Backend) -> list[_Graph]:
     graphs: list[_Graph] = []
+    kept = kept_ops(backend.rewrites, backend.options.settings)
 
     def look(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         matches = memory.all_matches(gm, backend.rewrites)
         groups, known = memory.groups_of(matches), set(map(memory.key, memory.all_nodes(gm)))
         lines = {(n, Place.of(m.root)): list(map(_line, sorted(m.nodes))) for n, m in matches}
-        before, masks = memory.for_measuring(gm, backend.rewrites), memory.attention_masks(gm)
+        before, masks = memory.for_measuring(gm, kept), memory.attention_masks(gm)
         bytes_before = memory.bytes_of_masks(masks)
         report, deferrals = backend.rewrite(gm)
         new = [node for node in memory.all_nodes(gm) if memory.key(node) not in known]
@@ -185,7 +187,7 @@ def _trace(part: Part, backend: Backend) -> list[_Graph]:
             for at, times in counts.items()
             if times == 1 and lines.get(at)
         ]
-        forms = before, memory.for_measuring(gm, backend.rewrites)
+        forms = before, memory.for_measuring(gm, kept)
         sizes = bytes_before, memory.bytes_of_masks(masks)
         graphs.append(_Graph(part, report, forms, groups, sizes, examples))
         return returning(gm.forward, deferrals)

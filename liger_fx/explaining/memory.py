@@ -104,11 +104,12 @@ def bytes_of_masks(masks: Mapping[fx.Node, tuple[int, int]]) -> int:
     return sum(dict(memory for node, memory in masks.items() if node.users).values())
 
 
-def for_measuring(gm: fx.GraphModule, rewrites: Sequence[Rewrite]) -> fx.GraphModule:
-    """A copy of ``gm`` on the CPU: on meta tensors attention has no kernel that keeps little, and
-    the gradient of a cross-entropy is missing."""
+def for_measuring(gm: fx.GraphModule, kept: Sequence[str]) -> fx.GraphModule:
+    """A copy of ``gm`` on the CPU, whose checkpoints keep what the ops ``kept`` return: on meta
+    tensors attention has no kernel that keeps little, and the gradient of a cross-entropy is
+    missing."""
     gm = copy.deepcopy(gm)
-    keep_in_checkpoints(gm, [name for rewrite in rewrites for name in rewrite.save_ops])
+    keep_in_checkpoints(gm, kept)
     for graph, _ in with_bodies(gm):
         for node in graph.graph.nodes:
             node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _on_cpu)  # type: ignore[misc,assignment]

@@ -8,6 +8,7 @@ from liger_fx.ops.attention import attention, document_plan, masked_attention, p
 from liger_fx.ops.chunked_head import fits_one_chunk
 from liger_fx.ops.clamped_swiglu import clamped_swiglu
 from liger_fx.ops.cross_entropy import cross_entropy
+from liger_fx.ops.embedding import embedding
 from liger_fx.ops.geglu import geglu, geglu_exact, geglu_exact_gate_up, geglu_gate_up
 from liger_fx.ops.layer_norm import layer_norm
 from liger_fx.ops.linear_loss import linear_loss, linear_token_losses
@@ -25,6 +26,7 @@ __all__ = [
     "clamped_swiglu",
     "cross_entropy",
     "document_plan",
+    "embedding",
     "fits_one_chunk",
     "geglu",
     "geglu_exact",

@@ -72,7 +72,7 @@ def test_a_hugging_face_model(explain):
         explain(*LLAMA, "--padding"),
         """\
 LlamaForCausalLM, 39,200 parameters, float32, batch 2 x 16 tokens, attention mask for padding
-replaced: 1 x linear_cross_entropy, 4 x attention, 8 x rope, 8 x add_rms_norm, 1 x rms_norm, 4 x tiled_mlp
+replaced: 1 x linear_cross_entropy, 4 x attention, 8 x rope, 8 x add_rms_norm, 1 x rms_norm, 4 x tiled_mlp; left alone: 1 x embedding
 
 memory                                          without liger_fx  with liger_fx
 logits, and what else projection and loss keep  16.26 KiB         20.01 KiB
@@ -96,9 +96,10 @@ model.layers.1 to model.layers.3 (3 layers)
   replaced  tiled_mlp     mlp.down_proj at modeling_llama.py in forward
 
 around the layers
-  replaced  linear_cross_entropy  loss_utils.py in fixed_cross_entropy
-  replaced  add_rms_norm          model.norm at modeling_llama.py in forward
-  deferred  logits                lm_head at modeling_llama.py in forward    returned: computed when they are read
+  replaced    linear_cross_entropy  loss_utils.py in fixed_cross_entropy
+  replaced    add_rms_norm          model.norm at modeling_llama.py in forward
+  left alone  embedding             model.embed_tokens at modeling_llama.py in forward  the table is torch.float32: its gradient is summed in that dtype anyway
+  deferred    logits                lm_head at modeling_llama.py in forward             returned: computed when they are read
 
 Layers traced: 2 of 4; the others are built alike, and counts and bytes are for all of them.
 The sizes are transformers' defaults for llama, but for what --set says: give --hf a folder with config.json to explain another model.
@@ -140,7 +141,7 @@ def test_counts_and_bytes_do_not_depend_on_how_many_layers_are_traced(explain):
 def test_a_refusal_says_why(explain, monkeypatch):
     monkeypatch.setenv("LIGER_FX_POLICY", "auto")
     text = explain(*LLAMA)
-    assert re.search(r"left alone +tiled_mlp +mlp.* auto: 0.856x the speed at worst", text)
+    assert re.search(r"left alone +tiled_mlp +mlp.* auto: 0\.8\d+x the speed at worst", text)
     assert "left alone: " in text.splitlines()[1] and " 4 x tiled_mlp" in text.splitlines()[1]
     assert text.count("ot on a GPU: decided as on sm90") == 1
 

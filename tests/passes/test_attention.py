@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from _op_checks import no_compile_caches
 from _util import (
     CUDA,
     DEVICE,
@@ -21,6 +22,7 @@ from _util import (
 from expecttest import assert_expected_inline
 from liger_fx.passes import attention
 from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import liger_fx
 
@@ -496,3 +498,92 @@ def test_keys_that_code_after_a_graph_break_writes_to():
         assert relative_error(actual, expected) <= TOLERANCES[DTYPES[0]]
     said = liger_fx.Report.merged(liger_fx.reports()).why_not("attention")
     assert said == "the backward needs key, which later code may write to"
+
+
+# -- kept in checkpoints ---------------------------------------------------------------------------
+
+
+def under_a_causal_mask(q, k, v):
+    at = torch.arange(q.shape[2], device=q.device)
+    k, v = repeat_huggingface(k), repeat_huggingface(v)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=at[None, :] <= at[:, None])
+
+
+def in_a_checkpoint(spelling):
+    """Attention whose output the backward needs."""
+    return lambda *qkv: checkpoint(lambda *t: spelling(*t).sin(), *qkv, use_reentrant=False)
+
+
+def forwards(compiled, tensors):
+    """Value and gradients, and how often the op's forward ran."""
+    with no_compile_caches():
+        found = gradients(lambda *t: compiled(*t).sum(), *tensors)
+    with torch.profiler.profile() as profile:
+        gradients(lambda *t: compiled(*t).sum(), *tensors)
+    called = [e for e in profile.events() if e.name == "liger_fx::attention_forward"]
+    # The call that a checkpoint answers from what it kept computes nothing.
+    return found, sum(any("aten::" in part.name for part in e.cpu_children) for e in called)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize("spelling", [torchtune, under_a_causal_mask])
+def test_a_checkpoint_keeps_the_output_if_told_so(spelling, inner):
+    options = {"policy": ["attention"], "inner": inner, "attention.keep_in_checkpoints": True}
+    tensors = [t.requires_grad_() for t in operands(dtype=DTYPES[0])]
+    torch._dynamo.reset()
+    compiled = torch.compile(in_a_checkpoint(spelling), backend="liger_fx", options=options)
+    actual, calls = forwards(compiled, tensors)
+    assert calls == 1
+    expected = gradients(lambda *t: spelling(*t).sin().sum(), *tensors)
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) <= TOLERANCES[DTYPES[0]]
+    assert liger_fx.reports()[-1].counts == {"attention": 1}
+
+
+def test_a_checkpoint_computes_a_window_twice_if_not_told():
+    def window(q, k, v):
+        at = torch.arange(q.shape[2], device=q.device)
+        seen = (at[None, :] <= at[:, None]) & (at[None, :] > at[:, None] - 3)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+    shape = SHAPES[0]
+    tensors = [t.requires_grad_() for t in operands(dtype=DTYPES[0], shapes=[shape] * 3)]
+    for keep in (False, True):
+        torch._dynamo.reset()
+        options = {"inner": "aot_eager", "attention.keep_in_checkpoints": keep}
+        backend = liger_fx.backend(policy=["attention"], **options)
+        compiled = torch.compile(in_a_checkpoint(window), backend=backend)
+        assert forwards(compiled, tensors)[1] == 2 - keep
+
+
+def test_refuses_to_keep_what_a_checkpoint_writes_to():
+    """Recomputed in eager, attention would see the queries written twice."""
+
+    def body(q, k, v):
+        q.mul_(2)
+        return torchtune(q, k, v).sin()
+
+    def fn(q, k, v):
+        return checkpoint(body, q * 1, k, v, use_reentrant=False)
+
+    backend = liger_fx.backend(
+        policy=["attention"], inner="eager", **{"attention.keep_in_checkpoints": True}
+    )
+    torch._dynamo.reset()
+    torch.compile(fn, backend=backend)(*operands(dtype=DTYPES[0]))
+    assert_expected_inline(
+        reasons(liger_fx.reports()[-1]),
+        """mul is written by the checkpoint, which runs twice on it""",
+    )
+
+
+def test_dropout_is_left_to_torch_and_not_kept():
+    def fn(q, k, v):
+        k, v = repeat_huggingface(k), repeat_huggingface(v)
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1, is_causal=True)
+
+    options = {"policy": ["attention"], "inner": "eager", "attention.keep_in_checkpoints": True}
+    torch._dynamo.reset()
+    compiled = torch.compile(in_a_checkpoint(fn), backend="liger_fx", options=options)
+    assert forwards(compiled, [t.requires_grad_() for t in operands(dtype=DTYPES[0])])[1] == 0
+    assert liger_fx.reports()[-1].counts == {"attention": 1}
