@@ -1,5 +1,5 @@
-"""``python -m liger_fx explain``: what liger_fx would do with a model. ``python -m liger_fx measure``:
-what pays on this GPU."""
+"""``python -m liger_fx``: ``explain`` says what would be done with a model, ``measure`` what pays on
+this GPU."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def _add_measure(commands: Any) -> None:
         nargs="?",
         const="",
         metavar="FILE",
-        help="write the table: to the file that the option table (LIGER_FX_TABLE) names, or else "
-        f"to {own_table.own_path()}, unless FILE is given",
+        help="write the table: to FILE, or else to the file that LIGER_FX_TABLE names, or else to "
+        "liger_fx/measured.json in your cache directory (~/.cache)",
     )
     measure.add_argument("--batch", type=_positive, default=8, help="sequences (8)")
     measure.add_argument("--seq", type=_positive, default=2048, help="tokens of a sequence (2048)")

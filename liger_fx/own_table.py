@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from liger_fx import __version__
+from liger_fx import __version__, policy
 from liger_fx.measure import copied, measure_anew, write_at_once
 from liger_fx.options import INNER, OptionError, Options
 from liger_fx.passes import DEFAULT
-from liger_fx.policy import Row, architecture_of, form_of, own_path, own_table
+from liger_fx.policy import Row, architecture_of, form_of, own_table
 from liger_fx.rewrite import rewrite_graph
 
 LOGITS = (4096, 128_256)
@@ -227,7 +227,10 @@ def run(
         try:
             new = measured(case, batch, seq, device)
         except Exception as failure:
-            say(f"  not measured: {type(failure).__name__}: {failure}".splitlines()[0])
+            cause = getattr(
+                failure, "inner_exception", failure
+            )  # of Dynamo's BackendCompilerFailed
+            say(f"  not measured: {type(cause).__name__}: {cause}".splitlines()[0])
             continue
         for row in new:
             memory = "" if row.memory is None else f", {row.memory:.2f} of the memory"
@@ -259,10 +262,11 @@ def gpu() -> torch.device:
 def destination(path: str) -> Path:
     """The file that is written: ``path``, or else what ``auto`` reads. Raises CannotMeasure for one
     that cannot be written to: better before measuring."""
-    file = Path(path or os.environ.get("LIGER_FX_TABLE") or own_path())
+    file = Path(path or os.environ.get("LIGER_FX_TABLE") or policy.own_path())
     with contextlib.suppress(OSError):  # the check says so
         file.parent.mkdir(parents=True, exist_ok=True)
-    if file.is_dir() or not os.access(file.parent, os.W_OK):
+    folder = file.parent
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise CannotMeasure(f"{file} cannot be written to: give --write another file")
     return file
 
