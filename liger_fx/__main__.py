@@ -1,5 +1,5 @@
-"""``python -m liger_fx``: ``explain`` says what would be done with a model, ``measure`` what pays on
-this GPU."""
+"""``python -m liger_fx``: ``explain`` says what is done with a model, ``measure`` what pays on this
+GPU."""
 
 from __future__ import annotations
 

@@ -109,8 +109,9 @@ def _entries(text: str) -> dict[str, Entry]:
     }
 
 
-def _row(speeds: Sequence[float], **rest: Any) -> Row:
-    return Row(speed=statistics.median(map(float, speeds)), **rest)
+def _row(speeds: Sequence[float], memory: float | None, **rest: Any) -> Row:
+    known = None if memory is None else float(memory)
+    return Row(statistics.median(map(float, speeds)), known, **rest)
 
 
 def pays(measurements: Sequence[Measurement], margin: float = 0.0) -> bool:

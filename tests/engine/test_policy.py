@@ -351,6 +351,7 @@ def test_a_table_of_the_users_own_is_read(own_file):
         json.dumps({"sm90": OWN | {"rows": [{"speeds": [1.0]}]}}),
         json.dumps({"sm90": OWN | {"rows": [OWN["rows"][0] | {"speeds": []}]}}),
         json.dumps({"sm90": OWN | {"rows": [OWN["rows"][0] | {"speeds": ["fast"]}]}}),
+        json.dumps({"sm90": OWN | {"rows": [OWN["rows"][0] | {"memory": "little"}]}}),
         json.dumps({"RTX 4090": OWN}),
     ],
 )
