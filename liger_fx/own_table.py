@@ -227,9 +227,8 @@ def run(
         try:
             new = measured(case, batch, seq, device)
         except Exception as failure:
-            cause = getattr(
-                failure, "inner_exception", failure
-            )  # of Dynamo's BackendCompilerFailed
+            # Dynamo wraps what a backend raises in a BackendCompilerFailed.
+            cause = getattr(failure, "inner_exception", failure)
             say(f"  not measured: {type(cause).__name__}: {cause}".splitlines()[0])
             continue
         for row in new:
@@ -280,16 +279,10 @@ def write(
     with contextlib.suppress(OptionError):
         own_table(str(file))
         tables = json.loads(file.read_text(encoding="utf-8"))
+    liger = f"liger_kernel {version('liger_kernel')}, liger_fx {__version__}"
     tables[architecture_of(device)] = {
         "machine": torch.cuda.get_device_name(device),
-        "versions": ", ".join(
-            f"{name} {number}"
-            for name, number in (
-                ("torch", torch.__version__),
-                ("liger_kernel", version("liger_kernel")),
-                ("liger_fx", __version__),
-            )
-        ),
+        "versions": f"torch {torch.__version__}, {liger}",
         "date": str(datetime.date.today()),
         "commands": [command],
         "rows": rows,

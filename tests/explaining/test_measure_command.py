@@ -19,8 +19,9 @@ MADE = {"attention", "rope", "add_rms_norm", "rms_norm", "tiled_mlp", "swiglu"}
 
 
 @pytest.fixture
-def on_an_l4(monkeypatch):
-    """A CPU that says so, with models that take no time."""
+def on_an_l4(monkeypatch, tmp_path):
+    """A CPU that says so, with models that take no time and a cache directory of its own."""
+    monkeypatch.setattr(policy, "own_path", lambda: tmp_path / "cache" / "measured.json")
     monkeypatch.setattr(own_table, "gpu", lambda: torch.device("cpu"))
     monkeypatch.setattr(own_table, "architecture_of", lambda device: "sm89")
     monkeypatch.setattr(own_table, "MODELS", {"tiny": TINY})
@@ -127,6 +128,14 @@ def test_what_fails_is_left_out(on_an_l4, tmp_path, capsys):
         measure("--write", str(tmp_path / "t"))
     assert "  not measured: OutOfMemoryError: CUDA out of memory\n" in capsys.readouterr().out
     assert not any(row.checkpoint for row in policy.own_table(str(tmp_path / "t"))["sm89"].rows)
+
+
+def test_a_kernel_that_fails_is_named(on_an_l4, capsys):
+    """Dynamo wraps what a backend raises."""
+    failure = torch.OutOfMemoryError("CUDA out of memory\nand what to do about it")
+    with mock.patch("liger_fx.measure._Bench.compare", side_effect=failure):
+        measure(code=1)
+    assert "  not measured: OutOfMemoryError: CUDA out of memory\n" in capsys.readouterr().out
 
 
 def error(capsys, *arguments):
