@@ -99,8 +99,9 @@ def explained(*more: str) -> str:
         return page.read_text() if more else done.stdout
 
 
-def explain_help() -> str:
-    command = [sys.executable, "-m", "liger_fx", "explain", "--help"]
+def help_of(name: str) -> str:
+    """What ``python -m liger_fx <name>`` says of its arguments."""
+    command = [sys.executable, "-m", "liger_fx", name, "--help"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "88"}
     return subprocess.run(
         command, env=environment, check=True, capture_output=True, text=True
@@ -142,7 +143,7 @@ VARIABLES: dict[str, Any] = dict(
     models_not_traced=joined.models_not_traced,
     long_context=joined.long_context,
     profile=joined.profile,
-    explain_help=explain_help,
+    help_of=help_of,
     huggingface_steps=lambda: huggingface_steps(),
     docstring=docstring,
     source=source,

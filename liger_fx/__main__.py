@@ -1,9 +1,11 @@
-"""``python -m liger_fx explain``: what liger_fx would do with a model."""
+"""``python -m liger_fx``: ``explain`` says what is done with a model, ``measure`` what pays on this
+GPU."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import json
 import logging
@@ -13,16 +15,31 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from liger_fx import own_table
 from liger_fx.explaining.explanation import explain_subject
 from liger_fx.explaining.render import as_html, as_text
 from liger_fx.explaining.subject import DTYPES, CannotExplain, Request
+from liger_fx.options import INNER
 
 EXTRAS = {"huggingface": "transformers", "torchtune": "torchtune"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m liger_fx", description=__doc__)
-    explain = parser.add_subparsers(required=True).add_parser(
+    commands = parser.add_subparsers(required=True)
+    _add_explain(commands)
+    _add_measure(commands)
+    given = parser.parse_args(arguments)
+    try:
+        given.run(given)
+    except (ValueError, OSError) as error:  # CannotExplain, CannotMeasure, OptionError, a file
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _add_explain(commands: Any) -> None:
+    explain = commands.add_parser(
         "explain",
         help="what would be replaced in a model, what not and why, and the memory it would take",
         description="Builds the model without weights, traces a training step without a GPU, and "
@@ -55,21 +72,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="settings of the config to change: --set num_hidden_layers=16 hidden_size=2048",
     )
     explain.add_argument("--html", type=Path, metavar="FILE", help="write a page as well")
-    given = parser.parse_args(arguments)
+    explain.set_defaults(run=_explain, error=explain.error)
+
+
+def _add_measure(commands: Any) -> None:
+    measure = commands.add_parser(
+        "measure",
+        help="what each rewrite changes on this GPU: a table for policy=auto",
+        description="Compiles decoder layers in the sizes of Llama-3.2-1B, Qwen2.5-1.5B and "
+        "Gemma2-2B with each rewrite and without, and times both forms on this GPU, which should "
+        'do nothing else. The policy "auto" decides by the table that --write writes.',
+    )
+    measure.add_argument(
+        "--write",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="write the table: to FILE, or else to the file that LIGER_FX_TABLE names, or else to "
+        "liger_fx/measured.json in your cache directory (~/.cache)",
+    )
+    measure.add_argument("--batch", type=_positive, default=8, help="sequences (8)")
+    measure.add_argument("--seq", type=_positive, default=2048, help="tokens of a sequence (2048)")
+    measure.add_argument("--runs", type=_positive, default=3, help="the median of them counts (3)")
+    measure.add_argument(
+        "--inner", nargs="+", choices=INNER, default=INNER, help="inner compilers (all)"
+    )
+    measure.set_defaults(run=_measure)
+
+
+def _measure(given: argparse.Namespace) -> None:
+    device = own_table.gpu()
+    file = None if given.write is None else own_table.destination(given.write)
+    cases = [*own_table.cases(given.inner)] * given.runs
+    rows = own_table.run(
+        cases, given.batch, given.seq, device, functools.partial(print, flush=True)
+    )
+    if file is not None:
+        how = f"--batch {given.batch} --seq {given.seq} --runs {given.runs}"
+        own_table.write(file, device, rows, f"python -m liger_fx measure --write {how}")
+        print(f"{len(rows)} rows are in {file}")
+
+
+def _explain(given: argparse.Namespace) -> None:
     if given.torchtune and (given.padding or given.layers):
-        explain.error(
+        given.error(
             "--padding and --layers go with --hf: torchtune's recipes give no mask, and "
             "one layer of each kind is traced"
         )
-    try:
-        print(_explain(given))
-    except (ValueError, OSError) as error:  # CannotExplain, OptionError, a file
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _explain(given: argparse.Namespace) -> str:
     request = Request(
         given.batch,
         given.seq,
@@ -85,7 +134,7 @@ def _explain(given: argparse.Namespace) -> str:
         explanation = explain_subject(subject)
     if given.html:
         given.html.write_text(as_html(explanation), encoding="utf-8")
-    return as_text(explanation)
+    print(as_text(explanation))
 
 
 @contextlib.contextmanager

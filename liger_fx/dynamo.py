@@ -18,7 +18,7 @@ from liger_fx import inner
 from liger_fx.measure import measured
 from liger_fx.options import ForTheUser, parse
 from liger_fx.passes import DEFAULT
-from liger_fx.policy import by_table, device_of, form_of, policy
+from liger_fx.policy import by_table, device_of, form_of, own_table, policy
 from liger_fx.report import Rejection, Report, internal_error
 from liger_fx.returned import Deferral, defer, returned_logits, returning
 from liger_fx.rewrite import Allow, Rewrite, rewrite_graph
@@ -83,6 +83,8 @@ class Backend:
         self.rewrites = [*DEFAULT, *_of_packages()] if rewrites is None else list(rewrites)
         given = {**(list_mode_options(mode) if mode else {}), **(options or {})}
         self.options = parse(given, {r.name: r.settings for r in self.rewrites})
+        by_evidence = self.options.policy in ("auto", "measure")
+        self.own_table = own_table(self.options.table) if by_evidence else {}
         self.accept = accept
         self.made = set() if made is None else made
 
@@ -120,7 +122,7 @@ class Backend:
 
     def _policy(self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> Allow:
         try:
-            judge = by_table(device_of(gm), self.options.inner, form_of(gm))
+            judge = by_table(device_of(gm), self.options.inner, form_of(gm), self.own_table)
             if self.options.policy == "measure":
                 judge = measured(gm, example_inputs, self.rewrites, self.options, judge)
         except Exception as error:  # such as a broken table

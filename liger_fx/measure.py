@@ -21,7 +21,7 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def measured(
     """``policy="measure"``: decides by what `measure` finds. table: decides where nothing can be
     measured, or where that fails, unless ``options.strict``. A rewrite that is not among what was
     measured cannot be made here; it is tried, for the report to say why."""
-    relevant = replace(options, require=(), strict=False)
+    relevant = replace(options, require=(), strict=False, table="")
     if relevant.inner == "inductor":  # a CUDA graph would keep the copies of the inputs
         relevant = replace(relevant, inductor=relevant.inductor | {"triton.cudagraphs": False})
     try:
@@ -112,13 +112,27 @@ def measure(
         raise NotMeasured("the inputs are fake or meta tensors")
     if _processes() > 1:
         raise NotMeasured("each of several processes could get an answer of its own")
+    measured = measure_anew(gm, example_inputs, rewrites, options)
+    text = json.dumps({name: asdict(found) for name, found in measured.items()})
+    write_at_once(path, text)
+    return measured
+
+
+def measure_anew(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    rewrites: Sequence[Rewrite],
+    options: Options,
+) -> dict[str, Measurement]:
+    """As `measure`, with nothing remembered. Raises whatever compiling and running the graph
+    raises."""
     candidates = [rewrite for rewrite in rewrites if rewrite.name not in options.disable]
     without, forms = _forms(gm, candidates, options.settings)
     measured: dict[str, Measurement] = {}
     if forms:
         log.info("liger_fx measures %s", ", ".join(forms))
-        with _undisturbed(device):
-            bench = _Bench(example_inputs, device)
+        with _undisturbed(device_of(gm)):
+            bench = _Bench(example_inputs, device_of(gm))
 
             def compiled(form: fx.GraphModule) -> Callable[..., Any]:
                 return inner.compile_rewritten(form, bench.data.inputs, options, rewrites)
@@ -126,7 +140,6 @@ def measure(
             base = compiled(without)
             for name, form in forms.items():
                 measured[name] = bench.compare(base, compiled(form))
-    _remember(path, measured)
     return measured
 
 
@@ -168,11 +181,12 @@ def _kinds(value: Any) -> str:
     return type(value).__name__
 
 
-def _remember(path: Path, measured: Mapping[str, Measurement]) -> None:
-    """In one step: another process may read at any time."""
+def write_at_once(path: Path, text: str) -> None:
+    """Another process may read ``path`` at any time, and finds all of ``text`` or what was there
+    before. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump({name: asdict(found) for name, found in measured.items()}, file)
+        file.write(text)
     os.replace(file.name, path)
 
 
@@ -186,16 +200,16 @@ def _forms(
     forms = {}
     for candidate in rewrites:
         if candidate.gain is None:
-            form = _copied(gm)
+            form = copied(gm)
             chosen = [r for r in rewrites if r.gain is not None or r is candidate]
             if candidate.name in rewrite_graph(form, chosen, settings).counts:
                 forms[candidate.name] = form
-    without = _copied(gm)
+    without = copied(gm)
     rewrite_graph(without, [r for r in rewrites if r.gain is not None], settings)
     return without, forms
 
 
-def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+def copied(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy whose modules, parameters and buffers are its own. What stands in ``meta``, such as a
     checkpoint's policy, is shared."""
     modules = [module for module in gm.modules() if isinstance(module, fx.GraphModule)]

@@ -43,6 +43,8 @@ class Options:
     logits: of a model that returns them beside its loss: "on_demand" computes them when they are
         read (`liger_fx.DeferredLogits`), "keep" in the graph, which keeps the head from being
         fused.
+    table: a file that ``python -m liger_fx measure --write FILE`` has made, which "auto" reads
+        beside the shipped table; "" for the one in the user's cache directory, if there is one.
     settings: ``{rewrite: {setting: value}}``, spelled ``<rewrite>.<setting>``.
     inductor: all other keys, handed to Inductor.
 
@@ -56,6 +58,7 @@ class Options:
     strict: bool = False
     inner: str = "inductor"
     logits: str = "on_demand"
+    table: str = ""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     inductor: dict[str, Any] = field(default_factory=dict)
 
@@ -112,8 +115,8 @@ def _from(environ: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:
 
 def _value(key: str, value: Any, known: Collection[str]) -> Any:
     """The value of an option that is not a rewrite's."""
-    if key == "strict":
-        return _like(key, False, value)
+    if key in ("strict", "table"):
+        return _like(key, getattr(Options, key), value)
     choices = {"inner": INNER, "policy": POLICIES, "logits": LOGITS}.get(key, ())
     if isinstance(value, str) and value in choices:
         return value

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import statistics
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from liger_fx.canonical import fake
 from liger_fx.matcher import Match, Reject
-from liger_fx.options import Options
+from liger_fx.options import OptionError, Options
 from liger_fx.report import Place
 from liger_fx.rewrite import Allow, Rewrite
 
 NOISE = 0.995  # as fast, within what such measurements repeat
 SLOWEST = 0.98  # of what saves memory
 SAVING = 0.90  # of the memory: worth a little time
+MARGIN = 0.02  # of the speed, on another architecture than the one measured: what rows differ by
 
 # Of an H100 or H200: what stands in where there is no GPU to ask.
 DEFAULT_ARCHITECTURE = "sm90"
@@ -71,24 +74,54 @@ class Entry:
 def table() -> dict[str, Entry]:
     """The measurements that liger_fx is shipped with, by architecture. ``benchmarks/rewrites.py``
     makes them; of several runs of it the median speed counts."""
-    found = json.loads((files("liger_fx") / "measured.json").read_text())
+    return _entries((files("liger_fx") / "measured.json").read_text())
+
+
+def own_path() -> Path:
+    """Where ``python -m liger_fx measure --write`` puts the table of the user's own GPU."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(caches) / "liger_fx" / "measured.json"
+
+
+def own_table(path: str) -> dict[str, Entry]:
+    """What the user has measured, by architecture. path: of the file; "" for `own_path`, if there
+    is such a file. Raises OptionError for a file that cannot be read or is no such table."""
+    file = Path(path) if path else own_path()
+    if not path and not os.path.exists(file):
+        return {}
+    try:
+        found = _entries(file.read_text(encoding="utf-8"))
+        for architecture in found:
+            _version(architecture)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise OptionError(
+            f"{file} cannot be read as a table of measurements ({type(error).__name__}: {error}): "
+            f"make it anew with `python -m liger_fx measure --write {file}`, or "
+            + ("leave out the option `table`" if path else "delete it")
+        ) from error
+    return found
+
+
+def _entries(text: str) -> dict[str, Entry]:
     return {
         architecture: Entry(**entry | {"rows": [_row(**row) for row in entry["rows"]]})
-        for architecture, entry in found.items()
+        for architecture, entry in json.loads(text).items()
     }
 
 
-def _row(speeds: Sequence[float], **rest: Any) -> Row:
-    return Row(speed=statistics.median(speeds), **rest)
+def _row(speeds: Sequence[float], memory: float | None, **rest: Any) -> Row:
+    known = None if memory is None else float(memory)
+    return Row(statistics.median(map(float, speeds)), known, **rest)
 
 
-def pays(measurements: Sequence[Measurement]) -> bool:
-    """Never slower; or a little slower, and saving memory. Not without a measurement."""
+def pays(measurements: Sequence[Measurement], margin: float = 0.0) -> bool:
+    """Never slower; or a little slower, and saving memory. Not without a measurement. margin: added
+    to the speeds that are asked for."""
     if not measurements:
         return False
     slowest = min(m.speed for m in measurements)
     smallest = min(m.memory or 1.0 for m in measurements)
-    return slowest >= NOISE or (slowest >= SLOWEST and smallest <= SAVING)
+    return slowest >= NOISE + margin or (slowest >= SLOWEST + margin and smallest <= SAVING)
 
 
 Judge = Callable[[Rewrite, Match], tuple[bool, str]]  # is it worth it, and the evidence
@@ -141,28 +174,47 @@ def form_of(gm: fx.GraphModule) -> str:
 # -- auto ------------------------------------------------------------------------------------------
 
 
-def by_table(device: torch.device, inner: str, form: str) -> Judge:
-    """``auto``: what `table` says of this device under this inner compiler, for graphs of this
-    form. Each spelling has a kernel, or an eager form, of its own: its rows decide, and those of
-    all spellings where it has none. So it is inside and outside of activation checkpoints."""
+def by_table(
+    device: torch.device, inner: str, form: str, own: Mapping[str, Entry] | None = None
+) -> Judge:
+    """``auto``: what is measured for this device under this inner compiler, for graphs of this
+    form, in the user's ``own`` table and in `table`; else what is measured on the nearest
+    architecture, with a margin. Each variant has a kernel, or an eager form, of its own: its rows
+    decide, and those of all variants where it has none. So it is inside and outside of activation
+    checkpoints."""
     if device.type not in ("cuda", "meta"):
         machine = "a CPU" if device.type == "cpu" else device.type
         left = f"not measured on {machine}; policy='measure' measures it on this one"
         return lambda rewrite, match: (False, left)
     present = device.type == "cuda" and torch.cuda.is_available()
     architecture = architecture_of(device) if present else DEFAULT_ARCHITECTURE
-    entry = table().get(architecture)
+    grounds = _grounds(architecture, own or {})
+    left = f"not measured on {architecture} or a GPU like it; policy='measure' measures it here"
     assumed = "" if present else f" [not on a GPU: decided as on {architecture}]"
 
     def judge(rewrite: Rewrite, match: Match) -> tuple[bool, str]:
-        rows = [row for row in entry.rows if row.inner == inner] if entry else []
-        rows = [row for row in rows if row.rewrite == rewrite.name]
-        rows = [row for row in rows if row.form == form] or rows
-        rows = [row for row in rows if row.spelling == match.spelling] or rows
-        rows = [row for row in rows if row.checkpoint == match.recomputed]
-        return pays(rows), _evidence(architecture, entry, rows) + assumed
+        known = [
+            (ground, rows)
+            for ground in grounds
+            if (rows := _rows(ground.entry, rewrite, match, inner, form))
+        ]
+        if not known:
+            return False, left + assumed
+        ground, rows = min(
+            known, key=lambda each: (each[0].distance, each[1][0].spelling != match.spelling)
+        )
+        margin = MARGIN if ground.distance else 0.0
+        guess = _guess(architecture, ground) if ground.distance else ""
+        return pays(rows, margin), guess + _evidence(ground, rows, margin) + assumed
 
     return judge
+
+
+def _rows(entry: Entry, rewrite: Rewrite, match: Match, inner: str, form: str) -> list[Row]:
+    rows = [row for row in entry.rows if row.inner == inner and row.rewrite == rewrite.name]
+    rows = [row for row in rows if row.form == form] or rows
+    rows = [row for row in rows if row.spelling == match.spelling] or rows
+    return [row for row in rows if row.checkpoint == match.recomputed]
 
 
 def architecture_of(device: torch.device) -> str:
@@ -173,15 +225,65 @@ def architecture_of(device: torch.device) -> str:
     return f"sm{major}{minor}"
 
 
-def _evidence(architecture: str, entry: Entry | None, rows: Sequence[Row]) -> str:
+class Ground(NamedTuple):
+    """What may decide about an architecture: the entry of ``measured_on``, which is ``distance``
+    away from it."""
+
+    distance: int
+    measured_on: str
+    entry: Entry
+    source: str  # of the entry, as it stands in a report
+
+
+def _grounds(architecture: str, own: Mapping[str, Entry]) -> list[Ground]:
+    """The user's own entries before those that liger_fx is shipped with."""
+    return [
+        Ground(distance, name, entry, source)
+        for entries, source in ((own, "your own table, "), (table(), ""))
+        for name, entry in entries.items()
+        if (distance := _distance(architecture, name)) is not None
+    ]
+
+
+def _distance(one: str, other: str) -> int | None:
+    """How far apart two architectures are: generations first. None where a measurement on one says
+    nothing of the other: it is of another vendor, of another generation of AMD's, whose wavefronts
+    may have another width, or too old for Triton, which takes compute capability 8.0."""
+    if one == other:
+        return 0
+    (vendor, generation, minor), (vendor_2, generation_2, minor_2) = _version(one), _version(other)
+    apart = abs(generation - generation_2)
+    if vendor != vendor_2 or (vendor == "gfx" and apart):
+        return None
+    if vendor == "sm" and min(generation, generation_2) < 8:
+        return None
+    return 256 * apart + abs(minor - minor_2)
+
+
+def _version(architecture: str) -> tuple[str, int, int]:
+    """``sm86``: "sm", 8, 6. ``gfx942``: "gfx", 9, 0x42. Raises ValueError for another name."""
+    for vendor, digits in (("sm", 1), ("gfx", 2)):
+        number = architecture.removeprefix(vendor)
+        if number != architecture:
+            return vendor, int(number[:-digits]), int(number[-digits:], 16)
+    raise ValueError(f"expected an architecture such as sm90 or gfx942, not {architecture!r}")
+
+
+def _guess(architecture: str, ground: Ground) -> str:
+    return (
+        f"not measured on {architecture} (policy='measure' does), decided as on "
+        f"{ground.measured_on} with a margin of {MARGIN}: "
+    )
+
+
+def _evidence(ground: Ground, rows: Sequence[Row], margin: float) -> str:
     """The numbers that decided: the slowest, and the most memory saved if that is why."""
-    if not rows or entry is None:
-        return f"not measured on {architecture}; policy='measure' measures it on this GPU"
     slowest = min(rows, key=lambda row: row.speed)
     inside = ", in a checkpoint" if slowest.checkpoint else ""
-    source = f"{slowest.model}, {slowest.form}{inside}, {architecture}, {entry.date}"
-    text = f"{slowest.speed:.3f}x the speed at worst ({source})"
+    where = f"{ground.source}{ground.measured_on}, {ground.entry.date}"
+    text = f"{slowest.speed:.3f}x the speed at worst "
+    text += f"({slowest.model}, {slowest.form}{inside}, {where})"
     smallest = min(rows, key=lambda row: row.memory or 1.0)
-    if slowest.speed < NOISE and (smallest.memory or 1.0) <= SAVING:
+    if slowest.speed < NOISE + margin and (smallest.memory or 1.0) <= SAVING:
         text += f", {smallest.memory:.2f} of the memory at best ({smallest.model}, {smallest.form})"
     return text

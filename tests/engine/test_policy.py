@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ import liger_fx
 import liger_fx.inner
 import liger_fx.measure
 from liger_fx import policy
-from liger_fx.policy import Entry, Measurement, Row, pays
+from liger_fx.policy import Entry, Measurement, Row, own_path, pays
 
 N, H = 12, 8
 SHAPES = [(N, H), (H,), (H, H), (H, H)]
@@ -112,8 +113,8 @@ def test_inside_or_outside_of_checkpoints(both_forms_measured):
         """\
 rms_norm: auto: 1.020x the speed at worst (Llama, layers, sm90, 2026-11-24) [not on a GPU: decided as on sm90]
 swiglu: auto: 0.993x the speed at worst (Llama, layers, in a checkpoint, sm90, 2026-11-24), 0.85 of the memory at best (Llama, layers) [not on a GPU: decided as on sm90]
-add_rms_norm: auto: not measured on sm90; policy='measure' measures it on this GPU [not on a GPU: decided as on sm90]
-add_rms_norm: auto: not measured on sm90; policy='measure' measures it on this GPU [not on a GPU: decided as on sm90]
+add_rms_norm: auto: not measured on sm90 or a GPU like it; policy='measure' measures it here [not on a GPU: decided as on sm90]
+add_rms_norm: auto: not measured on sm90 or a GPU like it; policy='measure' measures it here [not on a GPU: decided as on sm90]
 rms_norm: auto: 0.970x the speed at worst (Llama, layers, in a checkpoint, sm90, 2026-11-24) [not on a GPU: decided as on sm90]
 swiglu: auto: 0.993x the speed at worst (Llama, layers, sm90, 2026-11-24) [not on a GPU: decided as on sm90]""",
     )
@@ -131,7 +132,7 @@ def test_the_table_is_kept_by_compiler(both_forms_measured, monkeypatch):
     )
     assert_expected_inline(
         evidence(report, "swiglu"),
-        """auto: not measured on sm90; policy='measure' measures it on this GPU [not on a GPU: decided as on sm90]""",
+        """auto: not measured on sm90 or a GPU like it; policy='measure' measures it here [not on a GPU: decided as on sm90]""",
     )
 
 
@@ -187,21 +188,206 @@ def test_the_table_is_kept_by_form(layers, count, monkeypatch):
     assert ("step" if count else "layers") in evidence(report, "rms_norm")
 
 
-def test_an_architecture_without_measurements():
+# -- another architecture --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def on(architecture):
+    """A GPU is there, of this architecture."""
     with (
         mock.patch("torch.cuda.is_available", return_value=True),
-        mock.patch("torch.cuda.get_device_capability", return_value=(8, 0)),
-        mock.patch("torch.version.hip", None),
+        mock.patch.object(policy, "architecture_of", lambda device: architecture),
     ):
-        judge = policy.by_table(torch.device("cuda", 0), "inductor", "layers")
-        (swiglu,) = (r for r in DEFAULT if r.name == "swiglu")
-        match = mock.Mock(recomputed=False)
-        match.pattern.name = "separate"
-        pays_here, why = judge(swiglu, match)
-    assert not pays_here
-    assert_expected_inline(
-        why, """not measured on sm80; policy='measure' measures it on this GPU"""
+        yield
+
+
+def judged(architecture, name="rms_norm", spelling="torchtune", inner="inductor", own=None):
+    with on(architecture):
+        judge = policy.by_table(torch.device("cuda", 0), inner, "layers", own)
+        (rewrite,) = (r for r in DEFAULT if r.name == name)
+        return judge(rewrite, mock.Mock(recomputed=False, spelling=spelling))
+
+
+@pytest.mark.parametrize("architecture", ["sm80", "sm86", "sm89", "sm100", "sm120"])
+def test_an_architecture_without_rows_is_decided_as_the_nearest(architecture):
+    with table(("rms_norm", "inductor", False, 1.02, 1.0)):
+        pays_here, why = judged(architecture)
+    assert pays_here
+    assert why == (
+        f"not measured on {architecture} (policy='measure' does), decided as on sm90 with a margin "
+        "of 0.02: 1.020x the speed at worst (Llama, layers, sm90, 2026-11-24)"
     )
+
+
+@pytest.mark.parametrize(
+    ("speed", "memory", "there", "elsewhere"),
+    [
+        (1.02, 1.0, True, True),
+        (1.01, 1.0, True, False),
+        (0.995, 1.0, True, False),
+        (1.001, 0.9, True, True),
+        (0.99, 0.5, True, False),
+    ],
+)
+def test_rows_of_another_architecture_need_a_margin(speed, memory, there, elsewhere):
+    with table(("rms_norm", "inductor", False, speed, memory)):
+        assert judged("sm90")[0] is there
+        pays_elsewhere, why = judged("sm80")
+    assert pays_elsewhere is elsewhere
+    assert ("of the memory" in why) == (memory <= 0.9)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "measured"),
+    [
+        ("sm75", "sm90"),  # Triton takes 8.0
+        ("sm90", "sm75"),
+        ("gfx942", "sm90"),
+        ("sm90", "gfx942"),
+        ("gfx1100", "gfx942"),  # wavefronts of 32 and of 64
+    ],
+)
+def test_what_says_nothing_of_an_architecture(architecture, measured):
+    with table(("rms_norm", "inductor", False, 2.0, 0.1), architecture=measured):
+        assert judged(architecture) == (
+            False,
+            f"not measured on {architecture} or a GPU like it; policy='measure' measures it here",
+        )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "nearest"),
+    [("sm86", "sm80"), ("sm89", "sm80"), ("sm100", "sm90"), ("sm121", "sm120"), ("sm90", "sm90")],
+)
+def test_the_nearest_is_of_the_same_generation(architecture, nearest):
+    rows = {name: row("rms_norm", "torchtune", 1.1) for name in ("sm90", "sm120", "sm80")}
+    with mock.patch.object(policy, "table", lambda: {a: entry(r) for a, r in rows.items()}):
+        assert f"layers, {nearest}," in judged(architecture)[1]
+
+
+def test_a_rewrite_without_rows_on_the_nearest_is_decided_by_the_next():
+    own = {"sm80": entry(row("swiglu", "separate", 1.1))}
+    with table(("rms_norm", "inductor", False, 1.1, 1.0)):
+        assert judged("sm86", own=own)[1].startswith("not measured on sm86")
+        assert "as on sm90" in judged("sm86", own=own)[1]
+        assert "as on sm80" in judged("sm86", "swiglu", "separate", own=own)[1]
+
+
+# -- a table of the user's own ---------------------------------------------------------------------
+
+
+def row(rewrite, spelling, speed):
+    return Row(speed, 1.0, rewrite, spelling, "inductor", False, "Llama", "layers")
+
+
+def entry(*rows):
+    return Entry("a machine", "torch 2", "2026-11-27", ["a command"], rows)
+
+
+def test_the_users_own_table_decides_before_the_shipped_one():
+    own = {"sm90": entry(row("rms_norm", "torchtune", 0.9))}
+    with table(
+        ("rms_norm:torchtune", "inductor", False, 1.1, 1.0),
+        ("rms_norm:gemma", "inductor", False, 1.1, 1.0),
+    ):
+        assert judged("sm90", own=own) == (
+            False,
+            "0.900x the speed at worst (Llama, layers, your own table, sm90, 2026-11-27)",
+        )
+        assert judged("sm90", spelling="gemma", own=own)[0], "measured in its own spelling"
+        assert not judged("sm90", spelling="olmo", own=own)[0]
+        assert not judged("sm80", own=own)[0]
+
+
+OWN = {
+    "machine": "NVIDIA L4",
+    "versions": "torch 2.13.0",
+    "date": "2026-11-27",
+    "commands": ["python -m liger_fx measure --write"],
+    "rows": [
+        {"speeds": [1.2, 0.9, 1.1], "memory": None, "form": "layers", "checkpoint": False}
+        | {"rewrite": name, "spelling": spelling, "inner": "eager", "model": "Llama-3.2-1B"}
+        for name, spelling in (("rms_norm", "torch_module"), ("swiglu", "separate"))
+    ],
+}
+
+
+@pytest.fixture(params=["option", "variable", "cache"])
+def own_file(request, tmp_path, monkeypatch):
+    """Where a table of the user's own may be."""
+    monkeypatch.setenv("LIGER_FX_INNER", "eager")
+    file = tmp_path / "own.json"
+    if request.param == "cache":
+        monkeypatch.setattr(policy, "own_path", lambda: file)
+    if request.param == "variable":
+        monkeypatch.setenv("LIGER_FX_TABLE", str(file))
+    return file, {"table": str(file)} if request.param == "option" else {}
+
+
+def explained_with(options):
+    with torch.device("meta"):
+        arguments = [torch.empty(s, requires_grad=True) for s in SHAPES]
+    return liger_fx.explain(layer, arguments, options=options)
+
+
+def test_a_table_of_the_users_own_is_read(own_file):
+    file, options = own_file
+    file.write_text(json.dumps({"sm90": OWN}))
+    report = explained_with(options)
+    assert report.counts == {"rms_norm": 1, "swiglu": 1}
+    assert evidence(report, "swiglu") == (
+        "auto: 1.100x the speed at worst (Llama-3.2-1B, layers, your own table, sm90, 2026-11-27) "
+        "[not on a GPU: decided as on sm90]"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        json.dumps({"sm90": {"rows": []}}),
+        json.dumps({"sm90": OWN | {"rows": [{"speeds": [1.0]}]}}),
+        json.dumps({"sm90": OWN | {"rows": [OWN["rows"][0] | {"speeds": []}]}}),
+        json.dumps({"sm90": OWN | {"rows": [OWN["rows"][0] | {"speeds": ["fast"]}]}}),
+        json.dumps({"sm90": OWN | {"rows": [OWN["rows"][0] | {"memory": "little"}]}}),
+        json.dumps({"RTX 4090": OWN}),
+    ],
+)
+def test_a_broken_table_of_the_users_own(own_file, text):
+    file, options = own_file
+    file.write_text(text)
+    with pytest.raises(ValueError) as raised:
+        explained_with(options)
+    name = re.escape(str(file))
+    assert re.fullmatch(
+        rf"{name} cannot be read as a table of measurements \(.+\): make it anew with `python -m "
+        rf"liger_fx measure --write {name}`, or (leave out the option `table`|delete it)",
+        str(raised.value),
+    )
+    assert liger_fx.backend(policy="all", **options), "decides nothing there"
+
+
+def test_the_users_cache_directory(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/a/cache")
+    assert str(own_path()) == "/a/cache/liger_fx/measured.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert str(own_path()) == "/home/somebody/.cache/liger_fx/measured.json"
+
+
+def test_a_table_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match=r"gone.json cannot be read .*FileNotFoundError"):
+        liger_fx.backend(table=str(tmp_path / "gone.json"))
+    assert liger_fx.backend(table="").own_table == {}
+
+
+def test_the_compiler_gives_the_error_of_a_broken_table(tmp_path):
+    (tmp_path / "own.json").write_text("{")
+    options = {"table": str(tmp_path / "own.json"), "inner": "eager"}
+    with pytest.raises(Exception, match="cannot be read as a table of measurements"):
+        torch.compile(layer, backend="liger_fx", options=options)(*tensors())
 
 
 @pytest.mark.skipif(CUDA, reason="about CPUs")
