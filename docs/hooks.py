@@ -257,7 +257,7 @@ def _huggingface_step(name: str) -> str:
     columns = ["model"] if len(models) > 1 else []
     columns += ["arm", "ms", "peak_gib", "compile_s", "losses"]
     titles = ", ".join(results.MODELS.get(model, model) for model in models)
-    sections = [f"## {titles}: {_data(found)}"]
+    sections = [f"## {titles}: {_data(found)}{_length(name)}"]
     sections += [
         f"![Time and peak memory of a step]({{results}}{name}_{model}.png)"
         for model in draw.pictures(name)
@@ -266,6 +266,12 @@ def _huggingface_step(name: str) -> str:
         sections += [f"{share:.0%} of the labels ignored:"] if share else []
         sections.append(results.table(name, " ".join(columns), list(results.ARMS), ignored=share))
     return "\n\n".join([*sections, results.origin(name)])
+
+
+def _length(name: str) -> str:
+    """Of the sequences, where the command asks for another one than 2048."""
+    asked = re.search(r"--seq (\d+)", results.origin(name))
+    return f", sequences of {int(asked[1]):,} tokens" if asked else ""
 
 
 def _data(found: list[results.Row]) -> str:

@@ -639,11 +639,19 @@ def test_the_median_of_the_runs_in_the_table_counts(monkeypatch, tmp_path):
     assert (found.machine, len(found.commands)) == ("NVIDIA L4", 3)
 
 
-def test_runs_of_two_machines_are_not_added(monkeypatch):
+def test_runs_with_other_versions_are_not_added(monkeypatch):
     monkeypatch.setattr(rewrites, "architecture_of", lambda device: "sm90")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
-    with pytest.raises(ValueError, match="nothing can be added to it here, only --write makes it"):
+    monkeypatch.setattr(rewrites, "versions", lambda: "torch 3.0")
+    with pytest.raises(ValueError, match="added to it with torch 3.0, only --write makes it anew"):
         rewrites.runs_before(torch.device("cuda"))
+
+
+def test_rows_of_a_case_that_failed_stay():
+    failed = {"error": "out of memory", "model": "tiny", "form": "layers"}
+    before = [ROW | {"speeds": [0.9], "memory": 1.0}, ROW | {"speeds": [0.8], "inner": "eager"}]
+    assert rewrites.with_speeds(before, [failed | {"checkpoint": True, "inner": "inductor"}]) == [
+        ROW | {"speeds": [0.9], "memory": 1.0}
+    ]
 
 
 def test_the_table_as_text_is_the_table():

@@ -41,6 +41,19 @@ class TestEmbedding(Contract):
     BIG = (1_100_000, 2048)
     KERNELS = 1  # the lookup is torch's
 
+    @pytest.mark.gpu
+    def test_more_than_two_billion_elements(self, first_case):  # A28
+        if torch.cuda.mem_get_info()[0] < 64 << 30:
+            pytest.skip("needs 64 GiB")
+        rows = self.BIG[0]
+        weight = torch.randn(self.BIG, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        indices = torch.tensor([0, 1, rows - 2, rows - 1, rows - 1], device=DEVICE)
+        out = first_case.fused(weight, indices)
+        assert torch.equal(out, weight[indices])
+        (gradient,) = torch.autograd.grad(out.float().sum(), weight)
+        assert gradient[indices.unique(), 0].tolist() == [1, 1, 1, 2]
+        assert gradient.count_nonzero() == 4 * self.BIG[1]
+
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on CUDA it is a device-side assertion")
 @pytest.mark.parametrize("index", [53, -1])
