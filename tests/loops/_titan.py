@@ -1,13 +1,15 @@
 """torchtitan's Trainer and its debug model on a CPU.
 
-    python _titan.py --module _titan --config debug --training.steps 3 ...
+    python _titan.py --training.steps 3 ... / --training.steps 3 ...
 
-runs ``torchtitan.train`` in this process, under torchrun or not.
+runs ``torchtitan.train`` once for each list of arguments, under torchrun or not.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,12 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torchtitan.tools import utils
 
 
 def answer_for_a_gpu() -> None:
-    """torchtitan 0.3.0 knows no CPU: it asks the device for its name, its memory and its number.
-    Called before `torchtitan.trainer` is imported."""
+    """torchtitan 0.3.0 knows no CPU: it asks the device for its name, its memory and its number, and
+    NCCL for products. Called before `torchtitan.trainer` is imported."""
     cpu = types.SimpleNamespace(
         set_device=lambda device: None,
         device_count=lambda: 1,
@@ -35,15 +38,22 @@ def answer_for_a_gpu() -> None:
     utils.device_type, utils.device_module = "cpu", cpu
     if not hasattr(torch.distributed, "set_timeout"):  # torchtitan 0.3.0 is for a later torch
         torch.distributed.set_timeout = lambda timeout, group: None
+    divide = FSDPModule.set_gradient_divide_factor
+
+    def by_sums(module: FSDPModule, factor: float) -> None:
+        divide(module, factor)
+        module.set_force_sum_reduction_for_comms(True)  # Gloo multiplies nothing on the way
+
+    FSDPModule.set_gradient_divide_factor = by_sums
 
 
 answer_for_a_gpu()
 
+from torchtitan import trainer  # noqa: E402
 from torchtitan.components.dataloader import BaseDataLoader  # noqa: E402
 from torchtitan.components.tokenizer import BaseTokenizer  # noqa: E402
 from torchtitan.models.common.attention import ScaledDotProductAttention  # noqa: E402
 from torchtitan.models.llama3.config_registry import llama3_debugmodel  # noqa: E402
-from torchtitan.trainer import Trainer  # noqa: E402
 
 
 class NoTokenizer(BaseTokenizer):
@@ -105,7 +115,7 @@ class Tokens(BaseDataLoader):
         pass
 
 
-def debug() -> Trainer.Config:
+def debug() -> trainer.Trainer.Config:
     """torchtitan's own debug model, with attention that has a gradient on a CPU."""
     config = llama3_debugmodel()
     config.tokenizer, config.dataloader = NoTokenizer.Config(), Tokens.Config()
@@ -115,6 +125,7 @@ def debug() -> Trainer.Config:
     config.training.mixed_precision_param = "float32"
     config.training.local_batch_size, config.training.seq_len = 2, 64
     config.validator.enable = False
+    config.metrics.disable_color_printing = True
     config.debug.seed = 0
     return config
 
@@ -122,5 +133,11 @@ def debug() -> Trainer.Config:
 if __name__ == "__main__":
     from torchtitan.train import main
 
-    os.environ.setdefault("LOCAL_RANK", "0")
-    main()
+    one_process = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    os.environ |= one_process | {"MASTER_PORT": "0"} | os.environ
+    trainer.time.sleep = lambda seconds: None
+    for _, arguments in itertools.groupby(sys.argv[1:], "/".__ne__):
+        sys.argv = ["train", "--module", "_titan", "--config", "debug", *arguments]
+        if sys.argv[-1] != "/":
+            torch._dynamo.reset()
+            main()
