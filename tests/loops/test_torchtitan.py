@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from _util import relative_error
 from torch import Tensor, nn
 
