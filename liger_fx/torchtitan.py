@@ -42,7 +42,8 @@ class FusedLoss(ChunkedLossWrapper):
     """``loss_fn(lm_head(hidden), labels, ...)`` as one region, compiled around one op.
 
     Where there is no such op (tensor parallelism, say) torchtitan's own loop over chunks runs, and
-    the log says why. It also runs in validation, where nothing is kept of the logits of a chunk.
+    the log says why. It also runs in validation, where nothing is kept of the logits of a chunk,
+    and under torchtitan's type checker, whose types do not get through a compiled region.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -68,7 +69,6 @@ class FusedLoss(ChunkedLossWrapper):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its metrics, as of `ChunkedLossWrapper`. pred: [b, s, d], hidden states.
         labels: [b, s]."""
-        # Types of torchtitan's type checker do not get through a compiled region.
         if self._fused and pred.requires_grad and not spmd_types.is_type_checking():
             outcome = self._enter(pred, labels, global_valid_tokens, loss_inputs)
             if outcome is not None:
