@@ -70,6 +70,7 @@ def axolotl(folder: Path, **settings: Any) -> list[float]:
     from axolotl.train import train
 
     torch._dynamo.reset()
+    transformers.set_seed(1)  # of the adapters
     PluginManager.get_instance().plugins.clear()
     data = dict(path=str(folder / "texts.jsonl"), type="completion", field="text", ds_type="json")
     config = dict(
@@ -129,6 +130,7 @@ def llama_factory(folder: Path, *callbacks: Any, **settings: Any) -> list[float]
     from llamafactory.train.tuner import run_exp
 
     torch._dynamo.reset()
+    transformers.set_seed(1)
     out = folder / ("ours" if callbacks else "stock")
     config = dict(
         stage="sft",
