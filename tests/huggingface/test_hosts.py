@@ -47,7 +47,8 @@ def folder(tmp_path) -> Path:
 
 def assert_fused(ours: list[float], stock: list[float], before: int) -> None:
     assert len(ours) == 4 and ours == pytest.approx(stock, rel=1e-5)
-    assert {report.counts.get("linear_cross_entropy") for report in liger_fx.reports()} == {1}
+    # Some of their patches break the graph of a layer, none that of the head.
+    assert "linear_cross_entropy" in liger_fx.Report.merged(liger_fx.reports()).counts
     assert materialized() == before
 
 
