@@ -1,7 +1,7 @@
 """torchtitan: head and loss as one op in the place of its loop over chunks, and layers compiled
 with liger_fx.
 
-    torchtitan ... --override.imports liger_fx.torchtitan.fused_loss
+    torchrun ... -m torchtitan.train ... --override.imports liger_fx.torchtitan.fused_loss
 
 torchtitan projects chunk by chunk, with a loss and a backward for each, so that projection and loss
 are in no graph together. `fused_loss` compiles both as one region around one op.
