@@ -15,12 +15,12 @@ from liger_fx.matcher import Match, Reject
 from liger_fx.rewrite import Rewrite
 
 
-def dense(weight, indices, padding_idx, scale_grad_by_freq):
-    return F.embedding(indices, weight, padding_idx, None, 2.0, scale_grad_by_freq, False)
+def dense(weight, indices, padding_idx, norm_type, scale_grad_by_freq):
+    return F.embedding(indices, weight, padding_idx, None, norm_type, scale_grad_by_freq, False)
 
 
-def with_sparse_gradient(weight, indices, padding_idx, scale_grad_by_freq):
-    return F.embedding(indices, weight, padding_idx, None, 2.0, scale_grad_by_freq, True)
+def with_sparse_gradient(weight, indices, padding_idx, norm_type, scale_grad_by_freq):
+    return F.embedding(indices, weight, padding_idx, None, norm_type, scale_grad_by_freq, True)
 
 
 def of_limited_norm(weight, indices, padding_idx, max_norm, norm_type, scale_grad_by_freq):

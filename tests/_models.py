@@ -101,6 +101,8 @@ SOFTCAP = "scores are capped: no `scaled_dot_product_attention`"
 NO_GATE = "QuickGELU has no gate"
 RELU_SQUARED = "ReLU² has no gate"
 SINKS = "attention sinks: no `scaled_dot_product_attention`"
+IN_32_BITS = Refused("the table is torch.float32")  # in 16 bits each is replaced
+FROZEN = Refused("the table gets no gradient")
 AS_MANY = "there are as many key heads as query heads"
 ENCODER = "an encoder has no loss of its own"
 ELSEWHERE = Refused(
@@ -121,9 +123,10 @@ LLAMA: Cells = dict(
     tiled_mlp=n,
     swiglu=WITH_PROJECTIONS,
     geglu=NONE,
+    embedding=IN_32_BITS,
 )
 SUMS: Cells = dict(tiled_mlp=Refused("wanted linear, found `add`"))  # so are projections then
-ADAPTERS: Cells = LLAMA | SUMS | dict(swiglu=n)
+ADAPTERS: Cells = LLAMA | SUMS | dict(swiglu=n, embedding=FROZEN)
 LAYER_NORMS: Cells = LLAMA | dict(add_rms_norm=NONE, rms_norm=NONE, layer_norm=2 * n + 1)
 EXPERTS: Cells = LLAMA | dict(tiled_mlp="experts are grouped matrix products", swiglu=n)
 GEMMA: Cells = LLAMA | dict(swiglu=NONE, geglu=WITH_PROJECTIONS)
@@ -580,14 +583,16 @@ PER_LAYER: Cells = LLAMA | dict(  # of any depth: one graph
     rms_norm=once,
     tiled_mlp=once,
     rope=2 * once,
+    embedding="torchtune looks tokens up eagerly",
 )
 CHUNKED: Cells = PER_LAYER | dict(linear_cross_entropy=ELSEWHERE, cross_entropy=once)
-PREFILL: Cells = dict(linear_cross_entropy=NO_LOSS, cross_entropy=NO_LOSS)
+PREFILL: Cells = dict(linear_cross_entropy=NO_LOSS, cross_entropy=NO_LOSS, embedding=FROZEN)
 CHECKPOINTED: Cells = dict(add_rms_norm=n, rms_norm=n + 1)  # sums of two layers stay outside
 FLEX: Cells = PER_LAYER | dict(attention="torchtune keeps the compiler out of flex attention")
 EVALUATION: Cells = dict(
     linear_cross_entropy=Refused("no gradient is needed and the logits fit one chunk"),
     cross_entropy=once,
+    embedding=FROZEN,
 )
 
 llama = partial(tune, "llama3", sized(llama3.llama3))
@@ -711,7 +716,7 @@ def _replaced_and_left(cells: Cells) -> tuple[str, str]:
     for rewrite, cell in cells.items():
         if isinstance(cell, Law):
             replaced.append(f"`{rewrite}` {cell}")
-        elif cell not in (NONE, WITH_HEAD, WITH_PROJECTIONS):  # else nothing is left
+        elif cell not in (NONE, WITH_HEAD, WITH_PROJECTIONS, IN_32_BITS):  # else nothing is left
             reason = cell if isinstance(cell, str) else f'"{cell.reason}"'
             left.setdefault(reason, []).append(f"`{rewrite}`")
     reasons = [f"{', '.join(names)}: {reason}" for reason, names in left.items()]

@@ -56,6 +56,12 @@ def test_fires_once_on_every_spelling(spelling, dtype, dynamic):
     assert report.rejections == [] and report.near_misses == []
 
 
+def test_fires_on_a_module_whose_numbers_may_vary():
+    module = nn.Embedding(V, H, padding_idx=1, dtype=torch.bfloat16, device=DEVICE)
+    (report,) = capture(module, tokens(), dynamic=True).reports
+    assert report.counts == {"embedding": 1}, report
+
+
 def test_fires_graph():
     assert_expected_inline(
         show(capture(without_padding, tokens(), weight()).graphs[0]),
