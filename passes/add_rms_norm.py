@@ -1,8 +1,7 @@
 """Residual add + RMSNorm of the sum -> ``liger_fx::add_rms_norm``, which returns both.
 
-Matches      ``s = x + r`` and any spelling of `_norms` over ``s``, of ``torch.rms_norm`` without a
-             weight as well, whoever else uses ``s``: the norms before attention, before the MLP and
-             at the end of a decoder.
+Matches      ``s = x + r`` and any spelling of `_norms` over ``s``, but DeepSeek-V4's, whoever else
+             uses ``s``: the norms before attention, before the MLP and at the end of a decoder.
 Leaves alone sums with broadcasting; what `rms_norm` leaves alone. A norm without an add in this
              graph is `rms_norm`'s.
 Numerics     The sum is rounded to its dtype before its norm, as the model rounds it. Of two dtypes
@@ -48,7 +47,12 @@ def add_olmo_promoted(x, residual, weight, eps):
     return _norms.olmo_promoted(total, weight, eps), total
 
 
-def check(match: Match, x, residual, weight, eps, normalized_shape=None):
+def add_unweighted(x, residual, eps):
+    total = x + residual
+    return _norms.unweighted(total, eps), total
+
+
+def check(match: Match, x, residual, eps, weight=None, normalized_shape=None):
     for operand in (x, residual):
         if not hasattr(operand, "shape"):
             raise Reject(f"a number, {operand!r}, is added; the kernel adds two tensors")
@@ -57,7 +61,7 @@ def check(match: Match, x, residual, weight, eps, normalized_shape=None):
     _norms.check_norm(match, fake(match.outputs[1]), weight, eps, normalized_shape)
 
 
-def replace(match: Match, x, residual, weight):
+def replace(match: Match, x, residual, weight=None):
     dtype = fake(match.outputs[1]).dtype
     x = x if match.values["x"].dtype == dtype else x.to(dtype)
     residual = residual if match.values["residual"].dtype == dtype else residual.to(dtype)
@@ -76,6 +80,7 @@ add_rms_norm = Rewrite(
         add_huggingface,
         add_olmo,
         add_olmo_promoted,
+        add_unweighted,
     ],
     check=check,
     replace=replace,
