@@ -283,6 +283,8 @@ def _along(op: Target, args: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
     if not named or not all(type(dim) is int for dim in named):
         return args
     value = output if isinstance(args[0], tuple) else fake(args[0])  # a list of tensors, or one
+    if not isinstance(value, torch.Tensor):
+        return args
     rank = max(value.dim(), 1)
     dims = sorted(dim % rank for dim in named)
     if op == "transpose":

@@ -91,7 +91,7 @@ def complex_numbers(x, angles):
     return torch.view_as_real(pairs * angles).flatten(3).to(x.dtype)
 
 
-# -- one angle for both elements of a pair: how heads are cut, and which way pairs are turned --------
+# -- one angle for both elements of a pair: how heads are cut, which way pairs are turned ----------
 
 
 def chunks(x, half):
@@ -144,12 +144,9 @@ def _spelled(cut, turn):
 
 CUTS = (chunks, slices, pairs_to_halves)
 TURNS = (forwards, backwards, backwards_by_sine, backwards_by_element)
-ONE_ANGLE = [pattern for cut in CUTS for turn in TURNS for pattern in _spelled(cut, turn)]
+SPELLED = [pattern for cut in CUTS for turn in TURNS for pattern in _spelled(cut, turn)]
+ONE_ANGLE = {pattern.__name__ for pattern in SPELLED}
 NEIGHBOURS = ("pairs", "pairs_in_fp32", "pairs_widened", "pairs_partial")
-
-
-def _has_one_angle(match: Match) -> bool:
-    return match.pattern.name in {pattern.__name__ for pattern in ONE_ANGLE}
 
 
 def check(match: Match, x, cos=None, sin=None, half=None, rotary=None, angles=None):
@@ -176,7 +173,7 @@ def _check_tables(match: Match, x: Any, cos: Any, sin: Any, half: Any, rotary: A
             raise Reject("cos and sin differ in shape")
         if angle.requires_grad:
             raise Reject(f"{name} is trained; the kernel has no gradient for it")
-    _sequence_dim(x, cos, half if _has_one_angle(match) else size)
+    _sequence_dim(x, cos, half if match.pattern.name in ONE_ANGLE else size)
     if not same_sizes(match.output.shape, x.shape):
         raise Reject(f"{list(x.shape)} became {list(match.output.shape)}: heads do not stay heads")
 
@@ -221,11 +218,11 @@ def replace(match: Match, x, cos=None, sin=None, angles=None):
     table = match.values["cos"]
     sequence = _sequence_dim(match.values["x"], table, table.shape[-1])
     cos, sin = cos.squeeze(3 - sequence), sin.squeeze(3 - sequence)
-    if _has_one_angle(match):
+    if name in ONE_ANGLE:
         cos, sin = (torch.cat((angle, angle), dim=-1) for angle in (cos, sin))
     if name == "halves_backwards":  # whose sines may differ: `inverse` would exchange them
         sin = -sin
-    inverse = _has_one_angle(match) and "backwards" in name
+    inverse = name in ONE_ANGLE and "backwards" in name
     turn = inverse, name in NEIGHBOURS or name.startswith("pairs_to_halves"), name in NEIGHBOURS
     if output.dtype != match.values["x"].dtype:  # autocast: angles are wider than queries
         x = x.to(output.dtype)
@@ -249,7 +246,7 @@ rope = Rewrite(
         pairs_in_fp32,
         pairs_widened,
         pairs_partial,
-        *ONE_ANGLE,
+        *SPELLED,
         interleaved,
         complex_numbers,
     ],
