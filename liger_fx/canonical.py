@@ -12,6 +12,8 @@ Rules, all decided from each node's ``example_value``:
 - ``float``, ``half``, ``type_as``, ``to(dtype)`` ... are ``cast``;
 - ``view``, ``reshape``, ``flatten``, ``unsqueeze``, ``x[:, None]`` ... are ``reshape``;
 - ``x[:, :, 0::2]`` is ``x[..., ::2]``;
+- ``softmax(x, 2)`` of three dimensions is ``softmax(x, -1)``: the last dimension is -1, the others
+  count from the front; both of a ``transpose`` count from the front, the smaller first;
 - ``reshape`` and ``expand`` have no sizes: those are in the ``example_value``;
 - ``x * x``, ``square(x)`` and ``x ** 2`` are ``pow``; ``x ** -0.5`` is ``rsqrt``;
 - ``logsumexp(stack([a, b]), 0)`` is ``logaddexp(a, b)``;
@@ -67,6 +69,8 @@ _ALIASES = {
     "isub": "sub_",
     "imul": "mul_",
     "itruediv": "div_",
+    "concat": "cat",
+    "concatenate": "cat",
 }
 COMMUTATIVE = frozenset({"add", "mul", "logaddexp"})
 SIZELESS = frozenset({"reshape", "expand"})  # operations whose sizes are not arguments
@@ -200,7 +204,7 @@ class View:
             stacked = self._stacked(args[0])
             if len(stacked) == 2:
                 return Expr("logaddexp", stacked)
-        return Expr(*as_power(op, args))
+        return Expr(*as_power(op, _along(op, args, fake(node))))
 
     def _stacked(self, node: Any) -> tuple[Any, ...]:
         """What is stacked in the first dimension of ``node``; nothing if it is no such stack."""
@@ -261,6 +265,31 @@ def as_power(op: Target, args: tuple[Any, ...]) -> tuple[Target, tuple[Any, ...]
     if op == "pow" and args[1:] == (-0.5,):
         return "rsqrt", args[:1]
     return op, args
+
+
+# Where the arguments name a dimension.
+_DIM_AT: dict[Target, int] = {
+    **dict.fromkeys(("cat", "stack", "unbind", "softmax", "log_softmax", "logsumexp"), 1),
+    **dict.fromkeys(("mean", "sum", "gather"), 1),
+    **dict.fromkeys(("chunk", "split"), 2),
+}
+
+
+def _along(op: Target, args: tuple[Any, ...], output: Any) -> tuple[Any, ...]:
+    """The arguments with the last dimension as -1 and others from the front; of ``transpose`` both
+    from the front, the smaller first."""
+    at = _DIM_AT.get(op, len(args))
+    named = args[1:] if op == "transpose" else args[at : at + 1]
+    if not named or not all(type(dim) is int for dim in named):
+        return args
+    value = output if isinstance(args[0], tuple) else fake(args[0])  # a list of tensors, or one
+    if not isinstance(value, torch.Tensor):
+        return args
+    rank = max(value.dim(), 1)
+    dims = sorted(dim % rank for dim in named)
+    if op == "transpose":
+        return args[0], *dims
+    return *args[:at], -1 if dims[0] == rank - 1 else dims[0], *args[at + 1 :]
 
 
 # Expressions that give the same value each time they are written; no random ones, no unknown ones.
@@ -339,6 +368,10 @@ _SIGNATURES: dict[Any, dict[str, Any]] = {
         scale=None,
         enable_gqa=False,
     ),
+    torch.cat: dict(tensors=None, dim=0),
+    torch.stack: dict(tensors=None, dim=0),
+    torch.chunk: dict(input=None, chunks=None, dim=0),
+    torch.unbind: dict(input=None, dim=0),
     torch.log_softmax: dict(input=None, dim=None, dtype=None),  # as F.log_softmax
     torch.softmax: dict(input=None, dim=None, dtype=None),
     torch.logsumexp: dict(input=None, dim=None, keepdim=False),

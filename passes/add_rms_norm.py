@@ -1,11 +1,12 @@
 """Residual add + RMSNorm of the sum -> ``liger_fx::add_rms_norm``, which returns both.
 
-Matches      ``s = x + r`` and any spelling of `_norms` with a weight over ``s``, whoever else uses
-             ``s``: the norms before attention, before the MLP and at the end of a decoder.
+Matches      ``s = x + r`` and any spelling of `_norms` over ``s``, but DeepSeek-V4's, whoever else
+             uses ``s``: the norms before attention, before the MLP and at the end of a decoder.
 Leaves alone sums with broadcasting; what `rms_norm` leaves alone. A norm without an add in this
              graph is `rms_norm`'s.
 Numerics     The sum is rounded to its dtype before its norm, as the model rounds it. Of two dtypes
-             (autocast) the narrower is cast first, as torch does.
+             (autocast) the narrower is cast first, as torch does. Without a weight the kernel gets
+             ones, by which a product is exact.
 """
 
 from liger_fx.passes import _norms
@@ -46,21 +47,26 @@ def add_olmo_promoted(x, residual, weight, eps):
     return _norms.olmo_promoted(total, weight, eps), total
 
 
-def check(match: Match, x, residual, weight, eps, normalized_shape=None):
+def add_unweighted(x, residual, eps):
+    total = x + residual
+    return _norms.unweighted(total, eps), total
+
+
+def check(match: Match, x, residual, eps, weight=None, normalized_shape=None):
     for operand in (x, residual):
         if not hasattr(operand, "shape"):
             raise Reject(f"a number, {operand!r}, is added; the kernel adds two tensors")
     if not same_sizes(x.shape, residual.shape):
         raise Reject(f"the sum broadcasts {list(x.shape)} and {list(residual.shape)}")
-    if weight is None:
-        raise Reject("the norm has no weight; the kernel takes one")
     _norms.check_norm(match, fake(match.outputs[1]), weight, eps, normalized_shape)
 
 
-def replace(match: Match, x, residual, weight):
+def replace(match: Match, x, residual, weight=None):
     dtype = fake(match.outputs[1]).dtype
     x = x if match.values["x"].dtype == dtype else x.to(dtype)
     residual = residual if match.values["residual"].dtype == dtype else residual.to(dtype)
+    if weight is None:
+        weight = x.new_ones(x.size(-1))
     both = ops.add_rms_norm(x, residual, weight, *_norms.literals(match))
     return both[0], both[1]
 
@@ -74,6 +80,7 @@ add_rms_norm = Rewrite(
         add_huggingface,
         add_olmo,
         add_olmo_promoted,
+        add_unweighted,
     ],
     check=check,
     replace=replace,

@@ -93,9 +93,8 @@ def squared_logsumexp(hidden, weight, bias, softmax_dim):
 
 def check_logprob(match: Match) -> None:
     values = match.values
-    label, last = values["label"], {-1, values["label"].dim()}
-    dims = {values["softmax_dim"], values["gather_dim"]}
-    if not dims <= last or not same_sizes(label.shape, match.output.shape):
+    last = {values["softmax_dim"], values["gather_dim"]} == {-1}
+    if not last or not same_sizes(values["label"].shape, match.output.shape):
         raise Reject("the labels are not one class of the last dimension for each token")
     if match.chains.get("summed_rows", match.chains["rows"]) != match.chains["rows"]:
         raise Reject("the sum is taken over other logits than those of the labels")
@@ -104,11 +103,10 @@ def check_logprob(match: Match) -> None:
 
 def check_taken(match: Match) -> None:
     """Raise `Reject` for what is not taken of each row of logits that the op computes."""
-    values, output = match.values, match.output
+    values = match.values
     check_projection(match, values["weight"])
     check_rows(match)
-    last = {-1, output.dim()}
-    if not {values["softmax_dim"], values.get("sum_dim", -1)} <= last:
+    if {values["softmax_dim"], values.get("sum_dim", -1)} != {-1}:
         raise Reject(f"{match.pattern.name} is not taken over the classes of each token")
     check_temperature(match)
 

@@ -2,8 +2,8 @@
 
 Matches      By halves (``x * cos + cat((-x2, x1)) * sin``): Hugging Face on [b, h, s, d],
              torchtune's Phi-3 and Qwen2 on [b, s, h, d], Phi-3's rotation of a part of each head,
-             ModernBERT's in fp32; the other way round (nanochat); with a table of half the width
-             (GPT-OSS).
+             ModernBERT's in fp32; with a table of half the width (GPT-OSS); the other way round
+             (nanochat, modded-nanogpt).
              Neighbours (``x * cos + stack((-x2, x1)).flatten(-2) * sin``): GLM, GPT-J, Helium, in
              fp32 Cohere and ERNIE 4.5; put in halves: DeepSeek-V3.
              Interleaved, in fp32: torchtune's Llama, Mistral and Gemma, with positions in order or
@@ -55,12 +55,6 @@ def _rotated(x, cos, sin, half):
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
-def halves_of_chunks(x, cos, sin):
-    """GPT-OSS's: one angle for a pair."""
-    halves = x.chunk(2, dim=-1)
-    return torch.cat(_turned(halves[0], halves[1], cos, sin), dim=-1)
-
-
 def pairs(x, cos, sin):
     return x * cos + _neighbours(x) * sin
 
@@ -86,19 +80,10 @@ def _neighbours(x):
     return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
 
 
-def pairs_to_halves(x, cos, sin):
-    """DeepSeek-V3's: one angle for a pair."""
-    return torch.cat(_turned(x[..., ::2], x[..., 1::2], cos, sin), dim=-1)
-
-
-def _turned(a, b, cos, sin):
-    return a * cos - b * sin, b * cos + a * sin
-
-
 def interleaved(x, angles):
     pairs = x.float().reshape(-1)  # any reshape: `check` looks at the shapes
-    a, b, cos, sin = pairs[..., 0], pairs[..., 1], angles[..., 0], angles[..., 1]
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(3).to(x.dtype)
+    turned = forwards(pairs[..., 0], pairs[..., 1], angles[..., 0], angles[..., 1])
+    return torch.stack(turned, -1).flatten(3).to(x.dtype)
 
 
 def complex_numbers(x, angles):
@@ -106,8 +91,62 @@ def complex_numbers(x, angles):
     return torch.view_as_real(pairs * angles).flatten(3).to(x.dtype)
 
 
+# -- one angle for both elements of a pair: how heads are cut, which way pairs are turned ----------
+
+
+def chunks(x, half):
+    """GPT-OSS's, modded-nanogpt's."""
+    halves = x.chunk(2, dim=-1)
+    return halves[0], halves[1]
+
+
+def slices(x, half):
+    """nanochat's."""
+    return x[..., :half], x[..., half:]
+
+
+def pairs_to_halves(x, half):
+    """DeepSeek-V3's."""
+    return x[..., ::2], x[..., 1::2]
+
+
+def forwards(a, b, cos, sin):
+    return a * cos - b * sin, b * cos + a * sin
+
+
+def backwards(a, b, cos, sin):
+    return a * cos + b * sin, b * cos - a * sin
+
+
+def backwards_by_sine(a, b, cos, sin):
+    """nanochat's, modded-nanogpt's: ``x1 * (-sin)``."""
+    return a * cos + b * sin, b * cos + a * -sin
+
+
+def backwards_by_element(a, b, cos, sin):
+    """``-x1 * sin``"""
+    return a * cos + b * sin, b * cos + -a * sin
+
+
+def _spelled(cut, turn):
+    """The patterns of a cut and a turn: in the dtype of x, and in fp32."""
+
+    def plain(x, cos, sin, half):
+        return torch.cat(turn(*cut(x, half), cos, sin), dim=-1)
+
+    def in_fp32(x, cos, sin, half):
+        return plain(x.float(), cos, sin, half).to(x.dtype)
+
+    for pattern in (plain, in_fp32):
+        pattern.__name__ = f"{cut.__name__}_{turn.__name__}"
+    return in_fp32, plain
+
+
+CUTS = (chunks, slices, pairs_to_halves)
+TURNS = (forwards, backwards, backwards_by_sine, backwards_by_element)
+SPELLED = [pattern for cut in CUTS for turn in TURNS for pattern in _spelled(cut, turn)]
+ONE_ANGLE = {pattern.__name__ for pattern in SPELLED}
 NEIGHBOURS = ("pairs", "pairs_in_fp32", "pairs_widened", "pairs_partial")
-ONE_ANGLE = ("halves_of_chunks", "pairs_to_halves")  # for both elements of a pair
 
 
 def check(match: Match, x, cos=None, sin=None, half=None, rotary=None, angles=None):
@@ -125,7 +164,7 @@ def check(match: Match, x, cos=None, sin=None, half=None, rotary=None, angles=No
 
 def _check_tables(match: Match, x: Any, cos: Any, sin: Any, half: Any, rotary: Any) -> None:
     size = x.shape[-1] if rotary is None else rotary
-    if match.pattern.name in (*NEIGHBOURS, *ONE_ANGLE):
+    if half is None:
         half = size // 2
     if not isinstance(half, int) or 2 * half != size or size > x.shape[-1]:
         raise Reject(f"heads of {size} elements are cut at {half}, expected in the middle")
@@ -181,16 +220,17 @@ def replace(match: Match, x, cos=None, sin=None, angles=None):
     cos, sin = cos.squeeze(3 - sequence), sin.squeeze(3 - sequence)
     if name in ONE_ANGLE:
         cos, sin = (torch.cat((angle, angle), dim=-1) for angle in (cos, sin))
-    if name == "halves_backwards":
+    if name == "halves_backwards":  # whose sines may differ: `inverse` would exchange them
         sin = -sin
-    pairs = name in NEIGHBOURS or name == "pairs_to_halves", name in NEIGHBOURS
+    inverse = name in ONE_ANGLE and "backwards" in name
+    turn = inverse, name in NEIGHBOURS or name.startswith("pairs_to_halves"), name in NEIGHBOURS
     if output.dtype != match.values["x"].dtype:  # autocast: angles are wider than queries
         x = x.to(output.dtype)
     if sequence == 1:
-        return ops.rope(x, cos, sin, False, *pairs)
+        return ops.rope(x, cos, sin, *turn)
     if output.is_contiguous():  # a transposed result would be copied
-        return ops.rope(x, cos, sin, False, *pairs, True)
-    return ops.rope(x.transpose(1, 2), cos, sin, False, *pairs).transpose(1, 2)
+        return ops.rope(x, cos, sin, *turn, True)
+    return ops.rope(x.transpose(1, 2), cos, sin, *turn).transpose(1, 2)
 
 
 rope = Rewrite(
@@ -202,12 +242,11 @@ rope = Rewrite(
         partial_of_all,
         halves_in_fp32,
         halves_backwards,
-        halves_of_chunks,
         pairs,
         pairs_in_fp32,
         pairs_widened,
         pairs_partial,
-        pairs_to_halves,
+        *SPELLED,
         interleaved,
         complex_numbers,
     ],

@@ -93,7 +93,7 @@ weights = chain("weights", _casts_or_drops)
 def check(match: Match, query, key, value, i, j, dim, dtype, number=-math.inf) -> None:
     if any(tensor.dim() != 4 for tensor in (query, key, value)):
         raise Reject("queries, keys or values are not [batch, heads, tokens, elements]")
-    if {i % 4, j % 4} != {2, 3} or dim not in (-1, 3):
+    if (i, j) != (2, 3) or dim != -1:
         raise Reject("softmax is not over the keys of scores of queries and transposed keys")
     if _scale(match) <= 0:
         raise Reject(f"scores are scaled by {_scale(match)}, for which the kernels give NaN")

@@ -525,8 +525,8 @@ FAMILIES = [
         huggingface("NanoChat"),
         LLAMA
         | dict(
-            add_rms_norm="norms have no weights",
-            rms_norm=4 * n + 2,
+            add_rms_norm=2 * n,
+            rms_norm=2 * n + 2,
             tiled_mlp=RELU_SQUARED,
             swiglu=RELU_SQUARED,
         ),

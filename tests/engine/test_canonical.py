@@ -63,7 +63,23 @@ SAME = {
     "silu": lambda x, w: (F.silu(x), F.silu(x, inplace=False), F.silu(input=x)),
     "gelu": lambda x, w: (F.gelu(x), F.gelu(x, approximate="none")),
     "add": lambda x, w: (x + 1.0, torch.add(x, 1.0), x.add(1.0)),
-    "transpose": lambda x, w: (x.transpose(1, 2), torch.transpose(x, 1, 2)),
+    "transpose": lambda x, w: (
+        x.transpose(1, 2),
+        torch.transpose(x, 1, 2),
+        x.transpose(-1, -2),
+        x.transpose(2, dim1=1),
+    ),
+    "the last dimension": lambda x, w: (x.softmax(-1), F.softmax(x, 2), torch.softmax(x, dim=2)),
+    "another dimension": lambda x, w: (x.mean(1, True), x.mean(-2, keepdim=True)),
+    "concatenation": lambda x, w: (
+        torch.cat((x, x), -1),
+        torch.cat([x, x], dim=2),
+        torch.concat(tensors=(x, x), dim=-1),
+        torch.concatenate((x, x), 2),
+    ),
+    "the first dimension": lambda x, w: (torch.cat((x, x)), torch.cat((x, x), -3)),
+    "stack": lambda x, w: (torch.stack((x, x), -1), torch.stack((x, x), 3)),
+    "the only dimension": lambda x, w: (lambda v: (v.softmax(0), v.softmax(-1)))(x[0, 0]),
 }
 
 
@@ -106,6 +122,31 @@ EFFECTIVE = {
 def test_what_does_something_is_kept(case):
     view, (y,) = traced(lambda x: EFFECTIVE[case](x) + 1, X)
     assert view.resolve(y.args[0]).op != "placeholder"
+
+
+def test_parts_of_one_dimension():
+    def fn(x):
+        chunks = x.chunk(2, 2)[0], x.chunk(2, -1)[0], torch.chunk(x, 2, dim=2)[0]
+        split = x.split(2, 2)[0], x.split(2, -1)[0], torch.split(x, 2, dim=2)[0]
+        return *chunks, *split, x.unbind(2)[0], torch.unbind(x, -1)[0], x.unbind()[0]
+
+    view, nodes = traced(fn, X)
+    parts = [view.expr(view.expr(node).args[0]) for node in nodes]
+    assert parts[0] == parts[1] == parts[2] and parts[3] == parts[4] == parts[5]
+    assert parts[6] == parts[7] != parts[8]
+
+
+def test_dimensions_that_differ():
+    def fn(x):
+        stacked = torch.stack((x, x)), torch.stack((x, x), 2), torch.stack((x, x), 3)
+        joined = torch.cat((x, x)), torch.cat((x, x), -2), torch.cat((x, x), 2)
+        turned = x.transpose(0, 1), x.transpose(0, 2), x.transpose(1, 2)
+        sums = x.sum(), x.sum(0), x.sum(-1), x.sum((0, 1)), x.sum(-1, True)
+        return *stacked, *joined, *turned, *sums, x[0, 0, 0].softmax(0)
+
+    view, nodes = traced(fn, X)
+    found = [repr(view.expr(node)) for node in nodes]
+    assert len(set(found)) == len(found)
 
 
 def test_slices_that_differ():

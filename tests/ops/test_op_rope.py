@@ -126,6 +126,7 @@ class TestHalves(RopeContract):
             ("pairs, partial inverse", {"part": 3, "batches": None}, (True, True, True)),
             ("unequal pairs", {"equal": False}, (False, True, True)),
             ("pairs to halves", {}, (False, True, False)),
+            ("pairs to halves, inverse", {}, (True, True, False)),
             ("halves to pairs, partial inverse", {"part": 2}, (True, False, True)),
             ("unequal, pairs to halves", {"equal": False}, (False, True, False)),
             ("heads first", {"seq": 2}, (False, False, False, True)),

@@ -116,6 +116,39 @@ def test_a_sum_of_two_dtypes_is_cast_as_torch_does(inputs):  # autocast
     torch.testing.assert_close(found.value, after(torchtune)(x.bfloat16(), r, w))
 
 
+def unweighted(x, _):
+    """nanochat's."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def unweighted_torchtune(x, _):
+    return F.rms_norm(x.float(), x.shape[-1:], eps=1e-5).to(x.dtype)
+
+
+def unweighted_huggingface(x, _):
+    f = x.float()
+    return (f * torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + 1e-5)).type_as(x)
+
+
+UNWEIGHTED = [unweighted, unweighted_torchtune, unweighted_huggingface]
+
+
+@pytest.mark.parametrize("norm", UNWEIGHTED, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_without_a_weight(norm, dynamic, inputs):
+    x, r = (t.bfloat16() for t in inputs[:2])
+    found = capture(after(norm), x, r, None, dynamic=dynamic)
+    assert found.reports[0].counts == {"add_rms_norm": 1}
+    torch.testing.assert_close(found.value, after(norm)(x, r, None))
+
+
+def test_without_a_weight_of_a_sum_of_two_dtypes(inputs):
+    x, r = inputs[0].bfloat16(), inputs[1]
+    found = capture(after(unweighted), x, r, None)
+    assert found.reports[0].counts == {"add_rms_norm": 1}
+    torch.testing.assert_close(found.value, after(unweighted)(x, r, None))
+
+
 def test_is_tried_before_rms_norm(inputs):
     (report,) = only(add_rms_norm, rms_norm)(after(torchtune), *inputs).reports
     assert report.counts == {"add_rms_norm": 1}
@@ -150,15 +183,6 @@ def test_refuses_a_number(inputs):
     assert_expected_inline(
         refusal(lambda x, w: torchtune(x + 1.0, w), x, w),
         """a number, 1.0, is added; the kernel adds two tensors""",
-    )
-
-
-def test_refuses_a_norm_without_a_weight(inputs):
-    def fn(x, r):
-        return torch.rms_norm(x + r, (H,), eps=1e-5)
-
-    assert_expected_inline(
-        refusal(fn, *inputs[:2]), """the norm has no weight; the kernel takes one"""
     )
 
 
@@ -231,6 +255,18 @@ def test_a_sum_that_is_written_to_afterwards(inputs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_numerics(spelling, dtype):
     no_worse_than_eager(after(spelling), after(exact(spelling)), SHAPES, "add_rms_norm", dtype)
+
+
+@pytest.mark.parametrize("norm", UNWEIGHTED[1:], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_numerics_without_a_weight(dtype, norm):
+    def fn(x, r):
+        return after(norm)(x, r, None)
+
+    def reference(x, r):
+        return F.rms_norm(x + r, x.shape[-1:], eps=1e-5).sin() + x + r
+
+    no_worse_than_eager(fn, reference, SHAPES[:2], "add_rms_norm", dtype)
 
 
 def test_numerics_under_inductor():

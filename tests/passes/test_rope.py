@@ -116,6 +116,46 @@ def gpt_oss(x, cos, sin):
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def nanochat_itself(x, cos, sin):
+    """On [b, s, h, d]. cos, sin: [b, s, d / 2]."""
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    half = x.shape[3] // 2
+    x1, x2 = x[..., :half], x[..., half:]
+    return torch.cat([x1 * cos + x2 * sin, x1 * (-sin) + x2 * cos], 3)
+
+
+def modded_nanogpt(x, cos, sin):
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    x1, x2 = x.to(dtype=torch.float32).chunk(2, dim=-1)
+    return torch.cat((x1 * cos + x2 * sin, x1 * (-sin) + x2 * cos), 3).type_as(x)
+
+
+def slices_by_elements(x, cos, sin):
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
+    half = x.shape[-1] // 2
+    x1, x2 = x[:, :, :, :half], x[:, :, :, half:]
+    return torch.concat((cos * x1 + sin * x2, -x1 * sin + x2 * cos), dim=3)
+
+
+def slices_forwards(x, cos, sin):
+    x, cos, sin = x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+    f = x.float()
+    x1, x2 = f[..., : x.size(-1) // 2], f[..., x.size(-1) // 2 :]
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos], dim=-1).to(x.dtype)
+
+
+def chunks_backwards(x, cos, sin):
+    x, cos, sin = x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+    x1, x2 = x.chunk(2, 3)
+    return torch.cat([x2 * sin + x1 * cos, x2 * cos - x1 * sin], dim=-1)
+
+
+def pairs_to_halves_backwards(x, cos, sin):
+    x, cos, sin = x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+    x1, x2 = x[..., 0::2], x[..., 1::2]
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
 def deepseek_v3(x, cos, sin):
     """cos, sin: [b, s, d], of which the left half counts. Neighbours become halves."""
     x = x.transpose(1, 2)
@@ -215,6 +255,15 @@ SPELLINGS = {
     "qwen2_5_vl": (qwen2_5_vl, sections_cache, "halves"),
     "gpt_oss": (gpt_oss, half_cache, "halves"),
     "gpt_oss_positions_of_each_sequence": (gpt_oss, lambda: half_cache(B), "halves"),
+    "nanochat_itself": (nanochat_itself, half_cache, "backwards"),
+    "nanochat_positions_of_each_sequence": (nanochat_itself, lambda: half_cache(B), "backwards"),
+    "modded_nanogpt": (modded_nanogpt, half_cache, "backwards"),
+    "slices_by_elements": (slices_by_elements, half_cache, "backwards"),
+    "slices_forwards": (slices_forwards, half_cache, "halves"),
+    "chunks_backwards": (chunks_backwards, half_cache, "backwards"),
+    "pairs_to_halves_backwards": (
+        pairs_to_halves_backwards, half_cache, "pairs_to_halves_backwards",
+    ),
     "deepseek_v3": (deepseek_v3, halves_cache, "pairs_to_halves"),
     "cohere": (cohere, neighbours_cache, "pairs"),
     "ernie": (ernie, halves_cache, "pairs"),
@@ -224,7 +273,8 @@ SPELLINGS = {
     "gptj_positions_of_each_sequence": (gptj, lambda: half_cache(B), "pairs"),
     "deepseek_v4_trailing": (deepseek_v4, lambda: half_cache(size=8), "trailing_pairs"),
 }  # fmt: skip
-# Heads first, and tables in the dtype of the model.
+CAST = [gptj, nanochat_itself, slices_by_elements]  # tables in the dtype of the model
+# Heads first, and such tables.
 HEADS_FIRST = [
     huggingface,
     huggingface_phi3,
@@ -232,6 +282,9 @@ HEADS_FIRST = [
     nanochat,
     qwen2_5_vl,
     gpt_oss,
+    slices_forwards,
+    chunks_backwards,
+    pairs_to_halves_backwards,
     deepseek_v3,
     cohere,
     ernie,
@@ -243,7 +296,7 @@ HEADS_FIRST = [
 def rotated(x, batch=1, size=D, convention="halves"):
     """The rotation itself: of element i with i + size / 2, or of 2i with 2i + 1."""
     a = angles(batch, size).to(x.dtype).unsqueeze(2)
-    if convention == "backwards":
+    if convention.endswith("backwards"):
         a = -a
     if convention == "trailing_pairs":
         rest, head = x[..., :-size], x[..., -size:]
@@ -254,7 +307,7 @@ def rotated(x, batch=1, size=D, convention="halves"):
     else:
         first, second = head[..., ::2], head[..., 1::2]
     parts = first * a.cos() - second * a.sin(), second * a.cos() + first * a.sin()
-    if convention in ("halves", "backwards", "pairs_to_halves"):
+    if convention not in ("pairs", "trailing_pairs", "interleaved"):
         return torch.cat((*parts, rest), -1)
     turned = torch.stack(parts, -1).flatten(-2)
     return torch.cat((rest, turned) if convention == "trailing_pairs" else (turned, rest), -1)
@@ -282,7 +335,7 @@ class Rotation(torch.nn.Module):
 def test_fires_once_on_every_spelling(case, dtype, dynamic, x):
     spelling, caches, convention = SPELLINGS[case]
     made = list(caches())
-    if spelling in (*HEADS_FIRST, gptj):
+    if spelling in (*HEADS_FIRST, *CAST):
         made = [t.to(dtype) for t in made]
     module = Rotation(spelling, made)  # sizes of heads and tables are constants, as in a model
     found = capture(module, x.to(dtype).flatten(2), dynamic=dynamic)
@@ -465,6 +518,51 @@ def test_refuses_a_cut_that_is_not_in_the_middle(x):
     )
 
 
+def halves_of(x, cos, sin, half=D // 2):
+    return x[..., :half], x[..., half:], cos.unsqueeze(2), sin.unsqueeze(2)
+
+
+def test_refuses_slices_of_unequal_width(x):
+    """Of one angle for all, which is broadcast."""
+
+    def fn(x, cos, sin):
+        x1, x2, cos, sin = halves_of(x[..., :3], cos, sin, 1)
+        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), -1)
+
+    assert_expected_inline(
+        refusal(fn, x, *(t[..., :1] for t in half_cache())),
+        """heads of 3 elements are cut at 1, expected in the middle""",
+    )
+
+
+def test_refuses_an_odd_number_of_elements(x):
+    def fn(x, cos, sin):
+        x1, x2 = x.chunk(2, dim=-1)
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+        return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin), -1)
+
+    assert_expected_inline(
+        refusal(fn, x[..., :3], *(t[..., :1] for t in half_cache())),
+        """heads of 3 elements are cut at 1, expected in the middle""",
+    )
+
+
+def test_refuses_tables_of_another_width(x):
+    cos, sin = (t[..., :1] for t in half_cache())
+    assert_expected_inline(
+        refusal(nanochat_itself, x, cos, sin),
+        """cos is [1, 5, 1, 1] for an input of [2, 5, 3, 12], expected [b, s, 1, 6] or [b, 1, s, 6] with b or 1 in front""",
+    )
+
+
+def test_refuses_trained_sines_of_slices(x):
+    cos, sin = half_cache()
+    assert_expected_inline(
+        refusal(nanochat_itself, x, cos, sin.requires_grad_()),
+        """sin is trained; the kernel has no gradient for it""",
+    )
+
+
 def test_refuses_angles_that_differ_in_shape(x):
     cos, sin = halves_cache()
     assert_expected_inline(
@@ -611,6 +709,42 @@ def test_leaves_neighbours_of_another_tensor(x):
     nothing(fn, x, x.clone(), *neighbours_cache())
 
 
+WRONG = {
+    "no minus": lambda a, b, cos, sin: (a * cos + b * sin, b * cos + a * sin),
+    "two minuses": lambda a, b, cos, sin: (a * cos - b * sin, b * cos - a * sin),
+    "minus of minus": lambda a, b, cos, sin: (a * cos + b * sin, b * cos + -a * -sin),
+    "the other half": lambda a, b, cos, sin: (b * cos + a * sin, a * cos - b * sin),
+    "one half twice": lambda a, b, cos, sin: (a * cos + b * sin, a * cos - a * sin),
+    "cosine and sine change places": lambda a, b, cos, sin: (a * cos + b * sin, b * sin - a * cos),
+    "another sine": lambda a, b, cos, sin: (a * cos + b * sin, b * cos - a * (sin + 1)),
+    "three parts": lambda a, b, cos, sin: (a * cos + b * sin, b * cos - a * sin, a),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_leaves_halves_that_are_not_turned(case, x):
+    def fn(x, cos, sin):
+        return torch.cat(WRONG[case](*halves_of(x, cos, sin)), -1)
+
+    nothing(fn, x, *half_cache())
+
+
+def test_leaves_halves_joined_in_another_dimension(x):
+    def fn(x, cos, sin):
+        a, b, cos, sin = halves_of(x, cos, sin)
+        return torch.cat((a * cos + b * sin, b * cos - a * sin), 2)
+
+    nothing(fn, x, *half_cache())
+
+
+def test_leaves_parts_that_overlap(x):
+    def fn(x, cos, sin):
+        a, b, cos, sin = x[..., :6], x[..., 5:11], cos.unsqueeze(2), sin.unsqueeze(2)
+        return torch.cat((a * cos + b * sin, b * cos - a * sin), -1)
+
+    nothing(fn, x, *half_cache())
+
+
 def test_leaves_every_third_element(x):
     def fn(x, cos, sin):
         x = x.transpose(1, 2)
@@ -670,7 +804,7 @@ def check_numerics(case, dtype, inner):
     batch = B if case.endswith(("packed", "of_each_sequence")) else 1
     size = 8 if case.endswith(("partial", "trailing")) else D
     transposed = spelling in HEADS_FIRST
-    if spelling in (*HEADS_FIRST, gptj):  # its models cast the tables
+    if spelling in (*HEADS_FIRST, *CAST):
         made = [t.to(dtype) for t in made]
 
     def exact(x):
