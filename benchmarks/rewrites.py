@@ -269,8 +269,8 @@ def runs_before(device: torch.device) -> Row:
     entry = json.loads(TABLE.read_text()).get(architecture_of(device))
     if entry and entry["versions"] != versions():
         raise ValueError(
-            f"{TABLE.name} is of {entry['versions']}; nothing can be added to it with {versions()}, "
-            "only --write makes it anew"
+            f"{TABLE.name} is of {entry['versions']}; nothing can be added to it with "
+            f"{versions()}, only --write makes it anew"
         )
     return entry or NO_RUNS
 

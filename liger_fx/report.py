@@ -101,11 +101,11 @@ class Report:
     """The outcome for one compiled graph.
 
     seconds: time spent on matching and rewriting. nodes: size of the graph as Dynamo made it.
-    skipped: what was not looked into, a sentence each, and where. breaks: why Dynamo ended the graph
-    before the end of the compiled function, and where; the rest is in other graphs. deferred: the
-    projections whose logits are returned, and computed when they are read. modules: those that run
-    this graph, where they were compiled one by one. note: what the program around the graph leaves
-    out, if that is known.
+    skipped: what was not looked into, a sentence each, and where. breaks: why Dynamo ended the
+    graph before the end of the compiled function, and where; the rest is in other graphs. deferred:
+    the projections whose logits are returned, and computed when they are read. modules: those that
+    run this graph, where they were compiled one by one. note: what the program around the graph
+    leaves out, if that is known.
     """
 
     replacements: list[Replacement] = field(default_factory=list)
