@@ -27,7 +27,6 @@ import itertools
 import json
 import os
 import random
-import re
 import shlex
 import statistics
 import sys
@@ -52,6 +51,7 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from liger_fx import rewrite_graph
 from liger_fx.options import INNER
+from liger_fx.own_table import as_text
 from liger_fx.policy import Row as TableRow
 from liger_fx.policy import architecture_of, pays, table
 
@@ -312,18 +312,6 @@ def with_speeds(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
 
 def case_of(row: Row) -> list[Any]:
     return [row[key] for key in ("model", "form", "checkpoint", "inner")]
-
-
-def as_text(entries: dict[str, Any]) -> str:
-    """JSON with one row a line, and numbers no finer than they can be measured."""
-    rounded = json.loads(json.dumps(entries), parse_float=lambda number: round(float(number), 4))
-    text = json.dumps(rounded, indent=1)
-
-    def on_one_line(found: re.Match[str]) -> str:
-        words = " ".join(found[1].split())
-        return f"{{{words.replace('[ ', '[').replace(' ]', ']')}}}"
-
-    return re.sub(r'{\s+("speeds"[^}]*?)\s+}', on_one_line, text) + "\n"
 
 
 PLACES = {

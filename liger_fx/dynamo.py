@@ -15,6 +15,7 @@ from torch import fx
 from torch._dynamo.utils import counters
 
 from liger_fx import inner
+from liger_fx.frame import graph_break
 from liger_fx.measure import measured
 from liger_fx.options import ForTheUser, parse
 from liger_fx.passes import DEFAULT
@@ -114,6 +115,7 @@ class Backend:
             )
             deferrals = defer(gm, returned)
             report.deferred = [deferral.place for deferral in deferrals]
+            report.breaks = list(filter(None, [graph_break(gm)]))
             report.note = _note()
         except Exception as error:
             reason = internal_error(error, "leaves a graph as it is", options.strict)

@@ -8,6 +8,7 @@ part (torch/_dynamo/backends/distributed.py).
 from __future__ import annotations
 
 import operator
+import os
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -17,11 +18,14 @@ from torch import fx
 from torch._dynamo.backends.distributed import DDPOptimizer, SubmodCompiler
 
 from liger_fx.effects import nodes_in
+from liger_fx.report import Place
 
 PART = (
     "the graph is a part of a larger one (split by DDPOptimizer? "
     "torch._dynamo.config.optimize_ddp = False leaves it whole)"
 )
+
+_NO_REASONS = ("step_unsupported",)  # Dynamo's word where it unwinds several frames
 
 
 def is_part(gm: Any) -> bool:
@@ -44,6 +48,20 @@ def goes_on(gm: Any, value: fx.Node) -> str:
             return PART
         reason = whole.compile_subgraph_reason
     return "the function goes on after this graph" if reason.graph_break else ""
+
+
+def graph_break(gm: Any) -> tuple[str, Place] | None:
+    """Why Dynamo ended ``gm`` before the end of the compiled function, and where; None if it did
+    not, or does not say."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break or not reason.user_stack or is_part(gm):
+        return None
+    frame = reason.user_stack[-1]
+    source = f"{os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}"
+    why = reason.reason.split("\n")[0]
+    if why in _NO_REASONS:
+        why = "Dynamo goes on in another graph; TORCH_LOGS=graph_breaks says why"
+    return why, Place(source=source)
 
 
 def outputs(graph: fx.Graph) -> list[fx.Node]:

@@ -49,12 +49,19 @@ class LigerFxCallback(TrainerCallback):
         self._backend = backend(**options)
 
     def on_init_end(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
-        trained["model"].compile(backend=self._backend)
+        self._compile(trained["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
         # With ``model_init``, ``train()`` has made a new model.
         if trained["model"]._compiled_call_impl is None:
-            trained["model"].compile(backend=self._backend)
+            self._compile(trained["model"])
+
+    def _compile(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and module.loss_type is None:
+                # transformers would take this one, with a log line, at which Dynamo ends the graph.
+                module.loss_type = "ForCausalLM"
+        model.compile(backend=self._backend)
 
 
 @dataclass

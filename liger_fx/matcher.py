@@ -81,7 +81,7 @@ class Miss(NamedTuple):
 
 # A pattern that got no further than these was not near anything.
 _EVERYWHERE = frozenset({"add", "sub", "mul", "div", "neg", "cat", "getitem", "reshape", "cast"})
-_EVERYWHERE |= {"sum", "linear", "transpose", "scaled_dot_product_attention"}
+_EVERYWHERE |= {"sum", "linear", "matmul", "transpose", "scaled_dot_product_attention"}
 
 
 def size(term: Term) -> int:

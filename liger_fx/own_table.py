@@ -1,9 +1,9 @@
 """``python -m liger_fx measure``: a table of this GPU, for ``policy="auto"`` to decide by.
 
 Decoder layers in plain PyTorch, with random weights in bf16 and the sizes of real models: one layer
-in a graph, and under Inductor two, checkpointed or not. And the loss on logits. Each rewrite is
-made alone and compared with none, as ``policy="measure"`` compares them; the median of all runs
-counts. The table has the format of liger_fx/measured.json.
+in a graph, and under Inductor two, checkpointed or not. The loss on logits, and a trained
+embedding. Each rewrite is made alone and compared with none, as ``policy="measure"`` compares them;
+the median of all runs counts. The table has the format of liger_fx/measured.json.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from liger_fx import __version__, policy
 from liger_fx.measure import copied, measure_anew, write_at_once
 from liger_fx.options import INNER, OptionError, Options
 from liger_fx.passes import DEFAULT
-from liger_fx.policy import Row, architecture_of, form_of, own_table
+from liger_fx.policy import Row, architecture_of, own_table
 from liger_fx.rewrite import rewrite_graph
 
 LOGITS = (4096, 128_256)
+TABLE = (128_256, 2048)
 
 
 class CannotMeasure(ValueError):
@@ -143,26 +144,35 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels)
 
 
+GRAPHS = {
+    "layers": "one layer",
+    "step": "two layers",
+    "loss": "the loss",
+    "embedding": "an embedding",
+}
+
+
 class Case(NamedTuple):
-    """One graph under one compiler. layers: how many of ``model``'s are in it; 0 for the loss."""
+    """One graph under one compiler. form: which of `GRAPHS`, as in a table's rows."""
 
     model: str
-    layers: int
+    form: str
     checkpoint: bool
     inner: str
 
     def __str__(self) -> str:
-        graph = {0: "the loss", 1: "one layer"}.get(self.layers, f"{self.layers} layers")
-        return ", ".join([self.model, graph, *["in checkpoints"] * self.checkpoint, self.inner])
+        recomputed = ["in checkpoints"] * self.checkpoint
+        return ", ".join([self.model, GRAPHS[self.form], *recomputed, self.inner])
 
 
 def cases(inners: Sequence[str] = INNER) -> Iterator[Case]:
     """Without Inductor the number of layers makes no difference."""
     for inner in inners:
-        for layers in (1, 2) if inner == "inductor" else (1,):
+        for form in ("layers", "step") if inner == "inductor" else ("layers",):
             for model, recomputed in itertools.product(MODELS, (True, False)):
-                yield Case(model, layers, recomputed, inner)
-        yield Case(f"logits {list(LOGITS)}", 0, False, inner)
+                yield Case(model, form, recomputed, inner)
+        yield Case(f"logits {list(LOGITS)}", "loss", False, inner)
+        yield Case(f"table {list(TABLE)}", "embedding", False, inner)
 
 
 def _built(
@@ -170,14 +180,17 @@ def _built(
 ) -> tuple[Callable[..., Tensor], Sequence[Tensor]]:
     """What is compiled, and what it is called with."""
     how: Any = {"dtype": torch.bfloat16, "device": device}
-    if not case.layers:
+    if case.form == "embedding":
+        tokens = torch.randint(TABLE[0], (batch, seq), device=device)
+        return F.embedding, [tokens, torch.randn(TABLE, requires_grad=True, **how)]
+    if case.form == "loss":
         labels = torch.randint(LOGITS[1], LOGITS[:1], device=device)
         return _loss, [torch.randn(LOGITS, requires_grad=True, **how), labels]
     sizes = MODELS[case.model]
     hidden = torch.randn(batch, seq, sizes.hidden, requires_grad=True, **how)
     angles = torch.outer(torch.arange(seq), 1e4 ** -torch.linspace(0, 1, sizes.head // 2))
     angles = torch.cat((angles, angles), dim=-1)[None, None]
-    model = Decoder(sizes, case.layers, case.checkpoint).to(**how)
+    model = Decoder(sizes, 2 if case.form == "step" else 1, case.checkpoint).to(**how)
     return model, [hidden, angles.cos().to(**how), angles.sin().to(**how)]
 
 
@@ -198,9 +211,8 @@ def measured(case: Case, batch: int, seq: int, device: torch.device) -> list[Row
             for rewrite in DEFAULT
             for made in rewrite_graph(copied(gm), [rewrite]).replacements
         }
-        form = form_of(gm) if case.layers else "loss"
         for name, found in measure_anew(gm, example_inputs, DEFAULT, options).items():
-            place = (name, patterns[name], case.inner, case.checkpoint, case.model, form)
+            place = (name, patterns[name], case.inner, case.checkpoint, case.model, case.form)
             rows.append(Row(found.speed, found.memory, *place))
         return gm.forward
 

@@ -101,16 +101,18 @@ class Report:
     """The outcome for one compiled graph.
 
     seconds: time spent on matching and rewriting. nodes: size of the graph as Dynamo made it.
-    skipped: what was not looked into, a sentence each, and where. deferred: the projections whose
-    logits are returned, and computed when they are read. modules: those that run this graph, where
-    they were compiled one by one. note: what the program around the graph leaves out, if that is
-    known.
+    skipped: what was not looked into, a sentence each, and where. breaks: why Dynamo ended the graph
+    before the end of the compiled function, and where; the rest is in other graphs. deferred: the
+    projections whose logits are returned, and computed when they are read. modules: those that run
+    this graph, where they were compiled one by one. note: what the program around the graph leaves
+    out, if that is known.
     """
 
     replacements: list[Replacement] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
     skipped: list[tuple[str, Place]] = field(default_factory=list)
+    breaks: list[tuple[str, Place]] = field(default_factory=list)
     deferred: list[Place] = field(default_factory=list)
     modules: list[str] = field(default_factory=list)
     nodes: int = 0
@@ -165,6 +167,7 @@ class Report:
         ]
         rows += [(m.rewrite, "no match", _near(m), m.place) for m in self.near_misses]
         rows += [("", "skipped", what, place) for what, place in self.skipped]
+        rows += [("graph", "breaks", why, place) for why, place in self.breaks]
         rows += [
             ("logits", "deferred", "they are returned: computed when read", place)
             for place in self.deferred

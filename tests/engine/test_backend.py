@@ -154,6 +154,21 @@ def test_report_as_text_and_json(model, args, caplog):
     assert report.nodes > 5 and 0 < report.seconds < 5
 
 
+def test_a_graph_break_is_reported_where_it_is():
+    def fn(h, w, y):
+        logits = h @ w.T
+        torch._dynamo.graph_break()
+        return F.cross_entropy(logits, y)
+
+    liger_fx.clear_reports()
+    given = torch.randn(N, H), torch.randn(V, H), torch.randint(0, V, (N,))
+    torch.compile(fn, backend="liger_fx", options={"inner": "eager"})(*given)
+    ((why, place),) = liger_fx.Report.merged(liger_fx.reports()).breaks
+    assert why == "Call to `torch._dynamo.graph_break()`"
+    assert place.source.startswith("test_backend.py:") and place.source.endswith(" in fn")
+    assert f"graph  breaks    {why}  [{place}]" in str(liger_fx.reports()[0])
+
+
 def test_counters_of_torch(model, args):
     counters.clear()
     torch.compile(model, backend="liger_fx", options={"inner": "eager"})(*args)

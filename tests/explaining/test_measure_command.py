@@ -26,6 +26,7 @@ def on_an_l4(monkeypatch, tmp_path):
     monkeypatch.setattr(own_table, "architecture_of", lambda device: "sm89")
     monkeypatch.setattr(own_table, "MODELS", {"tiny": TINY})
     monkeypatch.setattr(own_table, "LOGITS", (4, 8))
+    monkeypatch.setattr(own_table, "TABLE", (16, 8))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "NVIDIA L4")
     monkeypatch.setattr("liger_fx.measure.SECONDS", 0.0)
 
@@ -87,19 +88,18 @@ def test_several_runs_of_a_row_are_its_speeds(on_an_l4, tmp_path):
     measure("--write", str(tmp_path / "t"), "--runs", "3")
     rows = json.loads((tmp_path / "t").read_text())["sm89"]["rows"]
     assert all(len(row["speeds"]) == 3 for row in rows)
-    assert len(rows) == 2 * len(MADE) + 1
+    assert len(rows) == 2 * len(MADE) + 2  # the loss and an embedding
 
 
 def test_two_layers_are_a_step(on_an_l4):
-    case = own_table.Case("tiny", 2, True, "aot_eager")
+    case = own_table.Case("tiny", "step", True, "aot_eager")
     rows = own_table.measured(case, 2, 8, torch.device("cpu"))
     assert {row.rewrite for row in rows} == MADE
     assert {(row.form, row.checkpoint) for row in rows} == {("step", True)}
 
 
 def test_the_cases_are_of_all_the_kinds_in_the_shipped_table():
-    forms = {0: "loss", 1: "layers", 2: "step"}
-    found = {(case.inner, case.checkpoint, forms[case.layers]) for case in own_table.cases()}
+    found = {(case.inner, case.checkpoint, case.form) for case in own_table.cases()}
     rows = policy.table()["sm90"].rows
     assert {(row.inner, row.checkpoint, row.form) for row in rows} <= found
 

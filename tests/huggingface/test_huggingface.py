@@ -331,3 +331,21 @@ def test_sft_trainer(args, tmp_path):
     found = liger_fx.Report.merged(liger_fx.reports())
     assert "linear_cross_entropy" not in found.counts and not found.deferred
     assert {"rope", "tiled_mlp", "add_rms_norm"} <= found.counts.keys()
+
+
+def test_the_callback_names_the_loss_of_gpt2():
+    """transformers looks for a name in that of the class, and logs that it has found none: there
+    Dynamo would end the graph."""
+    sizes = dict(n_embd=32, n_layer=1, n_head=4, vocab_size=67, n_positions=32)
+    off = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
+    ids = dict(bos_token_id=1, eos_token_id=2)
+    config = transformers.GPT2Config(**sizes, **off, **ids)
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    tokens = torch.randint(0, 67, (2, 16))
+    expected = model(input_ids=tokens, labels=tokens).loss
+    torch._dynamo.reset()
+    liger_fx.clear_reports()
+    LigerFxCallback(policy="all", inner="aot_eager").on_init_end(None, None, None, model=model)
+    torch.testing.assert_close(model(input_ids=tokens, labels=tokens).loss, expected)
+    (report,) = liger_fx.reports()
+    assert report.counts["linear_cross_entropy"] == 1 and report.breaks == []
