@@ -7,7 +7,7 @@ BIN := .venv/bin
 export TORCHAO_FORCE_SKIP_LOADING_SO_FILES = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint format docs build install-test clean
+.PHONY: demo test test-torch lint format docs build install-test clean
 
 demo: .venv/installed
 	@$(BIN)/python examples/finetune_docstrings.py
@@ -15,6 +15,16 @@ demo: .venv/installed
 # Whoever is done takes tests from another: as a whole, the longest files would leave a core idle.
 test: lint
 	$(BIN)/pytest -q -n auto --dist worksteal
+
+# The suite with another torch, and with whatever Python is named, in an environment of its own. Whatever
+# depends on the torch is left to pip, or is named too: TORCH="torch==2.11.0 numpy==2.3.5".
+test-torch: VENV = build/$(subst ==,-,$(firstword $(TORCH)))-$(notdir $(PYTHON))
+test-torch:
+	@$(PYTHON) -m venv $(VENV)
+	@grep -v -E "^(torch|triton|numpy|setuptools)==" constraints.txt > $(VENV)/others.txt
+	@$(VENV)/bin/pip install -qq "pip>=25.1"
+	@$(VENV)/bin/pip install -qq -c $(VENV)/others.txt $(TORCH) -e ".[torchtune,huggingface]" --group test
+	$(VENV)/bin/pytest -q -n auto --dist worksteal $(TESTS)
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -14,6 +14,10 @@ from torch import Tensor
 
 from liger_fx.ops.library import differentiable, kernel, once_differentiable
 
+# Whether the gradient passes where a value is at its limit. Eager's does not from torch 2.14 on
+# (https://github.com/pytorch/pytorch/pull/191142); in bf16 such values are common.
+PASSES_AT_THE_LIMIT = torch.__version__ < "2.14"
+
 # -- plain PyTorch --------------------------------------------------------------------------------
 
 
@@ -39,7 +43,8 @@ def _backward_torch(
 ) -> Tensor:
     out = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     gate, up = _gate_and_up(_wide(gate_up), interleaved)
-    free, kept = gate <= limit, (up >= -limit) & (up <= limit)
+    below = torch.le if PASSES_AT_THE_LIMIT else torch.lt
+    free, kept = below(gate, limit), below(up.abs(), limit)
     gate, up, upstream = gate.clamp(max=limit), up.clamp(-limit, limit), _wide(grad)
     sigmoid = torch.sigmoid(gate * alpha)
     act = gate * sigmoid

@@ -13,7 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from liger_fx.ops.clamped_swiglu import PASSES_AT_THE_LIMIT
+
 _BLOCK = 4096
+_PASSES_AT_THE_LIMIT = tl.constexpr(PASSES_AT_THE_LIMIT)
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "clamped_silu": 3}
 
@@ -177,11 +180,15 @@ def _parts(gate, up, alpha, limit, ACTIVATION: tl.constexpr):
             u = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)  # 2 sqrt(2 / pi)
             du = 1.5957691216057308 * (1.0 + 0.134145 * gate * gate)
         elif ACTIVATION == 3:
-            free = gate <= limit
+            if _PASSES_AT_THE_LIMIT:
+                free = gate <= limit
+                kept = tl.abs(up) <= limit
+            else:
+                free = gate < limit
+                kept = tl.abs(up) < limit
             gate = tl.where(gate > limit, limit, gate)  # nan stays nan
             u = alpha * gate
             du = alpha
-            kept = (up >= -limit) & (up <= limit)
             factor = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up)) + 1.0
         else:
             u = gate

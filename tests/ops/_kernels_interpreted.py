@@ -113,6 +113,11 @@ def test_as_plain_pytorch(case, shape, dtype):
     check_kernels(case.fused, case.make(shape, dtype))
 
 
+def test_a_clamp_at_its_limits():
+    gate_up = torch.tensor([7.0, -7.0, 7.0, -7.0], requires_grad=True)
+    check_kernels(lambda t: ops.clamped_swiglu(t, 1.702, 7.0, False), [gate_up])
+
+
 @pytest.mark.parametrize("layout", ["transposed heads", "back to front", "expanded"])
 @pytest.mark.parametrize(("case", "shape"), CASES, ids=str)
 def test_layouts(case, shape, layout):

@@ -93,6 +93,18 @@ class TestGated(Contract):
     BIG = (2**31 // 8192 + 3, 8192)
 
 
+@pytest.mark.parametrize("limit", [7.0, 0.0])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_gradients_at_the_limits_of_a_clamp(interleaved, limit):
+    """As in eager, whose convention differs between versions of torch."""
+    gate_up = torch.tensor([limit, -limit, limit, -limit], device=DEVICE, requires_grad=True)
+    gradients = [
+        torch.autograd.grad(act(gate_up, 1.702, limit, interleaved).sum(), gate_up)
+        for act in (ops.clamped_swiglu, clamped_swiglu)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
 # -- the backward writes over its inputs where it may ---------------------------------------------
 #
 # An MLP whose projections a checkpoint recomputes, or not, compiled by Inductor.
