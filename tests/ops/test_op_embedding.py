@@ -43,8 +43,8 @@ class TestEmbedding(Contract):
 
     @pytest.mark.gpu
     def test_more_than_two_billion_elements(self, first_case):  # A28
-        if torch.cuda.mem_get_info()[0] < 64 << 30:
-            pytest.skip("needs 64 GiB")
+        if torch.cuda.mem_get_info()[0] < 16 << 30:  # table, gradient, and where that is not zero
+            pytest.skip("needs 16 GiB")
         rows = self.BIG[0]
         weight = torch.randn(self.BIG, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
         indices = torch.tensor([0, 1, rows - 2, rows - 1, rows - 1], device=DEVICE)
