@@ -28,6 +28,9 @@ from liger_fx.ops.tokens import valid_tokens
 # the GEMMs gain nothing; below it each chunk's pass over the fp32 weight gradient begins to show.
 LOGITS_BUDGET = {"cuda": 1 << 30, "cpu": 64 << 20}
 _UNIT = 128  # tokens
+# Tokens of a chunk that are never too many beside the sum of the weight's gradient: with fewer its
+# reading and writing shows.
+_FREE = 1024
 
 
 @dataclass(frozen=True)
@@ -178,26 +181,31 @@ def kept_dtype(dtype: torch.dtype) -> torch.dtype:
 def chunk_size(
     tokens: int, itemsize: int, head: Head, wanted: Wanted, chunk_tokens: int = 0
 ) -> int:
-    """Tokens of a chunk: ``chunk_tokens`` if positive, or else by budget and as equal as they come.
-    itemsize: bytes for each logit."""
+    """Tokens of a chunk: ``chunk_tokens`` if positive, or else by budget and as equal as they come;
+    its logits take no more than the sum of the weight's gradient, with which they make the peak of
+    a head's memory. itemsize: bytes for each logit."""
     if chunk_tokens > 0:
         return chunk_tokens
     most = chunk_tokens_for(head.vocab, itemsize, head.x.device.type)
-    if tokens <= most or _fits_one_chunk(tokens, itemsize, head, wanted):
+    if wanted.weight:
+        as_large = head.x.shape[1] * wanted.accum_dtype.itemsize // head.x.element_size()
+        most = min(most, max(_FREE, as_large // _UNIT * _UNIT))
+    if tokens <= most or _fits_one_chunk(tokens, itemsize, head, wanted, most):
         return max(1, tokens)
     chunks = -(-tokens // most)
     return -(-tokens // chunks // _UNIT) * _UNIT
 
 
-def _fits_one_chunk(tokens: int, itemsize: int, head: Head, wanted: Wanted) -> bool:
+def _fits_one_chunk(tokens: int, itemsize: int, head: Head, wanted: Wanted, most: int) -> bool:
     """One chunk needs no sum of its own beside the gradient of the weight. So its logits may take
-    what chunks and that sum would, over the gradient, at their peak: before or after it is cast."""
+    what chunks of ``most`` tokens and that sum would, over the gradient, at their peak: before or
+    after it is cast."""
     if not wanted.weight or wanted.accum_dtype == head.x.dtype:
         return False
     gradient = head.weight.numel() * head.x.element_size()
     total = head.weight.numel() * wanted.accum_dtype.itemsize
-    allowed = total + max(0, _budget(head.x.device.type) - gradient)
-    return tokens * head.vocab * itemsize <= allowed
+    of_token = head.vocab * itemsize
+    return tokens * of_token <= total + max(0, most * of_token - gradient)
 
 
 def allocate(

@@ -706,6 +706,22 @@ def test_one_chunk_where_its_logits_take_no_more_than_the_sum_that_it_needs_not(
     assert size(512, input=True) == 128
 
 
+def test_logits_take_no_more_than_the_sum_of_the_weights_gradient(monkeypatch):
+    monkeypatch.setitem(chunked_head.LOGITS_BUDGET, "cpu", 1 << 30)
+
+    def size(hidden, dtype=torch.bfloat16, **wanted):
+        x, weight = (torch.empty(n, hidden, dtype=dtype, device="meta") for n in (16384, 65536))
+        head = chunked_head.Head(x, weight, None)
+        return chunked_head.chunk_size(
+            len(x), x.element_size(), head, chunked_head.Wanted(**wanted)
+        )
+
+    assert size(1024, weight=True) == 2048
+    assert size(1024, weight=True, dtype=torch.float32) == 1024
+    assert size(64, weight=True) == 1024
+    assert size(1024, input=True) == 8192
+
+
 @HEADS
 def test_no_tensor_exceeds_a_chunk_of_logits(head):
     case = replace(head, weights="each")
