@@ -314,7 +314,8 @@ def _backward_of(
 ) -> Gradients:
     if not query.numel():
         return tuple(_sequence_first(torch.zeros_like(x)) for x in (query, key, value))  # type: ignore[return-value]
-    # In another layout than the output's the gradient of cuDNN's is wrong (torch 2.11, H100).
+    # Always in one layout: PyTorch keeps cuDNN's plan of a backward for shapes whatever the strides
+    # of ``grad``, and what a plan for other strides gives is wrong (torch 2.11, H100).
     grad = _sequence_first(grad)
     padded = call.after is not None or call.hides_rows
     own = grad * (call.rows == Row.VALID) if padded else grad

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from _util import CUDA, DEVICE, capture, gradients, only, reasons, relative_error, show
 from expecttest import assert_expected_inline
 from liger_fx.passes import attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 import liger_fx
@@ -323,8 +324,12 @@ def layers(make, wrap=lambda layer, *args: layer(*args)):
 
 
 def assert_same_gradients(compiled, run, tensors):
-    found = (gradients(lambda *t, f=f: f(*t).sum(), *tensors) for f in (compiled, run))
-    for actual, expected in zip(*found, strict=True):
+    actual_ones = gradients(lambda *t: compiled(*t).sum(), *tensors)
+    # Not by cuDNN's attention: it keeps a plan for shapes whatever the strides of the gradient,
+    # which are those of another test's here. What it gives then is wrong (torch 2.11, H100).
+    with sdpa_kernel(SDPBackend.MATH):
+        expected_ones = gradients(lambda *t: run(*t).sum(), *tensors)
+    for actual, expected in zip(actual_ones, expected_ones, strict=True):
         tolerance = {"atol": 0.1, "rtol": 2e-2} if CUDA else {}
         torch.testing.assert_close(actual, expected, **tolerance)
 
