@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -72,18 +72,33 @@ def stock_layers(model: TransformerDecoder, args: Args) -> None:
         checkpointed(model)
 
 
-def fused_layers(model: TransformerDecoder, args: Args) -> None:
-    """Layers as liger_fx's recipes prepare them: the checkpoint inside of what is compiled."""
+def fused_layers(model: TransformerDecoder, args: Args, *, of_labels: bool = False) -> None:
+    """Layers as liger_fx's recipes prepare them: the checkpoint inside of what is compiled.
+    of_labels: a loss reads the hidden states of labelled tokens alone, so that padding may be left
+    out; the model needs `unpadded_mask` then."""
     from liger_fx.torchtune import compile_layers
+    from liger_fx.torchtune.unpadding import leave_out_padding
 
     if args.checkpoint:
         checkpointed(model)
-    compile_layers(model, padded_batches(args))
+    leaves_out = args.padded and of_labels
+    reason = leave_out_padding([model], [], torch.bfloat16) if leaves_out else ""
+    if reason:
+        raise RuntimeError(f"padding goes through the layers: {reason}")
+    compile_layers(model, {} if leaves_out else padded_batches(args))
 
 
 def padded_batches(args: Args) -> dict[str, Any]:
-    """What torchtune's recipes tell liger_fx of batches that are not packed."""
+    """What liger_fx has to be told of padded batches that keep their padding."""
     return {"tiled_mlp.skip_padding": True} if args.padded else {}
+
+
+@cache
+def unpadded_mask(labels: Tensor) -> Tensor:
+    """The mask that the recipes' loaders make of a batch: once, since its making is not timed."""
+    from liger_fx.torchtune.unpadding import tokens_before_last_label
+
+    return tokens_before_last_label(labels.cpu(), IGNORE).to(labels.device)
 
 
 def hidden_states(model: TransformerDecoder, args: Args) -> TransformerDecoder:
@@ -96,14 +111,16 @@ def hidden_states(model: TransformerDecoder, args: Args) -> TransformerDecoder:
 # -- steps -----------------------------------------------------------------------------------------
 
 
-def recipe_loss(model: TransformerDecoder, loss_fn: Loss, rows: int) -> LossStep:
+def recipe_loss(
+    model: TransformerDecoder, loss_fn: Loss, rows: int, mask: Callable[[Tensor], Any] | None = None
+) -> LossStep:
     """``_loss_step`` of torchtune's recipes; the column of ignored labels outlives the step there
-    as well."""
+    as well. mask: makes the model's of the labels."""
     device = next(model.parameters()).device
     ignored_column = torch.full((rows, 1), IGNORE, device=device)
 
     def step(tokens: Tensor, labels: Tensor) -> Tensor:
-        logits = model(tokens)
+        logits = model(tokens, mask=mask(labels) if mask else None)
         labels = torch.hstack((labels[..., 1:], ignored_column[: labels.shape[0]]))
         if not isinstance(logits, list):
             labels = labels.reshape(-1)

@@ -142,7 +142,10 @@ def distillation(model: TransformerDecoder, teacher: TransformerDecoder, args: A
     loss_fns = CEWithChunkedOutputLoss(), ForwardKLWithChunkedOutputLoss()
     for decoder in (model, teacher):
         decoder.set_num_output_chunks(loss_fns[0].num_output_chunks)
-        (steps.stock_layers if args.arm == "torchtune" else prepare_layers)(decoder, args)
+        if args.arm == "torchtune":
+            steps.stock_layers(decoder, args)
+        else:
+            prepare_layers(decoder, args, of_labels=True)
     if args.arm == "torchtune":
         of_classes, of_teacher = (training.compile_loss(f, verbose=False) for f in loss_fns)
 
@@ -157,11 +160,12 @@ def distillation(model: TransformerDecoder, teacher: TransformerDecoder, args: A
         class_loss, kd_loss = losses(hidden, taught, shifted(labels))
         return (1 - RATIO) * class_loss + RATIO * kd_loss
 
-    return joint_step(outputs_of(model), outputs_of(teacher), loss)
+    mask = steps.unpadded_mask if args.padded and args.arm == "liger_fx_recipe" else None
+    return joint_step(outputs_of(model, mask), outputs_of(teacher, mask), loss)
 
 
-def outputs_of(model: TransformerDecoder) -> Output:
-    return lambda tokens, labels: model(tokens)
+def outputs_of(model: TransformerDecoder, mask: Callable[[Tensor], Any] | None = None) -> Output:
+    return lambda tokens, labels: model(tokens, mask=mask(labels) if mask else None)
 
 
 def shifted(labels: Tensor) -> Tensor:
@@ -226,9 +230,12 @@ LIGER = {"dpo": dpo_by_liger, "grpo": grpo_by_liger, "distillation": distillatio
 # -- arms ------------------------------------------------------------------------------------------
 
 
-def prepare_layers(model: TransformerDecoder, args: Args) -> None:
+def prepare_layers(model: TransformerDecoder, args: Args, *, of_labels: bool = False) -> None:
     """As a fused recipe prepares them, or as a stock one."""
-    (steps.stock_layers if args.arm == "inductor" else steps.fused_layers)(model, args)
+    if args.arm == "inductor":
+        steps.stock_layers(model, args)
+    else:
+        steps.fused_layers(model, args, of_labels=of_labels)
 
 
 def of_arm(head: Head, args: Args) -> Any:

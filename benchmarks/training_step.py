@@ -7,9 +7,9 @@
 
 Random weights and tokens, bf16. The first part of a sequence is the prompt, whose labels are
 ignored. With ``--padded`` sequences differ in length, as in a batch that is not packed, and what
-fills them up is ignored too; arms of liger_fx are told so, as by the recipes. Every arm trains the
-same model on the same batches in a process of its own, so the losses must agree and neither memory
-nor compiled code is shared.
+fills them up is ignored too: ``liger_fx_recipe`` leaves it out of the layers, ``liger_fx_step`` is
+told of it. Every arm trains the same model on the same batches in a process of its own, so the
+losses must agree and neither memory nor compiled code is shared.
 """
 
 from __future__ import annotations
@@ -71,8 +71,10 @@ def liger_fx_recipe(model: TransformerDecoder, args: Args) -> LossStep:
     """What ``liger_fx/recipes/*`` make of the stock recipe."""
     from liger_fx.torchtune import fuse_head
 
-    steps.fused_layers(model, args)
-    return steps.recipe_loss(model, fuse_head(model, chunked_loss(model), fused(args)), args.batch)
+    steps.fused_layers(model, args, of_labels=True)
+    head = fuse_head(model, chunked_loss(model), fused(args))
+    mask = steps.unpadded_mask if args.padded else None
+    return steps.recipe_loss(model, head, args.batch, mask)
 
 
 def spend(model: TransformerDecoder, optimizer: torch.optim.Optimizer, args: Args) -> None:

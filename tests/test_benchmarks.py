@@ -322,14 +322,19 @@ def test_training_step(run: Run, children_here: None) -> None:
     assert f"{rows[0]['ms']:.1f}" in table(printed, "0%", "liger_fx_step")
 
 
+PADDED_ARMS = ["torchtune", "liger_fx_step", "liger_fx_recipe"]
+
+
 def test_arms_of_liger_fx_are_told_of_padding(run: Run, children_here: None) -> None:
     args = Namespace(padded=0.4)
     assert _steps.padded_batches(args) == {"tiled_mlp.skip_padding": True}
     assert training_step.fused(args)["tiled_mlp.skip_padding"] is True
     assert _steps.padded_batches(Namespace(padded=0.0)) == {}
-    arguments = ["--arms", "liger_fx_step", "--batch", "2", "--seq", "16", "--steps", "1"]
-    _, (row,) = run(training_step, *TINY, *arguments, "--warmup", "1", "--padded", "0.4")
-    assert row["rewrites"] == "linear_cross_entropy 1"
+    arguments = ["--arms", *PADDED_ARMS, "--batch", "8", "--seq", "64", "--steps", "1"]
+    _, rows = run(training_step, *TINY, *arguments, "--warmup", "1", "--padded", "0.4")
+    assert [row["arm"] for row in rows] == PADDED_ARMS
+    assert all("linear_cross_entropy" in row["rewrites"] for row in rows[1:])
+    assert {round(row["loss"], 2) for row in rows} == {round(rows[0]["loss"], 2)}
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.5])

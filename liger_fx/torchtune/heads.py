@@ -32,6 +32,8 @@ from liger_fx.torchtune.parts import compile_loss, of_one_chunk
 
 log = utils.get_logger("INFO")  # torchtune's: what a recipe says, its user sees
 
+CROSS_ENTROPIES = CEWithChunkedOutputLoss, nn.CrossEntropyLoss
+
 
 class HeadNotFused(RuntimeError):
     """Projection and loss stay apart, as in torchtune's recipe; the message says why."""
@@ -343,7 +345,7 @@ def fuse_distillation(
     call as ``losses(hidden, taught, labels)``. Raises HeadNotFused for other losses.
     """
     apart = "the projections and the losses are not fused, and run as in torchtune's recipe: "
-    if not isinstance(loss_fn, CEWithChunkedOutputLoss | nn.CrossEntropyLoss):
+    if not isinstance(loss_fn, CROSS_ENTROPIES):
         raise HeadNotFused(f"{apart}expected a cross-entropy, found {type(loss_fn).__name__}")
     if not isinstance(of_one_chunk(kd_loss_fn), ForwardKLLoss | ReverseKLLoss | SymmetricKLLoss):
         raise HeadNotFused(

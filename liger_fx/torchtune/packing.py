@@ -41,12 +41,9 @@ def attend_over_documents(
     dtype: of the models' parameters. Returns why nothing was changed, or "". A batch's ``mask`` is
     int64 [b, s] afterwards.
     """
-    found = [module for model in models for module in _attentions(model)]
-    reason = next(filter(None, (_unfit(module, dtype) for module in found)), "")
+    reason = let_attend(models, dtype)
     if reason:
         return reason
-    for module in found:
-        module._attention_call = functools.partial(_attend, module._attention_call)  # type: ignore[assignment, arg-type]
     for model in models:
         for decoder in model.modules():
             if isinstance(decoder, TransformerDecoder):
@@ -55,6 +52,16 @@ def attend_over_documents(
         if loader.collate_fn is padded_collate_packed:
             loader.collate_fn = collate_documents
     return ""
+
+
+def let_attend(models: Sequence[nn.Module], dtype: torch.dtype) -> str:
+    """Let the attentions of ``models`` take `Documents` for a mask. Returns why not, or ""."""
+    found = [module for model in models for module in _attentions(model)]
+    reason = next(filter(None, (_unfit(module, dtype) for module in found)), "")
+    if not reason:
+        for module in found:
+            module._attention_call = functools.partial(_attend, module._attention_call)  # type: ignore[assignment, arg-type]
+    return reason
 
 
 def collate_documents(batch: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

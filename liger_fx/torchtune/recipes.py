@@ -27,6 +27,7 @@ from liger_fx.inner import environment
 from liger_fx.report import Report
 from liger_fx.torchtune import activations
 from liger_fx.torchtune.heads import (
+    CROSS_ENTROPIES,
     HeadDistillation,
     HeadLogProbs,
     HeadNotFused,
@@ -40,6 +41,7 @@ from liger_fx.torchtune.heads import (
 )
 from liger_fx.torchtune.packing import attend_over_documents
 from liger_fx.torchtune.parts import compile_layers, compile_loss, layers_of
+from liger_fx.torchtune.unpadding import leave_out_padding
 
 log = utils.get_logger("INFO")  # torchtune's: what a recipe says, its user sees
 
@@ -114,9 +116,8 @@ class LayersRecipe(abc.ABC):
     def setup(self, cfg: Any) -> None:
         self._settings = flatten(cfg.get("liger_fx", {}) or {})
         memory_gib = self._settings.pop("memory_gib", None)
+        unpad = bool(self._settings.pop("unpad", True))
         Backend(self._settings)  # a mistake should show now, not in the first step
-        if _batches_are_padded(cfg) and not _chosen(self._settings, "tiled_mlp", "skip_padding"):
-            self._settings["tiled_mlp.skip_padding"] = True
         self._compiles = bool(cfg.get("compile", False))
         super().setup(cfg=cfg)  # type: ignore[misc]
         _check_ranks_agree(self._compiles, self._settings)
@@ -132,11 +133,15 @@ class LayersRecipe(abc.ABC):
             or self._uses_flex_attention(cfg, models)
             or cfg.get("tensor_parallel_dim", 1) > 1
         )
+        of_labels = self._compile_losses()
+        padded = _batches_are_padded(cfg)
+        padded = padded and not (unpad and self._leaves_out_padding(cfg, of_labels))
+        if padded and not _chosen(self._settings, "tiled_mlp", "skip_padding"):
+            self._settings["tiled_mlp.skip_padding"] = True
         for model in models:
             compile_layers(model, self._settings, checkpoint_inside=inside)
         if memory_gib is not None:
             self._keep_within(float(memory_gib))
-        self._compile_losses()
         # When the first loss is there, all there is has been compiled.
         self._waiting = self._loss_fn.register_forward_hook(self._report)
 
@@ -144,12 +149,27 @@ class LayersRecipe(abc.ABC):
         """Packed sequences are attended over by their documents, where the models allow that."""
         if not _packs(cfg):
             return False
-        loaders = [value for value in vars(self).values() if isinstance(value, DataLoader)]
-        reason = attend_over_documents(models, loaders, self._dtype)
+        reason = attend_over_documents(models, self._loaders(), self._dtype)
         if reason:
             how = "flex attention" if _SUPPORTS_FLEX_ATTENTION else "a mask of [s, s]"
             utils.log_rank_zero(log, f"packed data goes through {how}: {reason}", logging.WARNING)
         return bool(reason) and _SUPPORTS_FLEX_ATTENTION
+
+    def _leaves_out_padding(self, cfg: Any, models: Sequence[nn.Module]) -> bool:
+        """Do padded batches go through the layers without their padding?"""
+        if not models:
+            return False
+        if cfg.get("tensor_parallel_dim", 1) > 1:
+            reason = "the layers are parallel over their tensors"
+        else:
+            reason = leave_out_padding(models, self._loaders(), self._dtype)
+        kept = f"padding goes through the layers: {reason}"
+        left_out = "the layers leave out what follows the last label of a sequence"
+        utils.log_rank_zero(log, kept if reason else left_out)
+        return not reason
+
+    def _loaders(self) -> list[DataLoader[Any]]:
+        return [value for value in vars(self).values() if isinstance(value, DataLoader)]
 
     def _keep_within(self, gib: float) -> None:
         """Raises ValueError where no layer can keep more, or nobody can tell what that takes."""
@@ -177,8 +197,9 @@ class LayersRecipe(abc.ABC):
         optimizer.register_step_pre_hook(budget)
 
     @abc.abstractmethod
-    def _compile_losses(self) -> None:
-        """Fuse the losses with the heads whose logits they take, or say why not."""
+    def _compile_losses(self) -> Sequence[nn.Module]:
+        """Fuse the losses with the heads whose logits they take, or say why not. Returns the models
+        of whose hidden states only those of labelled tokens are read."""
 
     def _report(self, *_: Any) -> None:
         self._waiting.remove()
@@ -196,19 +217,22 @@ class LayersRecipe(abc.ABC):
 class FusedRecipe(LayersRecipe):
     """The same, with the head of ``_model`` fused with the loss."""
 
-    def _compile_losses(self) -> None:
+    def _compile_losses(self) -> Sequence[nn.Module]:
+        of_labels = isinstance(self._loss_fn, CROSS_ENTROPIES)
         try:
             self._loss_fn = fuse_head(self._model, self._loss_fn, self._settings)
         except HeadNotFused as reason:
             utils.log_rank_zero(log, str(reason), logging.WARNING)
             compile_loss(self._loss_fn, self._settings)
+            return []
+        return [self._model] if of_labels else []
 
 
 class FusedDPORecipe(LayersRecipe):
     """The same for preference training: of each model the head is fused with the log-probabilities
     that the loss takes of its logits."""
 
-    def _compile_losses(self) -> None:
+    def _compile_losses(self) -> Sequence[nn.Module]:
         self._heads: dict[nn.Module, HeadLogProbs] = {}
         compile_loss(self._loss_fn, self._settings)
         try:
@@ -218,6 +242,7 @@ class FusedDPORecipe(LayersRecipe):
                 self._heads[model] = fuse_log_probs(model, self._settings)
         except HeadNotFused as reason:
             utils.log_rank_zero(log, str(reason), logging.WARNING)
+        return []  # the mean of all logits is logged
 
     def concatenated_forward(self, model: nn.Module, batch: Any, *args: Any, **kwargs: Any) -> Any:
         head = self._heads.get(model) if self._compiles else None
@@ -243,13 +268,14 @@ class FusedPPORecipe(LayersRecipe):
 
     _ref_policy_model: nn.Module
 
-    def _compile_losses(self) -> None:
+    def _compile_losses(self) -> Sequence[nn.Module]:
         compile_loss(self._loss_fn, self._settings)
         self._heads = {
             model: HeadTokenLogProbs(movable_head(model), self._settings)
             for model in (self._policy_model, self._ref_policy_model)
         }
         utils.log_rank_zero(log, SAMPLED)
+        return []  # batches are of queries, and have no labels
 
     def generate_trajectory(self, *args: Any, **kwargs: Any) -> Any:
         with self._without_logits(self._ref_policy_model):
@@ -272,7 +298,7 @@ class FusedKDRecipe(LayersRecipe):
     _kd_loss_fn: nn.Module
     _kd_ratio: float
 
-    def _compile_losses(self) -> None:
+    def _compile_losses(self) -> Sequence[nn.Module]:
         losses = self._loss_fn, self._kd_loss_fn
         try:
             head = fuse_distillation(
@@ -282,9 +308,10 @@ class FusedKDRecipe(LayersRecipe):
             utils.log_rank_zero(log, str(reason), logging.WARNING)
             for loss in losses:
                 compile_loss(loss, self._settings)
-            return
+            return []
         self._kd_loss_fn = _DistillationLoss(head)
         self._loss_fn = _ClassLoss(self._kd_loss_fn)
+        return [self._model, self._teacher_model]
 
     def _loss_step(self, batch: Any) -> tuple[Tensor, Tensor]:
         losses = super()._loss_step(batch)  # type: ignore[misc]
@@ -357,8 +384,8 @@ def _check_ranks_agree(compiles: bool, settings: Mapping[str, Any]) -> None:
 
 def _packs(cfg: Any) -> bool:
     """Does a data set of the config put several samples into one sequence?"""
-    datasets = [cfg.dataset] if isinstance(cfg.dataset, Mapping) else cfg.dataset
-    return any(d.get("packed", False) for d in datasets)
+    found = cfg.get("dataset") or []
+    return any(d.get("packed", False) for d in ([found] if isinstance(found, Mapping) else found))
 
 
 def _batches_are_padded(cfg: Any) -> bool:
@@ -367,9 +394,7 @@ def _batches_are_padded(cfg: Any) -> bool:
     It does unless the data set is packed, or a batch is a single sequence. False for a config
     without ``dataset`` or ``batch_size``. The config decides, so the ranks agree.
     """
-    if cfg.get("dataset") is None:
-        return False
-    return cfg.get("batch_size", 1) > 1 and not _packs(cfg)
+    return cfg.get("dataset") is not None and cfg.get("batch_size", 1) > 1 and not _packs(cfg)
 
 
 def _chosen(settings: Mapping[str, Any], rewrite: str, setting: str) -> bool:

@@ -19,7 +19,10 @@ from _recipe_parts import Losses, model
 from _torchtune_models import SIZES, B, V, build, group_of_one
 from _util import DEVICE, words
 from omegaconf import OmegaConf
+from torch import nn
+from torch.utils.data import DataLoader
 from torchtune import modules, training
+from torchtune.data import padded_collate_sft
 from torchtune.models import llama2
 from torchtune.rlhf.loss import PPOLoss
 
@@ -127,22 +130,25 @@ UNPACKED = {"dataset": {"packed": False}, "batch_size": 4}
 
 
 class SetUp:
-    """A stock recipe that sets nothing up."""
+    """A stock recipe that sets up a loss, and batches as ``collate_fn`` makes them."""
 
     def setup(self, cfg):
-        pass
+        self._loss_fn, self._dtype = nn.CrossEntropyLoss(), torch.float32
+        self._dataloader = DataLoader([], collate_fn=functools.partial(padded_collate_sft))
 
 
 class Layers(LayersRecipe, SetUp):
+    """Without a model whose hidden states only a loss of labels reads."""
+
     def _compile_losses(self):
-        pass
+        return []
 
 
-def settings_of(cfg):
-    """The options that a recipe hands to the backend; compile=False, so that it compiles none."""
-    recipe = Layers()
-    recipe.setup(OmegaConf.create(cfg))
-    return recipe._settings
+def settings_of(cfg, recipe=Layers):
+    """The options that the layers are compiled with."""
+    made = recipe()
+    made.setup(OmegaConf.create(cfg | {"compile": True}))
+    return made._settings
 
 
 @pytest.mark.parametrize(
@@ -169,6 +175,36 @@ def test_what_the_user_says_of_padding_stands(chosen, monkeypatch):
     assert settings_of(UNPACKED | nested) == expected
     monkeypatch.setenv("LIGER_FX_TILED_MLP_SKIP_PADDING", str(chosen))
     assert settings_of(UNPACKED) == {}  # the variable is read where the backend compiles
+
+
+class WithLabels(Layers):
+    def setup(self, cfg):
+        self._model = model()
+        super().setup(cfg)
+
+    def _compile_losses(self):
+        return [self._model]
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({}, "the layers leave out what follows the last label of a sequence"),
+        ({"liger_fx": {"unpad": False}}, None),
+        (
+            {"tensor_parallel_dim": 2},
+            "padding goes through the layers: the layers are parallel over their tensors",
+        ),
+    ],
+)
+def test_padding_is_left_out_where_a_loss_reads_labelled_tokens(changed, says, monkeypatch):
+    said = []
+    monkeypatch.setattr(
+        "liger_fx.torchtune.recipes.utils.log_rank_zero", lambda log, text, *_: said.append(text)
+    )
+    left_out = settings_of(UNPACKED | changed, WithLabels) == {}
+    assert left_out == (not changed)
+    assert said == ([says] if says else [])
 
 
 def recipe_on(device, *, checkpointed, optimizer=True):
