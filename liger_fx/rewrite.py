@@ -220,13 +220,19 @@ class _Application:
                         else:
                             self._complete(match, graph)
                             found[node] = match
+        twins: dict[fx.Node, Match] = {}
         for function, reason in self.rewrite.refuses:
             twin = traced(function)
             for node in candidates(view, twin):
                 with self._costs_only(node):
-                    if node not in found and Matcher(view, twin).at(node) is not None:
-                        self._reject(node, reason)
-        return sorted(_outermost(list(found.values())), key=lambda m: view.position[m.root])
+                    match = None if node in found or node in twins else Matcher(view, twin).at(node)
+                    if match is not None:
+                        twins[node], match.worth = match, reason
+        matches = list(found.values())
+        for match in _outermost([*matches, *twins.values()]):
+            if match.root in twins:
+                self._reject(match.root, match.worth)
+        return sorted(_outermost(matches), key=lambda m: view.position[m.root])
 
     def _complete(self, match: Match, graph: Legality) -> None:
         match.settings, match.recomputed = self.settings, graph.recomputed

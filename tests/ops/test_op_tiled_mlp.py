@@ -89,7 +89,7 @@ def test_weight_gradients_are_summed_in_fp32():
     ],
 )
 def test_tokens_of_a_tile(intermediate, budget, unit, tile):
-    assert tiled_mlp.tile_tokens_for(intermediate, 2, budget, unit) == tile
+    assert tiled_mlp.tile_tokens_for(3 * 2 * intermediate, budget, unit) == tile
 
 
 @pytest.mark.parametrize(("processors", "unit"), [(132, 4224), (108, 3456), (114, 7296)])
@@ -112,12 +112,14 @@ def test_nothing_of_tokens_by_intermediate_is_saved():
 
 def test_fake_gradients():
     with FakeTensorMode():
-        x, *weights = (torch.empty(s) for s in ((2, 3, 8), (40, 8), (40, 8), (24, 40)))
-        wanted = [True, False, True, False]
+        x, gate, up, down = (torch.empty(s) for s in ((2, 3, 8), (40, 8), (40, 8), (24, 40)))
+        a, b = torch.empty(3, 8), torch.empty(40, 3)
+        factors = [gate, None, None, up, a, b, down, None, None]
+        wanted = [True, *3 * [False], True, True, *4 * [False]]
         got = torch.ops.liger_fx.swiglu_mlp_backward(
-            torch.empty(2, 3, 24), x, *weights, wanted, 0, True
+            torch.empty(2, 3, 24), x, factors, [1.0, 2.0, 1.0], wanted, 0, True
         )
-    assert [tuple(g.shape) for g in got] == [(2, 3, 8), (0,), (40, 8), (0,)]
+    assert [tuple(g.shape) for g in got] == [(2, 3, 8), *3 * [(0,)], (40, 8), (3, 8), *4 * [(0,)]]
 
 
 @pytest.mark.parametrize("tile", [0, 16])
