@@ -85,13 +85,13 @@ _EVERYWHERE |= {"sum", "linear", "matmul", "transpose", "scaled_dot_product_atte
 
 
 def size(term: Term) -> int:
-    """How many operations a term has, at most."""
+    """How many operations a term has, without what may be missing."""
     if isinstance(term, Op):
         return 1 + sum(map(size, term.args))
     if isinstance(term, Cast | Chain | Guard):
         return size(term.source)
     if isinstance(term, Either):
-        return max(size(term.first), size(term.second))
+        return min(size(term.first), size(term.second))
     if isinstance(term, tuple | list):
         return sum(map(size, term))
     return 0

@@ -242,7 +242,8 @@ class _Application:
     def _note_miss(self, pattern: Pattern, miss: Miss, node: fx.Node) -> None:
         if miss.matched > (self.best.matched if self.best else 0):
             reason = f"wanted {miss.wanted}, found {describe(miss.found)}"
-            name, total, place = self.rewrite.name, size(pattern.term), Place.of(node)
+            name, place = self.rewrite.name, Place.of(node)
+            total = max(miss.matched, size(pattern.term))
             self.best = NearMiss(name, pattern.name, miss.matched, total, reason, place=place)
 
     def _is_legal(self, match: Match, graph: Legality) -> bool:
