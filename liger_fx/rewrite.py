@@ -63,6 +63,8 @@ class Rewrite:
         what it returns, or a function of the match that gives them. A match is refused if such a
         value is written to later. None: all of them.
     variant: ``variant(match)`` tells apart matches of one pattern that become different kernels.
+    measured_apart: names of variants that do other work than the rest: under ``policy="auto"`` no
+        measurement of the others decides about them, nor theirs about the others.
     settings: the options ``<name>.<setting>`` and their defaults.
     gain: why it is worth making on every device, under every inner compiler. Without one,
         ``policy="auto"`` and ``"measure"`` decide from measurements.
@@ -80,6 +82,7 @@ class Rewrite:
     constants: Sequence[str] = ()
     saved: Sequence[str] | Callable[[Match], Sequence[str]] | None = None
     variant: Callable[[Match], str] | None = None
+    measured_apart: Sequence[str] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     gain: str | None = None
     save_ops: Sequence[str] | Callable[[Mapping[str, Any]], Sequence[str]] = ()

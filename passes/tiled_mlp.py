@@ -29,7 +29,7 @@ from liger_fx.matcher import Match, Reject
 from liger_fx.pattern import binding, chain, either
 from liger_fx.rewrite import Rewrite
 
-# -- a projection; its bindings are named after it: w_gate, a_gate, b_gate, scale_gate --------------
+# -- a projection; its bindings are named after it: w_gate, a_gate, b_gate, scale_gate -------------
 
 
 def projection(x, name):
@@ -120,6 +120,9 @@ def _twin(project: Callable[..., Any]) -> Callable[..., Any]:
 
 # -- what is replaced ------------------------------------------------------------------------------
 
+PROJECTIONS = ("gate", "up", "gate_up", "down")
+LORA = "LoRA"  # most weights are frozen then: the op's own work is more of the whole
+
 OPS = {
     "swiglu": ops.swiglu_mlp,
     "geglu": ops.geglu_mlp,
@@ -136,7 +139,7 @@ def check(match: Match, x, w_down, w_gate=None, w_up=None, w_gate_up=None, **oth
         raise Reject("a projection's weight is not 2-D")
     if not same_sizes(w_gate.shape, w_up.shape):
         raise Reject(f"the product broadcasts {list(w_gate.shape)} and {list(w_up.shape)}")
-    dtypes = _dtypes(match, "w_gate", "w_up", "w_gate_up", "w_down")
+    dtypes = _dtypes(match, *(f"w_{name}" for name in PROJECTIONS))
     if len(dtypes) > 1:
         raise Reject(f"the projections run in {_listed(dtypes)}; the op takes one")
     if match.output.dtype not in DTYPES:
@@ -154,7 +157,7 @@ def check(match: Match, x, w_down, w_gate=None, w_up=None, w_gate_up=None, **oth
 
 def _adapted(match: Match) -> list[str]:
     """The projections that have an adapter."""
-    return [name for name in ("gate", "up", "gate_up", "down") if f"a_{name}" in match.bindings]
+    return [name for name in PROJECTIONS if f"a_{name}" in match.bindings]
 
 
 def _dtypes(match: Match, *names: str) -> set[torch.dtype]:
@@ -216,13 +219,13 @@ def _only_returned(node: fx.Node) -> bool:
 
 def replace(match: Match, **given):
     op = OPS[match.pattern.name.removesuffix("_in_one")]
-    names = ("x", "w_gate", "w_up", "w_gate_up", "w_down")
+    names = ("x", *(f"w_{name}" for name in PROJECTIONS))
     plain = {name: given[name] for name in names if name in given}
     cast = dict(zip(plain, cast_as_autocast(match, match.output.dtype, plain), strict=True))
     if "w_gate_up" in cast:
         halves = cast.pop("w_gate_up").chunk(2)
         cast |= {"w_gate": halves[0], "w_up": halves[1]}
-    adapters = {}
+    adapters: dict[str, Any] = {}
     for name in _adapted(match):
         factors = {factor: given[factor] for factor in (f"a_{name}", f"b_{name}")}
         (dtype,) = _dtypes(match, *factors)
@@ -250,7 +253,8 @@ tiled_mlp = Rewrite(
     ],
     check=check,
     replace=replace,
-    variant=lambda match: "LoRA" if _adapted(match) else "",
-    saved=["x", *(f"{factor}_{name}" for factor in "wab" for name in ("gate", "up", "gate_up", "down"))],
+    variant=lambda match: LORA if _adapted(match) else "",
+    measured_apart=[LORA],
+    saved=["x", *(f"{factor}_{name}" for factor in "wab" for name in PROJECTIONS)],
     settings={"tile_tokens": 0, "skip_padding": False},
 )

@@ -49,57 +49,67 @@ TILE_BUDGET = {"cuda": 1200 << 20, "cpu": 128 << 20}
 OnBuffers = Callable[..., None]
 
 
-class Projection(NamedTuple):
-    """``x W^T``, or with an adapter ``x W^T + scale (x A^T) B^T``.
+class Adapter(NamedTuple):
+    """``scale (x A^T) B^T``, of low rank. a: [R, I], b: [O, R], of one dtype."""
 
-    weight: [O, I]. a: [R, I], b: [O, R], of one dtype, that of the weight or a wider one.
-    """
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def inner(self, x: Tensor) -> Tensor:
+        """``x A^T``"""
+        return x.to(self.a.dtype) @ self.a.t()
+
+    def inner_gradient(self, grad: Tensor) -> Tensor:
+        """Of `inner`, given that of the product."""
+        made = self.b.new_empty(grad.shape[0], self.b.shape[1])
+        return made.addmm_(grad.to(self.b.dtype), self.b, beta=0, alpha=self.scale)
+
+
+class Projection(NamedTuple):
+    """``x W^T``, and what an adapter adds. weight: [O, I], of the adapter's dtype or narrower."""
 
     weight: Tensor
-    a: Tensor | None
-    b: Tensor | None
-    scale: float
+    adapter: Adapter | None
+
+    def inner(self, x: Tensor) -> Tensor | None:
+        return None if self.adapter is None else self.adapter.inner(x)
+
+    def inner_gradient(self, grad: Tensor) -> Tensor | None:
+        return None if self.adapter is None else self.adapter.inner_gradient(grad)
 
     def write(self, x: Tensor, out: Tensor) -> Tensor | None:
         """Over ``out``. Returns `inner`."""
         torch.mm(x, self.weight.t(), out=out)
         inner = self.inner(x)
-        if inner is not None:
-            _addmm(out, inner, self.b.t(), self.scale)
+        if self.adapter is not None and inner is not None:
+            _addmm(out, inner, self.adapter.b.t(), self.adapter.scale)
         return inner
 
-    def inner(self, x: Tensor) -> Tensor | None:
-        """``x A^T``"""
-        return None if self.a is None else x.to(self.a.dtype) @ self.a.t()
-
-    def inner_gradient(self, grad: Tensor) -> Tensor | None:
-        """The gradient of `inner`. grad: of the projection."""
-        if self.b is None:
-            return None
-        made = self.b.new_empty(grad.shape[0], self.b.shape[1])
-        return made.addmm_(grad.to(self.b.dtype), self.b, beta=0, alpha=self.scale)
-
     def add_input_gradient(
-        self, grad: Tensor, inner: Tensor | None, out: Tensor, first: bool
+        self, grad: Tensor, inner_grad: Tensor | None, out: Tensor, first: bool
     ) -> None:
-        """``out (+)=`` the gradient of x. inner: the gradient of `inner`. first: written over."""
+        """``out (+)=`` the gradient of x; ``first``: written."""
         torch.mm(grad, self.weight, out=out) if first else out.addmm_(grad, self.weight)
-        if inner is not None:
-            _addmm(out, inner, self.a, 1.0)
+        if self.adapter is not None and inner_grad is not None:
+            _addmm(out, inner_grad, self.adapter.a, 1.0)
 
 
 def _addmm(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """``total += scale a b``, rounded once, where a and b may be wider than ``total``."""
+    """``total += scale a b``, rounded once; a and b may be wider than ``total``."""
     wide = total.to(a.dtype)  # ``total`` itself, if that is its dtype
     total.copy_(wide.addmm_(a, b, alpha=scale))
 
 
-# What the kernels take and give gradients of: of each projection weight, a and b.
-Factors = Sequence[Tensor | None]
+# Of each projection weight, a and b: what the kernels take. Without an adapter a and b are None.
+Factors = Sequence[Any]
 
 
 def _projections(factors: Factors, scales: Sequence[float]) -> list[Projection]:
-    return [Projection(*factors[3 * i : 3 * i + 3], scale) for i, scale in enumerate(scales)]
+    found = []
+    for scale, weight, a, b in zip(scales, factors[::3], factors[1::3], factors[2::3], strict=True):
+        found.append(Projection(weight, None if a is None else Adapter(a, b, scale)))
+    return found
 
 
 def tile_tokens_for(row: int, budget: int, unit: int) -> int:
@@ -135,8 +145,8 @@ def _tile_size(rows: Tensor, projections: Sequence[Projection], tile_tokens: int
 
 def _bytes_of_buffers(dtype: torch.dtype, projections: Sequence[Projection]) -> int:
     """Of an element: three buffers, and one more in the dtype of adapters that are wider."""
-    wider = (p.a.dtype for p in projections if p.a is not None and p.a.dtype != dtype)
-    return 3 * dtype.itemsize + max((each.itemsize for each in wider), default=0)
+    dtypes = {p.adapter.a.dtype for p in projections if p.adapter is not None} - {dtype}
+    return 3 * dtype.itemsize + max((wider.itemsize for wider in dtypes), default=0)
 
 
 def _buffers(count: int, tokens: int, gate: Projection) -> list[Tensor]:
@@ -166,38 +176,34 @@ class _Gradients:
     """Of the factors of a projection, summed over tiles.
 
     wanted: of weight, a and b. tiles: their number; the first writes the sums, and none leaves
-    zeros. A sum over tiles is kept in fp32; a single product is rounded once by its GEMM, but those
-    of an adapter, of which one has yet to be scaled.
+    zeros. A sum over tiles is kept in fp32; a single product is rounded once by its GEMM. Those of
+    an adapter, which are small, are kept in fp32 in any case: one has yet to be scaled.
     """
 
-    def __init__(self, projection: Projection, wanted: Sequence[bool], tiles: int) -> None:
-        self.projection = projection
+    def __init__(self, factors: Factors, wanted: Sequence[bool], tiles: int) -> None:
+        self.factors = factors
         self.sums: list[Tensor | None] = [None] * 3
-        for i, factor in enumerate(projection[:3]):
-            if wanted[i]:
+        for i, (factor, want) in enumerate(zip(factors, wanted, strict=True)):
+            if want:
                 wide = torch.promote_types(factor.dtype, torch.float32)
                 dtype = factor.dtype if i == 0 and tiles == 1 else wide
                 self.sums[i] = _like(factor, dtype, zeros=tiles == 0)
 
-    def add(
-        self, x: Tensor, inner: Tensor | None, grad: Tensor, inner_grad: Tensor | None, first: bool
-    ) -> None:
-        """Of a tile. inner, inner_grad: as `Projection` makes them."""
-        for total, a, b in zip(
-            self.sums, (grad, inner_grad, grad), (x, x, inner), strict=True
-        ):
+    def add(self, x: Tensor, inner: Any, grad: Tensor, inner_grad: Any, first: bool) -> None:
+        """A tile's. inner, inner_grad: as `Projection` gives them."""
+        for total, a, b in zip(self.sums, (grad, inner_grad, grad), (x, x, inner), strict=True):
             if total is not None:
                 dtype = torch.promote_types(a.dtype, b.dtype)
                 accumulate_mm(total, a.to(dtype).t(), b.to(dtype), first)
 
-    def rounded(self) -> list[Tensor]:
+    def rounded(self, scale: float) -> list[Tensor]:
         """Empty where they are not wanted."""
-        *_, of_b = self.sums
+        of_b = self.sums[2]
         if of_b is not None:
-            of_b.mul_(self.projection.scale)
+            of_b.mul_(scale)
         return [
-            self.projection.weight.new_empty(0) if total is None else total.to(factor.dtype)
-            for total, factor in zip(self.sums, self.projection, strict=False)
+            self.factors[0].new_empty(0) if total is None else total.to(factor.dtype)
+            for total, factor in zip(self.sums, self.factors, strict=True)
         ]
 
 
@@ -220,8 +226,8 @@ def _backward(
     size = _tile_size(rows, projections, tile_tokens)
     dx = _like(rows, x.dtype, zeros=kept is not None) if wanted[0] else None
     gradients = [
-        _Gradients(projection, wanted[1 + 3 * i : 4 + 3 * i], tiles=-(-tokens // size))
-        for i, projection in enumerate(projections)
+        _Gradients(factors[i : i + 3], wanted[1 + i : 4 + i], tiles=-(-tokens // size))
+        for i in (0, 3, 6)
     ]
     buffers = _buffers(3, size, gate)
     with torch.autocast(x.device.type, enabled=False):
@@ -245,7 +251,8 @@ def _backward(
                 if index is not None:
                     dx.index_copy_(0, index, dx_t)
     dx = x.new_empty(0) if dx is None else dx.view(x.shape)
-    return [dx, *(total for each in gradients for total in each.rounded())]
+    by_projection = zip(gradients, scales, strict=True)
+    return [dx, *(factor for each, scale in by_projection for factor in each.rounded(scale))]
 
 
 def _like(t: Tensor, dtype: torch.dtype, zeros: bool) -> Tensor:
