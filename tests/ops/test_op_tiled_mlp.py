@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import MappingProxyType
 from unittest import mock
 
@@ -44,6 +46,76 @@ def x_and_weights(shape, dtype, generator):
     return [x, *(w.to(dtype).requires_grad_() for w in weights)]
 
 
+SCALES = {"gate": 2.0, "up": 0.3, "down": 1.7}
+RANK = 4
+
+
+@dataclass(frozen=True)
+class Adapted(Case):
+    """Projections with adapters. literals: the tokens of a tile. dtype: of the adapters; None for
+    that of the weights."""
+
+    projections: tuple[str, ...] = ("gate", "up", "down")
+    dtype: torch.dtype | None = None
+
+    def make(self, shape=None, dtype=torch.float32, seed=0):
+        x, gate, up, down = super().make(shape, dtype, seed)
+        generator = torch.Generator(DEVICE).manual_seed(seed + 1)
+        sizes = {"gate": gate.shape, "up": up.shape, "down": down.shape}
+        factors = [
+            randn(size, torch.float32, generator, grad=False) * size[1] ** -0.5
+            for name in self.projections
+            for size in ((RANK, sizes[name][1]), (sizes[name][0], RANK))
+        ]
+        kind = self.dtype or dtype
+        return [x, gate, up, down, *(t.to(kind).requires_grad_() for t in factors)]
+
+    def adapters(self, factors):
+        """(a, b, scale) by projection."""
+        pairs = zip(factors[::2], factors[1::2], strict=True)
+        found = zip(self.projections, pairs, strict=True)
+        return {name: (*pair, SCALES[name]) for name, pair in found}
+
+    def arguments(self, *tensors):
+        found = self.adapters(tensors[4:])
+        given = (found.get(name, (None, None, 1.0)) for name in SCALES)
+        return *tensors[:4], *self.literals, False, *itertools.chain(*given)
+
+    def reference(self, x, *tensors):
+        weights = dict(zip(SCALES, tensors, strict=False))
+        found = self.adapters(tensors[3:])
+
+        def project(x, name):
+            base = F.linear(x, weights[name])
+            if name not in found:
+                return base
+            a, b, scale = found[name]
+            return (base + scale * F.linear(F.linear(x.to(a.dtype), a), b)).to(base.dtype)
+
+        return project(F.silu(project(x, "gate")) * project(x, "up"), "down")
+
+
+ADAPTED = tuple(
+    Adapted(
+        f"swiglu_mlp, tiles of {tile or 'all'}, {dtype or ''} adapters on {', '.join(names)}",
+        ops.swiglu_mlp,
+        swiglu_mlp,
+        x_and_weights,
+        (tile,),
+        projections=names,
+        dtype=dtype,
+    )
+    for tile, names, dtype in (
+        (0, ("gate", "up", "down"), None),
+        (16, ("gate", "up", "down"), None),
+        (16, ("gate", "up", "down"), torch.float32),
+        (0, ("up",), None),
+        (16, ("gate", "down"), None),
+        (0, ("down",), torch.float32),
+    )
+)
+
+
 class TestTiledMLP(Contract):
     # One tile, and many: the last of 16 tokens has 10 of 42.
     CASES = tuple(
@@ -54,7 +126,7 @@ class TestTiledMLP(Contract):
             (ops.geglu_mlp, geglu_mlp),
             (ops.geglu_exact_mlp, geglu_exact_mlp),
         )
-    )
+    ) + ADAPTED
     SHAPES = ((48,), (1, 257), (7, 5), (2, 3, 48), (4, 1), (0, 48), (2, 0, 48), (10_003, 5))
     BIG = (2**31 // 8192 + 3, 8192)
     BIG_TOLERANCE = MappingProxyType(
