@@ -46,7 +46,7 @@ def x_and_weights(shape, dtype, generator):
     return [x, *(w.to(dtype).requires_grad_() for w in weights)]
 
 
-SCALES = {"gate": 2.0, "up": 0.3, "down": 1.7}
+SCALES = {"gate": 0.5, "up": 0.3, "down": 0.7}
 RANK = 4
 
 
