@@ -118,15 +118,18 @@ ADAPTED = tuple(
 
 class TestTiledMLP(Contract):
     # One tile, and many: the last of 16 tokens has 10 of 42.
-    CASES = tuple(
-        Case(f"{eager.__name__}, tiles of {tile or 'all'}", op, eager, x_and_weights, (tile,))
-        for tile in (0, 16)
-        for op, eager in (
-            (ops.swiglu_mlp, swiglu_mlp),
-            (ops.geglu_mlp, geglu_mlp),
-            (ops.geglu_exact_mlp, geglu_exact_mlp),
+    CASES = (
+        tuple(
+            Case(f"{eager.__name__}, tiles of {tile or 'all'}", op, eager, x_and_weights, (tile,))
+            for tile in (0, 16)
+            for op, eager in (
+                (ops.swiglu_mlp, swiglu_mlp),
+                (ops.geglu_mlp, geglu_mlp),
+                (ops.geglu_exact_mlp, geglu_exact_mlp),
+            )
         )
-    ) + ADAPTED
+        + ADAPTED
+    )
     SHAPES = ((48,), (1, 257), (7, 5), (2, 3, 48), (4, 1), (0, 48), (2, 0, 48), (10_003, 5))
     BIG = (2**31 // 8192 + 3, 8192)
     BIG_TOLERANCE = MappingProxyType(
