@@ -223,19 +223,25 @@ class _Application:
                         else:
                             self._complete(match, graph)
                             found[node] = match
-        twins: dict[fx.Node, Match] = {}
+        self._refuse_twins(view, found)
+        return sorted(_outermost(list(found.values())), key=lambda m: view.position[m.root])
+
+    def _refuse_twins(self, view: View, found: Mapping[fx.Node, Match]) -> None:
+        """Of those inside of others, and inside of what is ``found``, nothing is said."""
+        twins: dict[fx.Node, tuple[Match, str]] = {}
         for function, reason in self.rewrite.refuses:
             twin = traced(function)
             for node in candidates(view, twin):
+                if node in found or node in twins:
+                    continue
                 with self._costs_only(node):
-                    match = None if node in found or node in twins else Matcher(view, twin).at(node)
-                    if match is not None:
-                        twins[node], match.worth = match, reason
-        matches = list(found.values())
-        for match in _outermost([*matches, *twins.values()]):
-            if match.root in twins:
-                self._reject(match.root, match.worth)
-        return sorted(_outermost(matches), key=lambda m: view.position[m.root])
+                    if (match := Matcher(view, twin).at(node)) is not None:
+                        twins[node] = match, reason
+        matches = [*found.values(), *(match for match, _ in twins.values())]
+        outermost = {match.root for match in _outermost(matches)}
+        for node, (_, reason) in twins.items():
+            if node in outermost:
+                self._reject(node, reason)
 
     def _complete(self, match: Match, graph: Legality) -> None:
         match.settings, match.recomputed = self.settings, graph.recomputed
