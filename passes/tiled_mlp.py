@@ -130,7 +130,7 @@ OPS = {
 }
 
 
-def check(match: Match, x, w_down, w_gate=None, w_up=None, w_gate_up=None, **others):
+def check(match: Match, w_down, w_gate=None, w_up=None, w_gate_up=None):
     if w_gate_up is not None:
         if w_gate_up.dim() != 2 or str(w_gate_up.shape[0] % 2) != "0":  # of symbols as well
             raise Reject(f"the weight of gate and up is {list(w_gate_up.shape)}: it has no halves")

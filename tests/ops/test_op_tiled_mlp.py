@@ -167,6 +167,23 @@ def test_tokens_of_a_tile(intermediate, budget, unit, tile):
     assert tiled_mlp.tile_tokens_for(3 * 2 * intermediate, budget, unit) == tile
 
 
+@pytest.mark.parametrize(
+    ("base", "adapters", "size"),
+    [
+        (torch.bfloat16, None, 6),
+        (torch.bfloat16, torch.bfloat16, 6),
+        (torch.bfloat16, torch.float32, 10),
+        (torch.float32, torch.float32, 12),
+    ],
+)
+def test_bytes_of_an_element_of_a_tile(base, adapters, size):
+    """The sum with a wider adapter is made in a buffer of its own."""
+    a, b = torch.empty(2, 8, dtype=adapters), torch.empty(24, 2, dtype=adapters)
+    adapter = None if adapters is None else tiled_mlp.Adapter(a, b, 1.0)
+    projections = [tiled_mlp.Projection(torch.empty(24, 8, dtype=base), adapter)]
+    assert tiled_mlp._bytes_of_buffers(base, projections) == size
+
+
 @pytest.mark.parametrize(("processors", "unit"), [(132, 4224), (108, 3456), (114, 7296)])
 def test_a_unit_fills_the_gpu(processors, unit):
     """132 multiprocessors have an H100 SXM and an H200, 108 an A100, 114 an H100 PCIe."""
@@ -176,12 +193,12 @@ def test_a_unit_fills_the_gpu(processors, unit):
     assert blocks % processors == 0 and unit % 128 == 0
 
 
-def test_nothing_of_tokens_by_intermediate_is_saved():
+@pytest.mark.parametrize("case", [TestTiledMLP.CASES[0], ADAPTED[0]], ids=str)
+def test_nothing_of_tokens_by_intermediate_is_saved(case):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        generator = torch.Generator().manual_seed(0)
-        tensors = x_and_weights((64, 8), torch.float32, generator)
-        ops.swiglu_mlp(*tensors)
+        tensors = case.make((64, 8))
+        case.fused(*tensors)
     assert {tuple(t.shape) for t in saved} == {tuple(t.shape) for t in tensors}
 
 
