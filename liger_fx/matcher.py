@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from liger_fx.canonical import WRITTEN_AS, View, fake, op_name
-from liger_fx.pattern import Binding, Cast, Chain, Guard, Op, Pattern, Term
+from liger_fx.pattern import Binding, Cast, Chain, Either, Guard, Op, Pattern, Term
 
 
 class Reject(Exception):
@@ -85,11 +85,13 @@ _EVERYWHERE |= {"sum", "linear", "matmul", "transpose", "scaled_dot_product_atte
 
 
 def size(term: Term) -> int:
-    """How many operations a term has."""
+    """How many operations a term has, without what may be missing."""
     if isinstance(term, Op):
         return 1 + sum(map(size, term.args))
     if isinstance(term, Cast | Chain | Guard):
         return size(term.source)
+    if isinstance(term, Either):
+        return min(size(term.first), size(term.second))
     if isinstance(term, tuple | list):
         return sum(map(size, term))
     return 0
@@ -143,6 +145,8 @@ class Matcher:
             return self._match(term.source, value) if holds else self._missed(term.wanted, value)
         if isinstance(term, Op):
             return self._match_op(term, value)
+        if isinstance(term, Either):
+            return self._match_either((term.first, value), (term.second, value))
         if isinstance(term, tuple | list):
             return self._match_all(tuple(term), value)
         if isinstance(term, slice) and isinstance(value, slice):
@@ -243,6 +247,8 @@ def root_ops(term: Term) -> set[Any]:
         return {term.op}
     if isinstance(term, Cast):
         return {"cast"} | root_ops(term.source)
+    if isinstance(term, Either):
+        return root_ops(term.first) | root_ops(term.second)
     raise TypeError(f"a pattern must end in an operation, not in {term!r}")
 
 

@@ -70,8 +70,16 @@ class Guard:
     source: Term
 
 
+@dataclass(frozen=True)
+class Either:
+    """``first`` or, where that does not fit, ``second`` (see `either`)."""
+
+    first: Term
+    second: Term
+
+
 # Anything else is a literal, matched by equality.
-Term = Binding | Cast | Op | Chain | Guard | Any
+Term = Binding | Cast | Op | Chain | Guard | Either | Any
 
 
 def chain(name: str, step: Step) -> Callable[[Any], Any]:
@@ -97,14 +105,27 @@ def guard(wanted: str, holds: Callable[[Any], bool]) -> Callable[[Any], Any]:
     return _marked(functools.partial(Guard, wanted, holds))
 
 
-def _marked(term: Callable[[Term], Term]) -> Callable[[Any], Any]:
-    """A function whose calls in a pattern become ``term`` of their argument."""
+def binding(name: str) -> Callable[[Any], Any]:
+    """A parameter that the pattern function does not have: ``weight = binding("w_up")``, then
+    ``weight(x)``. A part that several patterns share, or that is there several times, so brings its
+    own; ``x`` may be any value of the pattern."""
 
-    def mark(x: fx.Proxy) -> fx.Proxy:
-        return x.tracer.create_proxy("call_function", mark, (x,), {})
+    return _marked(lambda _: Binding(name))
+
+
+def _marked(term: Callable[..., Term]) -> Callable[..., Any]:
+    """A function whose calls in a pattern become ``term`` of their arguments."""
+
+    def mark(x: fx.Proxy, *others: fx.Proxy) -> fx.Proxy:
+        return x.tracer.create_proxy("call_function", mark, (x, *others), {})
 
     mark.term = term  # type: ignore[attr-defined]
     return mark
+
+
+# ``either(x * scale, x)`` matches one of two values, tried in this order. What only the other one
+# has binds nothing. The first that fits stays: it is not tried again if something else does not.
+either = _marked(Either)
 
 
 class Pattern:
@@ -142,7 +163,7 @@ def _term(node: fx.Node, terms: dict[fx.Node, Term]) -> Term:
         return sub(node.args[0])  # what a cast takes as well: ``x.type_as(y)``
     marked = getattr(node.target, "term", None)
     if marked is not None:
-        return marked(sub(node.args[0]))
+        return marked(*map(sub, node.args))
     op = op_name(node)
     if op == "cast":
         return Cast(sub(node.args[0]), _cast_dtype(node, sub))

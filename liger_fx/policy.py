@@ -180,8 +180,8 @@ def by_table(
     """``auto``: what is measured for this device under this inner compiler, for graphs of this
     form, in the user's ``own`` table and in `table`; else what is measured on the nearest
     architecture, with a margin. Each variant has a kernel, or an eager form, of its own: its rows
-    decide, and those of all variants where it has none. So it is inside and outside of activation
-    checkpoints."""
+    decide, and those of all variants where it has none, but for `Rewrite.measured_apart`. So it is
+    inside and outside of activation checkpoints."""
     if device.type not in ("cuda", "meta"):
         machine = "a CPU" if device.type == "cpu" else device.type
         left = f"not measured on {machine}; policy='measure' measures it on this one"
@@ -212,9 +212,14 @@ def by_table(
 
 def _rows(entry: Entry, rewrite: Rewrite, match: Match, inner: str, form: str) -> list[Row]:
     rows = [row for row in entry.rows if row.inner == inner and row.rewrite == rewrite.name]
+    rows = [row for row in rows if _apart(rewrite, row.spelling) == _apart(rewrite, match.spelling)]
     rows = [row for row in rows if row.form == form] or rows
     rows = [row for row in rows if row.spelling == match.spelling] or rows
     return [row for row in rows if row.checkpoint == match.recomputed]
+
+
+def _apart(rewrite: Rewrite, spelling: str) -> list[str]:
+    return [name for name in rewrite.measured_apart if spelling.endswith(f", {name}")]
 
 
 def architecture_of(device: torch.device) -> str:

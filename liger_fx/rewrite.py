@@ -63,6 +63,8 @@ class Rewrite:
         what it returns, or a function of the match that gives them. A match is refused if such a
         value is written to later. None: all of them.
     variant: ``variant(match)`` tells apart matches of one pattern that become different kernels.
+    measured_apart: names of variants that do other work than the rest: under ``policy="auto"`` no
+        measurement of the others decides about them, nor theirs about the others.
     settings: the options ``<name>.<setting>`` and their defaults.
     gain: why it is worth making on every device, under every inner compiler. Without one,
         ``policy="auto"`` and ``"measure"`` decide from measurements.
@@ -80,6 +82,7 @@ class Rewrite:
     constants: Sequence[str] = ()
     saved: Sequence[str] | Callable[[Match], Sequence[str]] | None = None
     variant: Callable[[Match], str] | None = None
+    measured_apart: Sequence[str] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     gain: str | None = None
     save_ops: Sequence[str] | Callable[[Mapping[str, Any]], Sequence[str]] = ()
@@ -220,13 +223,25 @@ class _Application:
                         else:
                             self._complete(match, graph)
                             found[node] = match
+        self._refuse_twins(view, found)
+        return sorted(_outermost(list(found.values())), key=lambda m: view.position[m.root])
+
+    def _refuse_twins(self, view: View, found: Mapping[fx.Node, Match]) -> None:
+        """Of those inside of others, and inside of what is ``found``, nothing is said."""
+        twins: dict[fx.Node, tuple[Match, str]] = {}
         for function, reason in self.rewrite.refuses:
             twin = traced(function)
             for node in candidates(view, twin):
+                if node in found or node in twins:
+                    continue
                 with self._costs_only(node):
-                    if node not in found and Matcher(view, twin).at(node) is not None:
-                        self._reject(node, reason)
-        return sorted(_outermost(list(found.values())), key=lambda m: view.position[m.root])
+                    if (match := Matcher(view, twin).at(node)) is not None:
+                        twins[node] = match, reason
+        matches = [*found.values(), *(match for match, _ in twins.values())]
+        outermost = {match.root for match in _outermost(matches)}
+        for node, (_, reason) in twins.items():
+            if node in outermost:
+                self._reject(node, reason)
 
     def _complete(self, match: Match, graph: Legality) -> None:
         match.settings, match.recomputed = self.settings, graph.recomputed
@@ -236,7 +251,8 @@ class _Application:
     def _note_miss(self, pattern: Pattern, miss: Miss, node: fx.Node) -> None:
         if miss.matched > (self.best.matched if self.best else 0):
             reason = f"wanted {miss.wanted}, found {describe(miss.found)}"
-            name, total, place = self.rewrite.name, size(pattern.term), Place.of(node)
+            name, place = self.rewrite.name, Place.of(node)
+            total = max(miss.matched, size(pattern.term))
             self.best = NearMiss(name, pattern.name, miss.matched, total, reason, place=place)
 
     def _is_legal(self, match: Match, graph: Legality) -> bool:

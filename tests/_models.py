@@ -125,8 +125,7 @@ LLAMA: Cells = dict(
     geglu=NONE,
     embedding=IN_32_BITS,
 )
-SUMS: Cells = dict(tiled_mlp=Refused("wanted linear, found `add`"))  # so are projections then
-ADAPTERS: Cells = LLAMA | SUMS | dict(swiglu=n, embedding=FROZEN)
+ADAPTERS: Cells = LLAMA | dict(embedding=FROZEN)
 LAYER_NORMS: Cells = LLAMA | dict(add_rms_norm=NONE, rms_norm=NONE, layer_norm=2 * n + 1)
 EXPERTS: Cells = LLAMA | dict(tiled_mlp="experts are grouped matrix products", swiglu=n)
 GEMMA: Cells = LLAMA | dict(swiglu=NONE, geglu=WITH_PROJECTIONS)
@@ -238,6 +237,15 @@ def lora(**settings: Any) -> Build:
         return net
 
     return frozen
+
+
+def lora_by_peft(layers: int) -> nn.Module:
+    import peft
+
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    # PEFT refuses the torchao that torchtune takes, and does without any.
+    with mock.patch("peft.tuners.lora.torchao.is_torchao_available", return_value=False):
+        return peft.get_peft_model(huggingface("Llama")(layers), settings)
 
 
 def fake_quantised(layers: int) -> nn.Module:
@@ -674,7 +682,8 @@ MODES = [
     ),
     tune("LoRA", lora(), ADAPTERS),
     # The input of the first layer needs no gradient: two graphs.
-    tune("LoRA", lora(), twice(PER_LAYER | SUMS | dict(swiglu=once)), mode=per_layer, graphs=2),
+    tune("LoRA", lora(), twice(PER_LAYER), mode=per_layer, graphs=2),
+    Row("peft", "LoRA by PEFT", lora_by_peft, ADAPTERS, own_loss),
     tune(
         "LoRA on the head",
         lora(apply_lora_to_output=True),
@@ -684,11 +693,20 @@ MODES = [
             cross_entropy=once,
         ),
     ),
-    tune("DoRA", lora(use_dora=True), ADAPTERS),
+    tune(
+        "DoRA",
+        lora(use_dora=True),
+        ADAPTERS | dict(tiled_mlp=Refused("DoRA scales each row of the sum"), swiglu=n),
+    ),
     tune(
         "QLoRA",
         lora(quantize_base=True, embed_dim=128, intermediate_dim=256, num_kv_heads=4),
-        ADAPTERS | dict(attention=AS_MANY),
+        ADAPTERS
+        | dict(
+            attention=AS_MANY,
+            tiled_mlp=Refused("what an adapter is added to is no plain projection"),
+            swiglu=n,
+        ),
     ),
     tune("QAT", fake_quantised, LLAMA | dict(tiled_mlp="what is projected is quantised", swiglu=n)),
 ]

@@ -14,6 +14,7 @@ from _util import DEVICE, TOLERANCES, relative_error
 from torch import Tensor
 from torch._higher_order_ops.auto_functionalize import auto_functionalized
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SLACK = 3e-7  # of the relative error: in fp32 a different order of summation is no error
@@ -60,8 +61,12 @@ class Case:
         generator = torch.Generator(DEVICE).manual_seed(seed)
         return self.inputs(self.shape if shape is None else shape, dtype, generator)
 
+    def arguments(self, *tensors: Tensor) -> tuple[Any, ...]:
+        """Of the op."""
+        return *tensors, *self.literals
+
     def fused(self, *tensors: Tensor) -> Any:
-        return self.op(*tensors, *self.literals)
+        return self.op(*self.arguments(*tensors))
 
     def reference(self, *tensors: Tensor) -> Any:
         return self.eager(*tensors, *self.literals)
@@ -177,8 +182,7 @@ class KernelCalls(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def keep(self, kernel: torch._ops.OpOverload, *arguments: Any) -> None:
-        detached = (a.detach() if isinstance(a, Tensor) else a for a in arguments)
-        self.calls.append((kernel, tuple(detached)))
+        self.calls.append((kernel, tree_map_only(Tensor, Tensor.detach, arguments)))
 
 
 # -- the tests ------------------------------------------------------------------------------------
@@ -303,7 +307,7 @@ class Contract:
         tensors = case.make((2, 5, 3, 8)[-len(case.shape) :])
         if layout:
             tensors = laid_out(tensors, LAYOUTS[layout])
-        torch.library.opcheck(case.op, (*tensors, *case.literals))
+        torch.library.opcheck(case.op, case.arguments(*tensors))
         with KernelCalls() as kernels:
             run(case.fused, tensors)
         assert len(kernels.calls) == self.KERNELS

@@ -9,6 +9,16 @@ Inside an activation checkpoint, where gate and up are recomputed anyway, that c
 The backward of a tile has three buffers. Gate and up become their gradients; the gradient of their
 product becomes the product, which the gradient of ``Wd`` needs.
 
+Each projection may have an adapter of low rank (LoRA):
+
+    x W^T + scale (x A^T) B^T
+
+``x A^T`` is rounded as in eager. The GEMM with ``B`` adds to ``x W^T`` in place, and rounds their
+sum once; eager rounds the product, ``scale`` times the product, and the sum. The gradients of ``A``
+and ``B`` are summed in fp32. An adapter may be wider than its weight (PEFT's in fp32 beside a
+base in bf16): the sum is then made in the adapter's dtype, and rounded to that of the weight, as in
+eager. No product is computed for the gradient of a frozen weight.
+
 With ``skip_padding`` the backward leaves out each token whose gradient is exactly zero, as it is
 for tokens that pad a sequence: they cost no matrix product. A finite token with a zero gradient
 adds nothing to any gradient. A token that is inf or nan does in eager, where 0 times inf is nan:
@@ -20,8 +30,8 @@ host does not wait.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,9 +49,73 @@ TILE_BUDGET = {"cuda": 1200 << 20, "cpu": 128 << 20}
 OnBuffers = Callable[..., None]
 
 
-def tile_tokens_for(intermediate: int, itemsize: int, budget: int, unit: int) -> int:
-    """Tokens of a tile: what the budget takes, in multiples of ``unit`` or at least of 128."""
-    most = budget // (3 * intermediate * itemsize)
+class Adapter(NamedTuple):
+    """``scale (x A^T) B^T``, of low rank. a: [R, I], b: [O, R], of one dtype."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def inner(self, x: Tensor) -> Tensor:
+        """``x A^T``"""
+        return x.to(self.a.dtype) @ self.a.t()
+
+    def inner_gradient(self, grad: Tensor) -> Tensor:
+        """Of `inner`, given that of the product."""
+        made = self.b.new_empty(grad.shape[0], self.b.shape[1])
+        return made.addmm_(grad.to(self.b.dtype), self.b, beta=0, alpha=self.scale)
+
+
+class Projection(NamedTuple):
+    """``x W^T``, and what an adapter adds. weight: [O, I], of the adapter's dtype or narrower."""
+
+    weight: Tensor
+    adapter: Adapter | None
+
+    def inner(self, x: Tensor) -> Tensor | None:
+        return None if self.adapter is None else self.adapter.inner(x)
+
+    def inner_gradient(self, grad: Tensor) -> Tensor | None:
+        return None if self.adapter is None else self.adapter.inner_gradient(grad)
+
+    def write(self, x: Tensor, out: Tensor) -> Tensor | None:
+        """Over ``out``. Returns `inner`."""
+        torch.mm(x, self.weight.t(), out=out)
+        inner = self.inner(x)
+        if self.adapter is not None and inner is not None:
+            _addmm(out, inner, self.adapter.b.t(), self.adapter.scale)
+        return inner
+
+    def add_input_gradient(
+        self, grad: Tensor, inner_grad: Tensor | None, out: Tensor, first: bool
+    ) -> None:
+        """``out (+)=`` the gradient of x; ``first``: written."""
+        torch.mm(grad, self.weight, out=out) if first else out.addmm_(grad, self.weight)
+        if self.adapter is not None and inner_grad is not None:
+            _addmm(out, inner_grad, self.adapter.a, 1.0)
+
+
+def _addmm(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """``total += scale a b``, rounded once; a and b may be wider than ``total``."""
+    wide = total.to(a.dtype)  # ``total`` itself, if that is its dtype
+    total.copy_(wide.addmm_(a, b, alpha=scale))
+
+
+# Of each projection weight, a and b: what the kernels take. Without an adapter a and b are None.
+Factors = Sequence[Any]
+
+
+def _projections(factors: Factors, scales: Sequence[float]) -> list[Projection]:
+    found = []
+    for scale, weight, a, b in zip(scales, factors[::3], factors[1::3], factors[2::3], strict=True):
+        found.append(Projection(weight, None if a is None else Adapter(a, b, scale)))
+    return found
+
+
+def tile_tokens_for(row: int, budget: int, unit: int) -> int:
+    """Tokens of a tile, each of which takes ``row`` bytes: what the budget takes, in multiples of
+    ``unit`` or at least of 128."""
+    most = budget // row
     unit = unit if most >= unit else 128
     return max(unit, most // unit * unit)
 
@@ -61,84 +135,124 @@ def _tiles(tokens: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, tokens))
 
 
-def _tile_size(rows: Tensor, w_gate: Tensor, tile_tokens: int) -> int:
+def _tile_size(rows: Tensor, projections: Sequence[Projection], tile_tokens: int) -> int:
     if tile_tokens <= 0:
         budget = TILE_BUDGET.get(rows.device.type, TILE_BUDGET["cpu"])
-        itemsize, unit = rows.element_size(), _unit(rows.device)
-        tile_tokens = tile_tokens_for(w_gate.shape[0], itemsize, budget, unit)
+        row = projections[0].weight.shape[0] * _bytes_of_buffers(rows.dtype, projections)
+        tile_tokens = tile_tokens_for(row, budget, _unit(rows.device))
     return max(1, min(tile_tokens, rows.shape[0]))
 
 
-def _buffers(count: int, tokens: int, like: Tensor, w_gate: Tensor) -> list[Tensor]:
-    return [like.new_empty(tokens, w_gate.shape[0]) for _ in range(count)]
+def _bytes_of_buffers(dtype: torch.dtype, projections: Sequence[Projection]) -> int:
+    """Of an element: three buffers, and one more in the dtype of adapters that are wider."""
+    dtypes = {p.adapter.a.dtype for p in projections if p.adapter is not None} - {dtype}
+    return 3 * dtype.itemsize + max((wider.itemsize for wider in dtypes), default=0)
+
+
+def _buffers(count: int, tokens: int, gate: Projection) -> list[Tensor]:
+    return [gate.weight.new_empty(tokens, gate.weight.shape[0]) for _ in range(count)]
 
 
 def _forward(
-    product: OnBuffers, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, tile_tokens: int
+    product: OnBuffers, x: Tensor, factors: Factors, scales: Sequence[float], tile_tokens: int
 ) -> Tensor:
+    gate, up, down = projections = _projections(factors, scales)
     rows = x.reshape(-1, x.shape[-1])
-    out = rows.new_empty(rows.shape[0], w_down.shape[0])
-    size = _tile_size(rows, w_gate, tile_tokens)
-    buffers = _buffers(2, size, rows, w_gate)
+    out = rows.new_empty(rows.shape[0], down.weight.shape[0])
+    size = _tile_size(rows, projections, tile_tokens)
+    buffers = _buffers(2, size, gate)
     with torch.autocast(x.device.type, enabled=False):  # every dtype has been decided
         for part in _tiles(rows.shape[0], size):
-            gate, up = (b[: part.stop - part.start] for b in buffers)
-            torch.mm(rows[part], w_gate.t(), out=gate)
-            torch.mm(rows[part], w_up.t(), out=up)
-            product(gate, up)
-            torch.mm(gate, w_down.t(), out=out[part])
+            g, u = (b[: part.stop - part.start] for b in buffers)
+            gate.write(rows[part], g)
+            up.write(rows[part], u)
+            product(g, u)
+            down.write(g, out[part])
     # No view: what a custom function returns may be written in place only if it is none.
-    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], w_down.shape[0]))
+    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], down.weight.shape[0]))
+
+
+class _Gradients:
+    """Of the factors of a projection, summed over tiles.
+
+    wanted: of weight, a and b. tiles: their number; the first writes the sums, and none leaves
+    zeros. A sum over tiles is kept in fp32; a single product is rounded once by its GEMM. Those of
+    an adapter, which are small, are kept in fp32 in any case: one has yet to be scaled.
+    """
+
+    def __init__(self, factors: Factors, wanted: Sequence[bool], tiles: int) -> None:
+        self.factors = factors
+        self.sums: list[Tensor | None] = [None] * 3
+        for i, (factor, want) in enumerate(zip(factors, wanted, strict=True)):
+            if want:
+                wide = torch.promote_types(factor.dtype, torch.float32)
+                dtype = factor.dtype if i == 0 and tiles == 1 else wide
+                self.sums[i] = _like(factor, dtype, zeros=tiles == 0)
+
+    def add(self, x: Tensor, inner: Any, grad: Tensor, inner_grad: Any, first: bool) -> None:
+        """A tile's. inner, inner_grad: as `Projection` gives them."""
+        for total, a, b in zip(self.sums, (grad, inner_grad, grad), (x, x, inner), strict=True):
+            if total is not None:
+                dtype = torch.promote_types(a.dtype, b.dtype)
+                accumulate_mm(total, a.to(dtype).t(), b.to(dtype), first)
+
+    def rounded(self, scale: float) -> list[Tensor]:
+        """Empty where they are not wanted."""
+        of_b = self.sums[2]
+        if of_b is not None:
+            of_b.mul_(scale)
+        return [
+            self.factors[0].new_empty(0) if total is None else total.to(factor.dtype)
+            for total, factor in zip(self.sums, self.factors, strict=True)
+        ]
 
 
 def _backward(
     gradients_and_product: OnBuffers,
     grad: Tensor,
     x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
-    wanted: list[bool],
+    factors: Factors,
+    scales: Sequence[float],
+    wanted: Sequence[bool],
     tile_tokens: int,
     skip_padding: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> list[Tensor]:
+    gate, up, down = projections = _projections(factors, scales)
     rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     kept = tokens_with_gradient(grad) if skip_padding else None
     tokens = rows.shape[0] if kept is None else kept.numel()
     # Buffers are for all tokens: from step to step fewer or more are left, but buffers of one size
     # fit where those of the last step were.
-    size = _tile_size(rows, w_gate, tile_tokens)
-    # A sum over tiles is kept in fp32; a single product is rounded once by its GEMM.
-    accum = torch.promote_types(x.dtype, torch.float32) if size < tokens else x.dtype
+    size = _tile_size(rows, projections, tile_tokens)
     dx = _like(rows, x.dtype, zeros=kept is not None) if wanted[0] else None
-    sums = [
-        _like(w, accum, zeros=not tokens) if want else None  # or the first tile writes it
-        for w, want in zip((w_gate, w_up, w_down), wanted[1:], strict=True)
+    gradients = [
+        _Gradients(factors[i : i + 3], wanted[1 + i : 4 + i], tiles=-(-tokens // size))
+        for i in (0, 3, 6)
     ]
-    buffers = _buffers(3, size, rows, w_gate)
+    buffers = _buffers(3, size, gate)
     with torch.autocast(x.device.type, enabled=False):
         for part in _tiles(tokens, size):
-            index = None if kept is None else kept[part]
+            index, first = None if kept is None else kept[part], part.start == 0
             x_t, grad_t = (t[part if index is None else index] for t in (rows, grad))
-            gate, up, product = (b[: part.stop - part.start] for b in buffers)
-            torch.mm(x_t, w_gate.t(), out=gate)
-            torch.mm(x_t, w_up.t(), out=up)
-            torch.mm(grad_t, w_down, out=product)
-            gradients_and_product(gate, up, product)
-            for total, a, b in zip(sums, (gate, up, grad_t), (x_t, x_t, product), strict=True):
-                if total is not None:
-                    accumulate_mm(total, a.t(), b, part.start == 0)
+            g, u, h = (b[: part.stop - part.start] for b in buffers)
+            gate_inner, up_inner = gate.write(x_t, g), up.write(x_t, u)
+            down_grad = down.inner_gradient(grad_t)
+            down.add_input_gradient(grad_t, down_grad, h, first=True)
+            gradients_and_product(g, u, h)
+            gate_grad, up_grad = gate.inner_gradient(g), up.inner_gradient(u)
+            gradients[0].add(x_t, gate_inner, g, gate_grad, first)
+            gradients[1].add(x_t, up_inner, u, up_grad, first)
+            gradients[2].add(h, down.inner(h), grad_t, down_grad, first)
             if dx is not None:
                 # A tile's own copy of x has been read for the last time.
                 dx_t = dx[part] if index is None else x_t
-                torch.mm(gate, w_gate, out=dx_t)
-                dx_t.addmm_(up, w_up)
+                gate.add_input_gradient(g, gate_grad, dx_t, first=True)
+                up.add_input_gradient(u, up_grad, dx_t, first=False)
                 if index is not None:
                     dx.index_copy_(0, index, dx_t)
-    dw_gate, dw_up, dw_down = (
-        x.new_empty(0) if total is None else total.to(x.dtype) for total in sums
-    )
-    return x.new_empty(0) if dx is None else dx.view(x.shape), dw_gate, dw_up, dw_down
+    dx = x.new_empty(0) if dx is None else dx.view(x.shape)
+    by_projection = zip(gradients, scales, strict=True)
+    return [dx, *(factor for each, scale in by_projection for factor in each.rounded(scale))]
 
 
 def _like(t: Tensor, dtype: torch.dtype, zeros: bool) -> Tensor:
@@ -152,6 +266,11 @@ def tiled_mlp(name: str, activation: Activation) -> torch._ops.OpOverload:
     x: [..., H]. w_gate, w_up: [I, H], w_down: [H', I]. All float32, bfloat16 or float16 alike (on a
     CPU float64 as well). tile_tokens: 0 chooses by memory budget. skip_padding: the backward leaves
     out tokens whose gradient is exactly zero, and the host waits for their number; see the module.
+
+    Further arguments, each with a default: ``a_gate``, ``b_gate`` and ``scale_gate`` of an adapter
+    on the gate, [R, H], [I, R] and a number; likewise those of ``up`` and ``down``. The two tensors
+    have one dtype, that of x or a wider one.
+
     Returns [..., H'], contiguous. Weight gradients are summed over tiles in fp32. The backward is
     differentiable once.
     """
@@ -172,7 +291,7 @@ def tiled_mlp(name: str, activation: Activation) -> torch._ops.OpOverload:
 
         return _forward(product, x, *rest)
 
-    def backward_triton(module: Any, grad: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    def backward_triton(module: Any, grad: Tensor, *rest: Any) -> list[Tensor]:
         from liger_fx.ops.gated_triton import gradients_and_product
 
         def on_buffers(gate: Tensor, up: Tensor, grad: Tensor) -> None:
@@ -181,16 +300,15 @@ def tiled_mlp(name: str, activation: Activation) -> torch._ops.OpOverload:
         return _backward(on_buffers, grad, *rest)
 
     forward = kernel(
-        f"{name}_forward(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, int tile_tokens)"
-        " -> Tensor",
-        fake=lambda x, w_gate, w_up, w_down, tile: x.new_empty(*x.shape[:-1], w_down.shape[0]),
+        f"{name}_forward(Tensor x, Tensor?[] factors, float[] scales, int tile_tokens) -> Tensor",
+        fake=lambda x, factors, scales, tile: x.new_empty(*x.shape[:-1], factors[6].shape[0]),
         plain=lambda x, *rest: _forward(product_torch, x, *rest),
         cuda=forward_liger,
         liger=activation.liger,
     )
     backward = kernel(
-        f"{name}_backward(Tensor grad, Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down,"
-        " bool[] wanted, int tile_tokens, bool skip_padding) -> (Tensor, Tensor, Tensor, Tensor)",
+        f"{name}_backward(Tensor grad, Tensor x, Tensor?[] factors, float[] scales, bool[] wanted,"
+        " int tile_tokens, bool skip_padding) -> Tensor[]",
         fake=_fake_gradients,
         plain=lambda grad, *rest: _backward(gradients_and_product_torch, grad, *rest),
         cuda=backward_triton,
@@ -199,18 +317,21 @@ def tiled_mlp(name: str, activation: Activation) -> torch._ops.OpOverload:
 
     class TiledMLP(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x, w_gate, w_up, w_down, tile_tokens, skip_padding):
-            ctx.save_for_backward(x, w_gate, w_up, w_down)
-            ctx.literals = (tile_tokens, skip_padding)
-            return forward(x, w_gate, w_up, w_down, tile_tokens)
+        def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+            *factors, scales, tile_tokens, skip_padding = rest
+            ctx.save_for_backward(x, *factors)
+            ctx.literals = (scales, tile_tokens, skip_padding)
+            return forward(x, factors, scales, tile_tokens)
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, grad: Tensor) -> Any:
-            wanted = ctx.needs_input_grad[:4]
-            gradients = backward(grad, *ctx.saved_tensors, list(wanted), *ctx.literals)
+            x, *factors = ctx.saved_tensors
+            scales, *literals = ctx.literals
+            wanted = list(ctx.needs_input_grad[: 1 + len(factors)])
+            gradients = backward(grad, x, factors, scales, wanted, *literals)
             kept = (g if want else None for g, want in zip(gradients, wanted, strict=True))
-            return *kept, None, None
+            return *kept, None, None, None
 
     def op(
         x: Tensor,
@@ -219,12 +340,27 @@ def tiled_mlp(name: str, activation: Activation) -> torch._ops.OpOverload:
         w_down: Tensor,
         tile_tokens: int = 0,
         skip_padding: bool = False,
+        a_gate: Tensor | None = None,
+        b_gate: Tensor | None = None,
+        scale_gate: float = 1.0,
+        a_up: Tensor | None = None,
+        b_up: Tensor | None = None,
+        scale_up: float = 1.0,
+        a_down: Tensor | None = None,
+        b_down: Tensor | None = None,
+        scale_down: float = 1.0,
     ) -> Tensor:
-        return TiledMLP.apply(x, w_gate, w_up, w_down, tile_tokens, skip_padding)
+        factors = (w_gate, a_gate, b_gate, w_up, a_up, b_up, w_down, a_down, b_down)
+        scales = [scale_gate, scale_up, scale_down]
+        return TiledMLP.apply(x, *factors, scales, tile_tokens, skip_padding)
 
+    adapters = (
+        f", Tensor? a_{each}=None, Tensor? b_{each}=None, float scale_{each}=1.0"
+        for each in ("gate", "up", "down")
+    )
     return differentiable(
         f"{name}(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down, int tile_tokens=0,"
-        " bool skip_padding=False) -> Tensor",
+        f" bool skip_padding=False{''.join(adapters)}) -> Tensor",
         op,
     )
 
@@ -232,17 +368,16 @@ def tiled_mlp(name: str, activation: Activation) -> torch._ops.OpOverload:
 def _fake_gradients(
     grad: Tensor,
     x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down: Tensor,
+    factors: Factors,
+    scales: Sequence[float],
     wanted: list[bool],
     tile_tokens: int,
     skip_padding: bool,
-) -> tuple[Tensor, ...]:
-    return tuple(
-        t.new_empty(t.shape) if want else t.new_empty(0)
-        for t, want in zip((x, w_gate, w_up, w_down), wanted, strict=True)
-    )
+) -> list[Tensor]:
+    return [
+        t.new_empty(t.shape) if t is not None and want else x.new_empty(0)
+        for t, want in zip((x, *factors), wanted, strict=True)
+    ]
 
 
 swiglu_mlp = tiled_mlp("swiglu_mlp", SILU)

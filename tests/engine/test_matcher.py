@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,8 @@ from _util import reasons, show, words
 from expecttest import assert_expected_inline
 
 from liger_fx import Reject, Rewrite, rewrite_graph
-from liger_fx.matcher import Matcher, candidates
-from liger_fx.pattern import Binding, Cast, Op, Pattern, guard, traced
+from liger_fx.matcher import Matcher, candidates, size
+from liger_fx.pattern import Binding, Cast, Op, Pattern, binding, either, guard, traced
 
 
 def swiglu_pattern(gate, up):
@@ -149,6 +150,38 @@ def test_a_condition_tells_two_parts_apart():
         assert sum(map(len, (first.replacements, second.replacements))) == 1
         (miss,) = first.near_misses + second.near_misses
         assert miss.reason.startswith("wanted a value without gradient, found `exp`")
+
+
+def shifted(x):
+    y = torch.exp(x)
+    return either(y + binding("shift")(x), y)
+
+
+@pytest.mark.parametrize(
+    ("fn", "becomes"),
+    [
+        (lambda x: x.exp(), "sub(l_x_, 0)"),
+        (lambda x: 3 + x.exp(), "sub(l_x_, 3)"),
+        (lambda x: (x.exp() + 2) * x.exp(), "sub(l_x_, 2); sub(l_x_, 0)"),
+    ],
+)
+def test_a_part_that_may_be_missing(fn, becomes):
+    """The larger match counts; what is missing binds nothing."""
+    rewrite = Rewrite("shifted", [shifted], lambda match, x, shift=0: torch.sub(x, shift))
+    code = show(rewritten(fn, A, rewrites=[rewrite]).gm)
+    assert "; ".join(re.findall(r"sub\(.*\)", code)) == becomes and "exp" not in code
+    assert size(Pattern(shifted).term) == 1
+
+
+def test_near_twins_are_refused_once():
+    """Not again for a part of them, nor for a part of what is replaced."""
+
+    def twin(x):
+        return either(torch.tanh(x) + binding("shift")(x), torch.tanh(x))
+
+    rewrite = Rewrite("shifted", [shifted], lambda match, x: x, refuses=[(twin, "a tanh")])
+    report = rewritten(lambda x: (x.tanh() + 2) * (x.exp() + 2), A, rewrites=[rewrite]).report
+    assert report.counts == {"shifted": 1} and [r.reason for r in report.rejections] == ["a tanh"]
 
 
 def test_symbolic_shapes():

@@ -188,6 +188,29 @@ def test_the_table_is_kept_by_form(layers, count, monkeypatch):
     assert ("step" if count else "layers") in evidence(report, "rms_norm")
 
 
+def test_lora_is_measured_apart(monkeypatch):
+    """No row of a whole MLP's training decides about an MLP with adapters, nor the other way."""
+    monkeypatch.setenv("LIGER_FX_INNER", "inductor")
+
+    def project(x, weight, a, b):
+        return F.linear(x, weight) + 2.0 * F.linear(F.linear(x, a), b)
+
+    def lora(x, weight, a, b):
+        return project(F.silu(project(x, weight, a, b)) * F.linear(x, weight), weight, a, b)
+
+    def plain(x, weight, a, b):
+        return F.linear(F.silu(F.linear(x, weight)) * F.linear(x, weight), weight)
+
+    def made(*row):
+        with table((*row, "inductor", False, 1.1, 1.0)):
+            reports = [explained(f, [(N, H), (H, H), (2, H), (H, 2)]) for f in (lora, plain)]
+        return [report.counts.get("tiled_mlp", 0) for report in reports]
+
+    assert made("tiled_mlp:swiglu") == [0, 1]
+    assert made("tiled_mlp:swiglu, LoRA") == [1, 0]
+    assert made("tiled_mlp:geglu, LoRA") == [1, 0]
+
+
 # -- another architecture --------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from unittest import mock
 import _interpreter  # noqa: F401  before anything imports Triton
 import pytest
 import torch
-from _op_checks import LAYOUTS, KernelCalls, alike, laid_out, outputs_of, run
+from _op_checks import LAYOUTS, KernelCalls, alike, laid_out, run
 from test_op_cross_entropy import TestCrossEntropy as CrossEntropy
 from test_op_gated import TestGated as Gated
 from test_op_linear_loss import CE, JSD, MIXTURE, ONE, TUNES, TWO, grads
@@ -28,6 +28,7 @@ from test_op_rope import ANGLES_OF_EACH_SEQUENCE, TABLE_LAYOUTS
 from test_op_rope import TestHalves as Halves
 from test_op_rope import TestPairs as Pairs
 from test_op_tiled_mlp import TestTiledMLP as TiledMLP
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from liger_fx import ops
 from liger_fx.ops import kl_loss, kl_triton, library, token_loss, token_loss_triton
@@ -67,16 +68,16 @@ def launch(name, *arguments):
 
 
 def tensors_of(values):
-    return [v for v in values if isinstance(v, torch.Tensor)]
+    return [v for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
 
 
 def outcome(function, arguments, mutates):
     """What a kernel returns, or writes over its arguments."""
-    copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
+    copies = tree_map_only(torch.Tensor, torch.clone, arguments)
     if mutates:
         function(*copies)
         return tensors_of(copies)
-    results = list(outputs_of(function(*arguments)))
+    results = tensors_of(function(*arguments))
     assert all(map(torch.equal, tensors_of(arguments), tensors_of(copies)))
     return results
 

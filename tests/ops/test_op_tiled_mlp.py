@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import MappingProxyType
 from unittest import mock
 
@@ -44,16 +46,89 @@ def x_and_weights(shape, dtype, generator):
     return [x, *(w.to(dtype).requires_grad_() for w in weights)]
 
 
+SCALES = {"gate": 0.5, "up": 0.3, "down": 0.7}
+RANK = 4
+
+
+@dataclass(frozen=True)
+class Adapted(Case):
+    """Projections with adapters. literals: the tokens of a tile. dtype: of the adapters; None for
+    that of the weights."""
+
+    projections: tuple[str, ...] = ("gate", "up", "down")
+    dtype: torch.dtype | None = None
+
+    def make(self, shape=None, dtype=torch.float32, seed=0):
+        x, gate, up, down = super().make(shape, dtype, seed)
+        generator = torch.Generator(DEVICE).manual_seed(seed + 1)
+        sizes = {"gate": gate.shape, "up": up.shape, "down": down.shape}
+        factors = [
+            randn(size, torch.float32, generator, grad=False) * size[1] ** -0.5
+            for name in self.projections
+            for size in ((RANK, sizes[name][1]), (sizes[name][0], RANK))
+        ]
+        kind = self.dtype or dtype
+        return [x, gate, up, down, *(t.to(kind).requires_grad_() for t in factors)]
+
+    def adapters(self, factors):
+        """(a, b, scale) by projection."""
+        pairs = zip(factors[::2], factors[1::2], strict=True)
+        found = zip(self.projections, pairs, strict=True)
+        return {name: (*pair, SCALES[name]) for name, pair in found}
+
+    def arguments(self, *tensors):
+        found = self.adapters(tensors[4:])
+        given = (found.get(name, (None, None, 1.0)) for name in SCALES)
+        return *tensors[:4], *self.literals, False, *itertools.chain(*given)
+
+    def reference(self, x, *tensors):
+        weights = dict(zip(SCALES, tensors, strict=False))
+        found = self.adapters(tensors[3:])
+
+        def project(x, name):
+            base = F.linear(x, weights[name])
+            if name not in found:
+                return base
+            a, b, scale = found[name]
+            return (base + scale * F.linear(F.linear(x.to(a.dtype), a), b)).to(base.dtype)
+
+        return project(F.silu(project(x, "gate")) * project(x, "up"), "down")
+
+
+ADAPTED = tuple(
+    Adapted(
+        f"swiglu_mlp, tiles of {tile or 'all'}, {dtype or ''} adapters on {', '.join(names)}",
+        ops.swiglu_mlp,
+        swiglu_mlp,
+        x_and_weights,
+        (tile,),
+        projections=names,
+        dtype=dtype,
+    )
+    for tile, names, dtype in (
+        (0, ("gate", "up", "down"), None),
+        (16, ("gate", "up", "down"), None),
+        (16, ("gate", "up", "down"), torch.float32),
+        (0, ("up",), None),
+        (16, ("gate", "down"), None),
+        (0, ("down",), torch.float32),
+    )
+)
+
+
 class TestTiledMLP(Contract):
     # One tile, and many: the last of 16 tokens has 10 of 42.
-    CASES = tuple(
-        Case(f"{eager.__name__}, tiles of {tile or 'all'}", op, eager, x_and_weights, (tile,))
-        for tile in (0, 16)
-        for op, eager in (
-            (ops.swiglu_mlp, swiglu_mlp),
-            (ops.geglu_mlp, geglu_mlp),
-            (ops.geglu_exact_mlp, geglu_exact_mlp),
+    CASES = (
+        tuple(
+            Case(f"{eager.__name__}, tiles of {tile or 'all'}", op, eager, x_and_weights, (tile,))
+            for tile in (0, 16)
+            for op, eager in (
+                (ops.swiglu_mlp, swiglu_mlp),
+                (ops.geglu_mlp, geglu_mlp),
+                (ops.geglu_exact_mlp, geglu_exact_mlp),
+            )
         )
+        + ADAPTED
     )
     SHAPES = ((48,), (1, 257), (7, 5), (2, 3, 48), (4, 1), (0, 48), (2, 0, 48), (10_003, 5))
     BIG = (2**31 // 8192 + 3, 8192)
@@ -89,7 +164,24 @@ def test_weight_gradients_are_summed_in_fp32():
     ],
 )
 def test_tokens_of_a_tile(intermediate, budget, unit, tile):
-    assert tiled_mlp.tile_tokens_for(intermediate, 2, budget, unit) == tile
+    assert tiled_mlp.tile_tokens_for(3 * 2 * intermediate, budget, unit) == tile
+
+
+@pytest.mark.parametrize(
+    ("base", "adapters", "size"),
+    [
+        (torch.bfloat16, None, 6),
+        (torch.bfloat16, torch.bfloat16, 6),
+        (torch.bfloat16, torch.float32, 10),
+        (torch.float32, torch.float32, 12),
+    ],
+)
+def test_bytes_of_an_element_of_a_tile(base, adapters, size):
+    """The sum with a wider adapter is made in a buffer of its own."""
+    a, b = torch.empty(2, 8, dtype=adapters), torch.empty(24, 2, dtype=adapters)
+    adapter = None if adapters is None else tiled_mlp.Adapter(a, b, 1.0)
+    projections = [tiled_mlp.Projection(torch.empty(24, 8, dtype=base), adapter)]
+    assert tiled_mlp._bytes_of_buffers(base, projections) == size
 
 
 @pytest.mark.parametrize(("processors", "unit"), [(132, 4224), (108, 3456), (114, 7296)])
@@ -101,23 +193,25 @@ def test_a_unit_fills_the_gpu(processors, unit):
     assert blocks % processors == 0 and unit % 128 == 0
 
 
-def test_nothing_of_tokens_by_intermediate_is_saved():
+@pytest.mark.parametrize("case", [TestTiledMLP.CASES[0], ADAPTED[0]], ids=str)
+def test_nothing_of_tokens_by_intermediate_is_saved(case):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        generator = torch.Generator().manual_seed(0)
-        tensors = x_and_weights((64, 8), torch.float32, generator)
-        ops.swiglu_mlp(*tensors)
+        tensors = case.make((64, 8))
+        case.fused(*tensors)
     assert {tuple(t.shape) for t in saved} == {tuple(t.shape) for t in tensors}
 
 
 def test_fake_gradients():
     with FakeTensorMode():
-        x, *weights = (torch.empty(s) for s in ((2, 3, 8), (40, 8), (40, 8), (24, 40)))
-        wanted = [True, False, True, False]
+        x, gate, up, down = (torch.empty(s) for s in ((2, 3, 8), (40, 8), (40, 8), (24, 40)))
+        a, b = torch.empty(3, 8), torch.empty(40, 3)
+        factors = [gate, None, None, up, a, b, down, None, None]
+        wanted = [True, *3 * [False], True, True, *4 * [False]]
         got = torch.ops.liger_fx.swiglu_mlp_backward(
-            torch.empty(2, 3, 24), x, *weights, wanted, 0, True
+            torch.empty(2, 3, 24), x, factors, [1.0, 2.0, 1.0], wanted, 0, True
         )
-    assert [tuple(g.shape) for g in got] == [(2, 3, 8), (0,), (40, 8), (0,)]
+    assert [tuple(g.shape) for g in got] == [(2, 3, 8), *3 * [(0,)], (40, 8), (3, 8), *4 * [(0,)]]
 
 
 @pytest.mark.parametrize("tile", [0, 16])
