@@ -242,7 +242,8 @@ def same_as_eager(module, x, **options):
 
     def run(function):
         value = function(x)
-        return value, *torch.autograd.grad(value.double().sin().sum(), [x, *parameters])
+        upstream = torch.linspace(-1, 1, value.numel(), device=x.device).view_as(value)
+        return value, *torch.autograd.grad((value * upstream).sum(), [x, *parameters])
 
     for actual, expected in zip(run(compiled), run(module), strict=True):
         assert actual.dtype == expected.dtype
