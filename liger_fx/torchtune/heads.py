@@ -250,6 +250,12 @@ class Scores:
     def __getitem__(self, sequences: slice) -> Scores:
         return Scores(self.logprobs[sequences], self.means[sequences])
 
+    def of_tokens(self, kept: Tensor, shape: torch.Size) -> Scores:
+        """The means of the ``kept`` tokens alone, where hidden states of all others are zeros.
+        kept: int64 [n] on the host, places in the flattened ``shape``, [b, s]."""
+        rows = torch.bincount(kept // shape[1], minlength=shape[0]).clamp(min=1)
+        return Scores(self.logprobs, self.means * (shape[1] / rows).to(self.means.device))
+
     def detach(self) -> Scores:
         return self
 

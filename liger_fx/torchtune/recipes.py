@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from torchtune import rlhf, training, utils
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.utils._import_guard import _SUPPORTS_FLEX_ATTENTION
 
 import liger_fx
@@ -41,7 +42,7 @@ from liger_fx.torchtune.heads import (
 )
 from liger_fx.torchtune.packing import attend_over_documents
 from liger_fx.torchtune.parts import compile_layers, compile_loss, layers_of
-from liger_fx.torchtune.unpadding import leave_out_padding
+from liger_fx.torchtune.unpadding import leave_out_padding, tokens_before_last_label
 
 log = utils.get_logger("INFO")  # torchtune's: what a recipe says, its user sees
 
@@ -112,11 +113,13 @@ class LayersRecipe(abc.ABC):
     _device: torch.device
     _dtype: torch.dtype
     _output_dir: str
+    _unpads = True  # do padded batches go through the layers without their padding, if they can?
+    _rows_of_sample = 1
 
     def setup(self, cfg: Any) -> None:
         self._settings = flatten(cfg.get("liger_fx", {}) or {})
         memory_gib = self._settings.pop("memory_gib", None)
-        unpad = bool(self._settings.pop("unpad", True))
+        unpad = bool(self._settings.pop("unpad", self._unpads))
         Backend(self._settings)  # a mistake should show now, not in the first step
         self._compiles = bool(cfg.get("compile", False))
         super().setup(cfg=cfg)  # type: ignore[misc]
@@ -134,8 +137,9 @@ class LayersRecipe(abc.ABC):
             or cfg.get("tensor_parallel_dim", 1) > 1
         )
         of_labels = self._compile_losses()
-        padded = _batches_are_padded(cfg)
-        padded = padded and not (unpad and self._leaves_out_padding(cfg, of_labels))
+        padded = _batches_are_padded(cfg, self._rows_of_sample)
+        self._unpads = padded and unpad and self._leaves_out_padding(cfg, of_labels)
+        padded = padded and not self._unpads
         if padded and not _chosen(self._settings, "tiled_mlp", "skip_padding"):
             self._settings["tiled_mlp.skip_padding"] = True
         for model in models:
@@ -230,7 +234,14 @@ class FusedRecipe(LayersRecipe):
 
 class FusedDPORecipe(LayersRecipe):
     """The same for preference training: of each model the head is fused with the log-probabilities
-    that the loss takes of its logits."""
+    that the loss takes of its logits.
+
+    Its padding is left out where a config says so, ``liger_fx.unpad=True``: the recipe logs the
+    mean of all logits, which is then that of the tokens up to each sequence's last label.
+    """
+
+    _unpads = False
+    _rows_of_sample = 2
 
     def _compile_losses(self) -> Sequence[nn.Module]:
         self._heads: dict[nn.Module, HeadLogProbs] = {}
@@ -242,14 +253,19 @@ class FusedDPORecipe(LayersRecipe):
                 self._heads[model] = fuse_log_probs(model, self._settings)
         except HeadNotFused as reason:
             utils.log_rank_zero(log, str(reason), logging.WARNING)
-        return []  # the mean of all logits is logged
+        return list(self._heads)
 
     def concatenated_forward(self, model: nn.Module, batch: Any, *args: Any, **kwargs: Any) -> Any:
         head = self._heads.get(model) if self._compiles else None
 
         def scores(tokens: Tensor) -> Scores:
-            hidden = model(tokens)
+            kept = None
+            if self._unpads:
+                kept = tokens_before_last_label(batch[1].cpu(), CROSS_ENTROPY_IGNORE_IDX)
+            hidden = model(tokens, mask=None if kept is None else kept.to(tokens.device))
             found = head(hidden, batch[1].to(hidden.device))  # type: ignore[misc]
+            if kept is not None:
+                found = found.of_tokens(kept, tokens.shape)
             if isinstance(model, FSDPModule) and model is not self._model:
                 model.reshard()  # a reference on its own: no backward will do it
             return found
@@ -388,13 +404,14 @@ def _packs(cfg: Any) -> bool:
     return any(d.get("packed", False) for d in ([found] if isinstance(found, Mapping) else found))
 
 
-def _batches_are_padded(cfg: Any) -> bool:
+def _batches_are_padded(cfg: Any, rows_of_sample: int) -> bool:
     """Does torchtune pad the sequences of a batch to the length of its longest?
 
     It does unless the data set is packed, or a batch is a single sequence. False for a config
-    without ``dataset`` or ``batch_size``. The config decides, so the ranks agree.
+    without ``dataset``. The config decides, so the ranks agree.
     """
-    return cfg.get("dataset") is not None and cfg.get("batch_size", 1) > 1 and not _packs(cfg)
+    rows = cfg.get("batch_size", 1) * rows_of_sample
+    return cfg.get("dataset") is not None and rows > 1 and not _packs(cfg)
 
 
 def _chosen(settings: Mapping[str, Any], rewrite: str, setting: str) -> bool:

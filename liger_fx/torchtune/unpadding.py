@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_sft
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_dpo, padded_collate_sft
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
 from liger_fx import ops
@@ -37,7 +37,8 @@ def leave_out_padding(
 
     models: they return hidden states, of which a loss reads the rows of labelled tokens only.
     dtype: of their parameters. Returns why nothing was changed, or "". A batch's ``mask`` is int64
-    [n] afterwards, of `tokens_before_last_label`; a batch without padding has none.
+    [n] afterwards, of `tokens_before_last_label`; a batch without padding has none. Of preference
+    data the recipe makes the mask.
     """
     reason = next(filter(None, map(_unfit_loader, loaders)), "")
     reason = reason or next(filter(None, map(_unfit_model, models)), "")
@@ -48,6 +49,8 @@ def leave_out_padding(
         _Row(model)
     for loader in loaders:
         collate: Any = loader.collate_fn
+        if collate.func is padded_collate_dpo:  # its batches have no place for a mask
+            continue
         ignored = collate.keywords.get("ignore_idx", CROSS_ENTROPY_IGNORE_IDX)
         loader.collate_fn = _Collate(collate, ignored)
     return ""
@@ -55,7 +58,7 @@ def leave_out_padding(
 
 def _unfit_loader(loader: DataLoader[Any]) -> str:
     collate = loader.collate_fn
-    if isinstance(collate, partial) and collate.func is padded_collate_sft:
+    if isinstance(collate, partial) and collate.func in (padded_collate_sft, padded_collate_dpo):
         return ""
     named = getattr(collate, "func", collate)
     return f"batches are made by {getattr(named, '__name__', named)}, not by padded_collate_sft"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import importlib
 import itertools
 from functools import partial
 
@@ -12,15 +14,16 @@ from _torchtune_models import group_of_one
 from torch import nn
 from torch.utils.data import DataLoader
 from torchtune import training
-from torchtune.data import padded_collate_sft
+from torchtune.data import padded_collate_dpo, padded_collate_sft
 from torchtune.models.gemma2 import gemma2
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.models.phi3 import phi3
 from torchtune.models.qwen2 import lora_qwen2
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.model_fusion import FusionLayer
+from torchtune.rlhf.loss import DPOLoss
 
-from liger_fx.torchtune import compile_layers, fuse_head
+from liger_fx.torchtune import compile_layers, fuse_head, load_recipe
 from liger_fx.torchtune.unpadding import UNIT, leave_out_padding, tokens_before_last_label
 
 SMALL = dict(vocab_size=64, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32)
@@ -210,3 +213,61 @@ def test_sharded():
             torch.testing.assert_close(
                 parameter.grad.full_tensor(), gradients[name], atol=1e-6, rtol=1e-4
             )
+
+
+# -- preference ------------------------------------------------------------------------------------
+
+NAME, CLASS = "lora_dpo_single_device", "LoRADPORecipeSingleDevice"
+STOCK = getattr(load_recipe(NAME), CLASS)
+FUSED = getattr(importlib.import_module(f"liger_fx.recipes.{NAME}"), CLASS)
+
+
+def set_up(kind, model):
+    """A recipe that is ready for its losses to be compiled."""
+    recipe = object.__new__(kind)
+    recipe._model, recipe._loss_fn, recipe._settings = model, DPOLoss(), {"inner": "aot_eager"}
+    recipe._device, recipe._dtype, recipe._compiles = torch.device("cpu"), torch.float32, True
+    recipe.activations_handling_ctx = contextlib.nullcontext()
+    return recipe
+
+
+def pairs(lengths):
+    """Of a prompt, a chosen and a rejected answer."""
+    generator = torch.Generator().manual_seed(1)
+    for prompt, *answers in lengths:
+        sample = {}
+        for name, answer in zip(("chosen", "rejected"), answers, strict=True):
+            tokens = torch.randint(64, (prompt + answer,), generator=generator)
+            labels = tokens.clone()
+            labels[:prompt] = -100
+            sample |= {f"{name}_input_ids": tokens.tolist(), f"{name}_labels": labels.tolist()}
+        yield sample
+
+
+@pytest.mark.parametrize("unpads", [False, True])
+def test_preference_data(unpads):
+    torch.manual_seed(0)
+    stock = llama3_2(**SMALL)
+    ours, seen = copy.deepcopy(stock), []
+    tokens, labels = batch = padded_collate_dpo([*pairs([(20, 70, 5), (10, 20, 100)])])
+    recipe = set_up(FUSED, ours)
+    models = recipe._compile_losses()
+    recipe._unpads = unpads and recipe._leaves_out_padding({}, models)
+    ours.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    found = recipe.concatenated_forward(ours, batch)
+    expected = set_up(STOCK, stock).concatenated_forward(stock, batch)
+    assert models == [ours] and seen == [(1, 256, 32) if unpads else (4, 110, 32)]
+    for f, e in zip(found[:2], expected[:2], strict=True):
+        torch.testing.assert_close(f, e)
+    trained = [*ours.parameters()], [*stock.parameters()]
+    losses = ((chosen - 2 * rejected).sum() for chosen, rejected, *_ in (found, expected))
+    for f, e in zip(*map(torch.autograd.grad, losses, trained), strict=True):
+        torch.testing.assert_close(f, e, atol=1e-5, rtol=1e-4)
+    kept = torch.ones(tokens.numel(), dtype=torch.bool)
+    if unpads:
+        kept[:] = False
+        kept[tokens_before_last_label(labels, -100)] = True
+    rows = zip(kept.view(labels.shape).split(2), expected[2:], found[2:], strict=True)
+    for kept_rows, logits, logged in rows:
+        means = [row[keep].mean() for row, keep in zip(logits, kept_rows, strict=True)]
+        torch.testing.assert_close(logged.mean(), torch.stack(means).mean(), atol=1e-5, rtol=1e-4)
