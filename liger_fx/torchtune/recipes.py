@@ -145,7 +145,7 @@ class LayersRecipe(abc.ABC):
         for model in models:
             compile_layers(model, self._settings, checkpoint_inside=inside)
         if memory_gib is not None:
-            self._keep_within(float(memory_gib))
+            self._keep_within(memory_gib)
         # When the first loss is there, all there is has been compiled.
         self._waiting = self._loss_fn.register_forward_hook(self._report)
 
@@ -175,8 +175,9 @@ class LayersRecipe(abc.ABC):
     def _loaders(self) -> list[DataLoader[Any]]:
         return [value for value in vars(self).values() if isinstance(value, DataLoader)]
 
-    def _keep_within(self, gib: float) -> None:
-        """Raises ValueError where no layer can keep more, or nobody can tell what that takes."""
+    def _keep_within(self, gib: float | str) -> None:
+        """gib: or "auto", for what the GPU has. Raises ValueError where no layer can keep more, or
+        nobody can tell what that takes."""
         trained = self._policy_model if hasattr(self, "_policy_model") else self._model  # PPO's
         checkpoints = activations.checkpoints_of(trained)
         if not checkpoints:
@@ -194,7 +195,7 @@ class LayersRecipe(abc.ABC):
             )
         budget = activations.MemoryBudget(
             checkpoints,
-            int(gib * 2**30),
+            _room_on_all_ranks(self._device) if gib == "auto" else int(float(gib) * 2**30),
             functools.partial(_peak_of_all_ranks, self._device),
             functools.partial(utils.log_rank_zero, log),
         )
@@ -376,10 +377,23 @@ class FusedQATRecipe(FusedRecipe):
 
 def _peak_of_all_ranks(device: torch.device) -> int:
     """Bytes allocated at most, on the rank that needs most."""
-    peak = torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
-    if utils.get_world_size_and_rank()[0] > 1:
-        torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
-    return int(peak)
+    return _of_all_ranks(torch.cuda.max_memory_allocated(device), device, "MAX")
+
+
+def _room_on_all_ranks(device: torch.device) -> int:
+    """Bytes that this process may allocate, on the rank that has least: those of the GPU less what
+    others hold, and a tenth for the allocator's gaps."""
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    return _of_all_ranks(total - others - total // 10, device, "MIN")
+
+
+def _of_all_ranks(number: int, device: torch.device, reduced: str) -> int:
+    if utils.get_world_size_and_rank()[0] == 1:
+        return number
+    shared = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(shared, getattr(torch.distributed.ReduceOp, reduced))
+    return int(shared)
 
 
 def _check_ranks_agree(compiles: bool, settings: Mapping[str, Any]) -> None:

@@ -349,3 +349,37 @@ def test_which_random_state_is_kept(cacheable, patches, graphsafe):
         liger_fx.inner._cacheable_random_state(patches),
     ):
         assert torch._functorch.config.graphsafe_rng_functionalization == graphsafe
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_a_graph_obeys_the_memory_budget_of_torch(inner):
+    torch.manual_seed(0)
+    x = torch.randn(64, 32, device=DEVICE, requires_grad=True)
+    weights = [torch.randn(3, 64, 32, device=DEVICE, requires_grad=True) for _ in range(2)]
+
+    def layers(x, *weights):
+        for gate, up, down in weights:
+            x = x + (F.silu(x @ gate.T) * (x @ up.T)) @ down
+        return x
+
+    def bytes_and_gradients(budget):
+        torch._dynamo.reset()
+        options = {"policy": ["swiglu"], "inner": inner, "require": "swiglu"}
+        compiled = torch.compile(layers, backend="liger_fx", options=options)
+        kept = []
+
+        def pack(tensor):
+            kept.append(tensor.nbytes)
+            return tensor
+
+        with (
+            torch._functorch.config.patch(activation_memory_budget=budget),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            total = compiled(x, *weights).sum()
+        return sum(kept), torch.autograd.grad(total, [x, *weights])
+
+    (all_bytes, expected), (fewer, found) = map(bytes_and_gradients, (1.0, 0.3))
+    assert fewer < all_bytes
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -249,6 +249,16 @@ def test_a_memory_budget_looks_before_each_optimizer_step():
     assert budget.budget == 20 * 2**30 and len(budget.checkpoints) == 2
 
 
+def test_a_memory_budget_of_what_the_gpu_has(monkeypatch):
+    """80 GiB, of which others hold 10."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (50 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 20 * 2**30)
+    recipe = recipe_on("cuda", checkpointed=True)
+    recipe._keep_within("auto")
+    (budget,) = recipe._optimizer._optimizer_step_pre_hooks.values()
+    assert budget.budget == 62 * 2**30
+
+
 def ppo_recipe(recipe_class, *, compiles=True, **settings):
     """What torchtune's PPO recipe has set up when it begins to train."""
     torch.manual_seed(0)
