@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening
 
 import liger_fx
 
@@ -114,3 +115,35 @@ def test_packed_documents_equal_the_same_apart():
     together = compiled(**packed, use_cache=False).logits
     assert read(liger_fx.reports()[-1]) == {"causal, documents"}
     torch.testing.assert_close(together, torch.cat(apart, 1))
+
+
+def test_flattened_batches_train_as_padded_ones():
+    """Batches of other lengths share two graphs, the second of which is dynamic."""
+    torch._dynamo.reset()
+    model = build("llama")
+    options = {"policy": ["attention", "linear_cross_entropy"], "inner": "aot_eager"}
+    compiled = torch.compile(model, backend="liger_fx", options=options)
+    for lengths in ((5, 9, 2), (12, 3, 7), (16, 1, 1), (4, 4, 2)):
+        tokens = [torch.randint(1, 64, (n,)) for n in lengths]
+        labels = [t.clone().index_fill_(0, torch.tensor([0]), -100) for t in tokens]
+        padded = {
+            "input_ids": pad_sequence(tokens, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(t) for t in tokens], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+        }
+        features = [
+            {"input_ids": t.tolist(), "labels": own.tolist()}
+            for t, own in zip(tokens, labels, strict=True)
+        ]
+        flat = DataCollatorWithFlattening()(features)
+        losses = [
+            function(**given, use_cache=False).loss
+            for function, given in ((model, padded), (compiled, flat))
+        ]
+        torch.testing.assert_close(*losses)
+        gradients = (torch.autograd.grad(loss, model.parameters()) for loss in losses)
+        for expected, actual in zip(*gradients, strict=True):
+            torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-4)
+    reports = liger_fx.reports()
+    assert [r.counts for r in reports] == [{"attention": 1, "linear_cross_entropy": 1}] * 2
+    assert {one for report in reports for one in read(report)} == {"causal, documents"}
