@@ -50,6 +50,10 @@ SAMPLED = (
     "the policy has logits while it generates, and the log-probabilities of what it sampled are "
     "taken of these, as in torchtune's recipe"
 )
+PADDED = (
+    "padding goes through the layers; liger_fx.unpad=True leaves it out, also of the mean of the "
+    "logits that is logged"
+)
 UNTOUCHED = "compile=False: nothing is rewritten, this is torchtune's recipe as it is"
 
 
@@ -119,7 +123,7 @@ class LayersRecipe(abc.ABC):
     def setup(self, cfg: Any) -> None:
         self._settings = flatten(cfg.get("liger_fx", {}) or {})
         memory_gib = self._settings.pop("memory_gib", None)
-        unpad = bool(self._settings.pop("unpad", self._unpads))
+        self._unpads = bool(self._settings.pop("unpad", self._unpads))
         Backend(self._settings)  # a mistake should show now, not in the first step
         self._compiles = bool(cfg.get("compile", False))
         super().setup(cfg=cfg)  # type: ignore[misc]
@@ -138,9 +142,9 @@ class LayersRecipe(abc.ABC):
         )
         of_labels = self._compile_losses()
         padded = _batches_are_padded(cfg, self._rows_of_sample)
-        self._unpads = padded and unpad and self._leaves_out_padding(cfg, of_labels)
-        padded = padded and not self._unpads
-        if padded and not _chosen(self._settings, "tiled_mlp", "skip_padding"):
+        self._unpads = padded and self._unpads and self._leaves_out_padding(cfg, of_labels)
+        goes_through = padded and not self._unpads
+        if goes_through and not _chosen(self._settings, "tiled_mlp", "skip_padding"):
             self._settings["tiled_mlp.skip_padding"] = True
         for model in models:
             compile_layers(model, self._settings, checkpoint_inside=inside)
@@ -254,6 +258,8 @@ class FusedDPORecipe(LayersRecipe):
                 self._heads[model] = fuse_log_probs(model, self._settings)
         except HeadNotFused as reason:
             utils.log_rank_zero(log, str(reason), logging.WARNING)
+        if self._heads and not self._unpads:
+            utils.log_rank_zero(log, PADDED)
         return list(self._heads)
 
     def concatenated_forward(self, model: nn.Module, batch: Any, *args: Any, **kwargs: Any) -> Any:

@@ -206,6 +206,30 @@ def test_fused_recipe_trains_as_the_stock_one(case, recipes):
     assert_alike(fused, recipes.stock(str(case)), case.weights_apart)
 
 
+PREFERENCE = [
+    Case(recipe, "unpadded", says="the layers leave out what follows the last label", inner=inner)
+    for recipe, inner in (
+        ("lora_dpo_single_device", "inductor"),
+        ("full_dpo_distributed", "aot_eager"),
+    )
+]
+
+
+@parameters([], PREFERENCE)
+def test_preference_without_padding(case, recipes):
+    """The mean of the logits, which is logged, is of fewer tokens then."""
+    without = {"compile": True, "liger_fx": {"unpad": True}}
+    environ = {**EVERY_REWRITE, "LIGER_FX_INNER": case.inner}
+    fused = recipes.run(case, without, fused=True, env=environ)
+    stock = recipes.run(case, case.baseline, backend=case.inner)
+    assert case.says in words(fused.output)
+    for run_ in (fused, stock):
+        for metrics in run_.metrics:
+            for name in [name for name in metrics if name.startswith("logits/")]:
+                del metrics[name]
+    assert_alike(fused, stock, case.weights_apart)
+
+
 # Of the recipes that compile at all in their stock form, the default and what changes the layers.
 BY_NAME = [
     case for case in REST if case.baseline["compile"] and case.name in ("default", "dora", "qlora")
