@@ -24,8 +24,9 @@ from __future__ import annotations
 
 import enum
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -177,10 +178,7 @@ def _fake_plan(tokens: Tensor, of_padding: bool) -> Plan:
 
 def _seen(query: Tensor, plan: Sequence[Tensor | None], window: int | None) -> Tensor:
     """The mask itself: bool, [1 or b, 1, s, s]."""
-    size = query.shape[2]
-    token = torch.arange(size, device=query.device)
-    ahead = token - token.unsqueeze(1)
-    seen = ((ahead <= 0) & (ahead > -_window(window, size)))[None, None]
+    seen = _band(query.shape[2], window, query.device)
     segments, rows, _, facts = plan
     if segments is None or rows is None or facts is None:
         return seen
@@ -191,14 +189,39 @@ def _seen(query: Tensor, plan: Sequence[Tensor | None], window: int | None) -> T
     return seen & (rows == Row.VALID)[:, None, None, :]
 
 
+def _band(size: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [1, 1, size, size]: no later keys, and those of the window."""
+    token = torch.arange(size, device=device)
+    ahead = token - token.unsqueeze(1)
+    return ((ahead <= 0) & (ahead > -_window(window, size)))[None, None]
+
+
+def _parts(
+    query: Tensor, plan: Sequence[Tensor | None], window: int | None
+) -> Iterator[tuple[Any, Tensor]]:
+    """What sees one another, as an index of [b, h, s, d], and the mask in it: each document by
+    itself, or else everything."""
+    segments, _, _, facts = plan
+    if segments is None or facts is None or len(segments) > 1:
+        yield ..., _seen(query, plan, window)
+        return
+    for start, end in itertools.pairwise(segments[0, : facts[1] + 1].tolist()):
+        row, first = divmod(start, query.shape[2])
+        size = end - start
+        at = slice(row, row + 1), slice(None), slice(first, first + size)
+        yield at, _band(size, window, query.device)
+
+
 def _window(window: int | None, size: int) -> int:
     return size if window is None else min(window, size)
 
 
 def _forward_torch(query: Tensor, key: Tensor, value: Tensor, *given: Any) -> Forward:
     *plan, window, scale = given
-    seen = _seen(query, plan, window)
-    return _attend(query, key, value, seen, scale), _empty_logsumexp(query, plan)
+    out = _sequence_first(torch.empty_like(query))
+    for at, seen in _parts(query, plan, window):
+        out[at] = _attend(query[at], key[at], value[at], seen, scale)
+    return out, _empty_logsumexp(query, plan)
 
 
 def _masked_forward_torch(
@@ -216,7 +239,12 @@ def _backward_torch(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *given: Any
 ) -> Gradients:
     *plan, window, scale = given
-    return _attend_backward(grad, query, key, value, _seen(query, plan, window), scale)
+    grads = tuple(_sequence_first(torch.empty_like(x)) for x in (query, key, value))
+    for at, seen in _parts(query, plan, window):
+        found = _attend_backward(grad[at], query[at], key[at], value[at], seen, scale)
+        for into, made in zip(grads, found, strict=True):
+            into[at] = made
+    return grads  # type: ignore[return-value]
 
 
 def _masked_backward_torch(
