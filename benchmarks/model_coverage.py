@@ -7,7 +7,7 @@ Each architecture of ``AutoModelForCausalLM`` is built on the meta device from i
 with as few layers as show every kind of layer, and traced from the tokens to the loss. How many
 norms, rotations, gated MLPs, attentions and heads there are is counted without the patterns:
 
-- norms: calls of modules whose class is called a norm;
+- norms: calls of modules whose class is called a norm, and that return more than a row's factor;
 - rotations: tensors that leave a function whose name says that it applies RoPE;
 - gated MLPs: products of an activation and another tensor of its shape, both of projections;
 - other gates: the same where one of the two is no projection, as after a norm or a scan;
@@ -72,7 +72,8 @@ def _norms(view: Any) -> Iterator[Site]:
         if norm is not None and _computes(view, node):
             calls.setdefault(norm, []).append(node)
     for nodes in calls.values():
-        yield Site("norms", nodes, _operations(view, nodes))
+        if _shape(nodes[-1])[-1:] != ["1"]:
+            yield Site("norms", nodes, _operations(view, nodes))
 
 
 def _is_norm(kind: Any) -> bool:
