@@ -123,7 +123,7 @@ class LayersRecipe(abc.ABC):
     def setup(self, cfg: Any) -> None:
         self._settings = flatten(cfg.get("liger_fx", {}) or {})
         memory_gib = self._settings.pop("memory_gib", None)
-        self._unpads = bool(self._settings.pop("unpad", self._unpads))
+        unpad = self._settings.pop("unpad", None)
         Backend(self._settings)  # a mistake should show now, not in the first step
         self._compiles = bool(cfg.get("compile", False))
         super().setup(cfg=cfg)  # type: ignore[misc]
@@ -140,6 +140,9 @@ class LayersRecipe(abc.ABC):
             or self._uses_flex_attention(cfg, models)
             or cfg.get("tensor_parallel_dim", 1) > 1
         )
+        # Attention over documents has kernels for a GPU; elsewhere it costs more than padding.
+        on_gpu = self._device.type != "cpu"
+        self._unpads = self._unpads and on_gpu if unpad is None else bool(unpad)
         of_labels = self._compile_losses()
         padded = _batches_are_padded(cfg, self._rows_of_sample)
         self._unpads = padded and self._unpads and self._leaves_out_padding(cfg, of_labels)

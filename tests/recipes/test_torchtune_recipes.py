@@ -134,6 +134,7 @@ class SetUp:
 
     def setup(self, cfg):
         self._loss_fn, self._dtype = nn.CrossEntropyLoss(), torch.float32
+        self._device = torch.device(cfg.get("device", "cuda"))
         self._dataloader = DataLoader([], collate_fn=functools.partial(padded_collate_sft))
 
 
@@ -186,10 +187,15 @@ class WithLabels(Layers):
         return [self._model]
 
 
+LEFT_OUT = "the layers leave out what follows the last label of a sequence"
+
+
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({}, "the layers leave out what follows the last label of a sequence"),
+        ({}, LEFT_OUT),
+        ({"device": "cpu", "liger_fx": {"unpad": True}}, LEFT_OUT),
+        ({"device": "cpu"}, None),
         ({"liger_fx": {"unpad": False}}, None),
         (
             {"tensor_parallel_dim": 2},
@@ -203,7 +209,7 @@ def test_padding_is_left_out_where_a_loss_reads_labelled_tokens(changed, says, m
         "liger_fx.torchtune.recipes.utils.log_rank_zero", lambda log, text, *_: said.append(text)
     )
     left_out = settings_of(UNPACKED | changed, WithLabels) == {}
-    assert left_out == (not changed)
+    assert left_out == (says == LEFT_OUT)
     assert said == ([says] if says else [])
 
 
