@@ -177,16 +177,9 @@ def _fake_plan(tokens: Tensor, of_padding: bool) -> Plan:
 
 
 def _seen(query: Tensor, plan: Sequence[Tensor | None], window: int | None) -> Tensor:
-    """The mask itself: bool, [1 or b, 1, s, s]."""
-    seen = _band(query.shape[2], window, query.device)
-    segments, rows, _, facts = plan
-    if segments is None or rows is None or facts is None:
-        return seen
-    if len(segments) == 1:  # of documents
-        every = torch.arange(rows.numel(), device=rows.device, dtype=torch.int32)
-        document = torch.bucketize(every, segments[0, : facts[1] + 1], right=True).view_as(rows)
-        return seen & (document[:, None, :, None] == document[:, None, None, :])
-    return seen & (rows == Row.VALID)[:, None, None, :]
+    """The mask of a plan that tells of no documents: bool, [1 or b, 1, s, s]."""
+    seen, rows = _band(query.shape[2], window, query.device), plan[1]
+    return seen if rows is None else seen & (rows == Row.VALID)[:, None, None, :]
 
 
 def _band(size: int, window: int | None, device: torch.device) -> Tensor:
@@ -218,7 +211,7 @@ def _window(window: int | None, size: int) -> int:
 
 def _forward_torch(query: Tensor, key: Tensor, value: Tensor, *given: Any) -> Forward:
     *plan, window, scale = given
-    out = _sequence_first(torch.empty_like(query))
+    out = _empty_heads(query)
     for at, seen in _parts(query, plan, window):
         out[at] = _attend(query[at], key[at], value[at], seen, scale)
     return out, _empty_logsumexp(query, plan)
@@ -227,19 +220,20 @@ def _forward_torch(query: Tensor, key: Tensor, value: Tensor, *given: Any) -> Fo
 def _masked_forward_torch(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
 ) -> Forward:
-    return _attend(query, key, value, mask, scale), _empty_logsumexp(query, [mask])
+    out = _attend(query, key, value, mask, scale)
+    return _sequence_first(out), _empty_logsumexp(query, [mask])
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float) -> Tensor:
     key, value = (_repeated(x, query) for x in (key, value))
-    return _sequence_first(F.scaled_dot_product_attention(query, key, value, seen, scale=scale))
+    return F.scaled_dot_product_attention(query, key, value, seen, scale=scale)
 
 
 def _backward_torch(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *given: Any
 ) -> Gradients:
     *plan, window, scale = given
-    grads = tuple(_sequence_first(torch.empty_like(x)) for x in (query, key, value))
+    grads = tuple(map(_empty_heads, (query, key, value)))
     for at, seen in _parts(query, plan, window):
         found = _attend_backward(grad[at], query[at], key[at], value[at], seen, scale)
         for into, made in zip(grads, found, strict=True):
@@ -257,12 +251,13 @@ def _masked_backward_torch(
     mask: Tensor,
     scale: float,
 ) -> Gradients:
-    return _attend_backward(grad, query, key, value, mask, scale)
+    found = _attend_backward(grad, query, key, value, mask, scale)
+    return tuple(map(_sequence_first, found))  # type: ignore[return-value]
 
 
 def _attend_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, seen: Tensor, scale: float
-) -> Gradients:
+) -> list[Tensor]:
     """Row by row of the batch, since it keeps the scores of one."""
     hidden = ~seen.expand(len(query), -1, -1, -1)
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -277,7 +272,7 @@ def _attend_backward(
         found = of_scores @ k, of_scores.mT @ q, weights.mT @ g
         for into, made in zip(grads, found, strict=True):
             into[i] = made.unflatten(0, (into.shape[1], -1)).sum(1)
-    return tuple(map(_sequence_first, grads))  # type: ignore[return-value]
+    return grads
 
 
 def _repeated(x: Tensor, query: Tensor) -> Tensor:
@@ -288,6 +283,11 @@ def _repeated(x: Tensor, query: Tensor) -> Tensor:
 def _sequence_first(x: Tensor) -> Tensor:
     """[b, h, s, d], in memory as [b, s, h, d]."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _empty_heads(x: Tensor) -> Tensor:
+    batch, heads, size, elements = x.shape
+    return x.new_empty((batch, size, heads, elements)).transpose(1, 2)
 
 
 def _empty_logsumexp(query: Tensor, plan: Sequence[Tensor | None]) -> Tensor:
@@ -582,21 +582,16 @@ padding_plan = kernel(
 _PLAN = "Tensor? segments, Tensor? rows, Tensor? after, Tensor? facts, SymInt? window, float scale"
 
 
-def _fake_heads(x: Tensor) -> Tensor:
-    batch, heads, size, elements = x.shape
-    return x.new_empty((batch, size, heads, elements)).transpose(1, 2)
-
-
 _forward = kernel(
     f"attention_forward(Tensor query, Tensor key, Tensor value, {_PLAN}) -> (Tensor, Tensor)",
-    fake=lambda query, key, value, *plan: (_fake_heads(query), _empty_logsumexp(query, plan)),
+    fake=lambda query, key, value, *plan: (_empty_heads(query), _empty_logsumexp(query, plan)),
     plain=_forward_torch,
     cuda=_forward_cuda,
 )
 _backward = kernel(
     "attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, "
     f"Tensor logsumexp, {_PLAN}) -> (Tensor, Tensor, Tensor)",
-    fake=lambda grad, query, key, value, *rest: tuple(map(_fake_heads, (query, key, value))),
+    fake=lambda grad, query, key, value, *rest: tuple(map(_empty_heads, (query, key, value))),
     plain=_backward_torch,
     cuda=_backward_cuda,
 )
@@ -606,7 +601,7 @@ _masked_forward = kernel(
     "masked_attention_forward(Tensor query, Tensor key, Tensor value, Tensor mask, float scale)"
     " -> (Tensor, Tensor)",
     fake=lambda query, key, value, mask, scale: (
-        _fake_heads(query),
+        _empty_heads(query),
         _empty_logsumexp(query, [mask]),
     ),
     plain=_masked_forward_torch,
@@ -616,7 +611,7 @@ _masked_forward = kernel(
 _masked_backward = kernel(
     "masked_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, "
     "Tensor logsumexp, Tensor mask, float scale) -> (Tensor, Tensor, Tensor)",
-    fake=lambda grad, query, key, value, *rest: tuple(map(_fake_heads, (query, key, value))),
+    fake=lambda grad, query, key, value, *rest: tuple(map(_empty_heads, (query, key, value))),
     plain=_masked_backward_torch,
     cuda=_masked_backward_cuda,
     waits=True,

@@ -28,9 +28,7 @@ from liger_fx.ops.tokens import valid_tokens
 # the GEMMs gain nothing; below it each chunk's pass over the fp32 weight gradient begins to show.
 LOGITS_BUDGET = {"cuda": 1 << 30, "cpu": 64 << 20}
 _UNIT = 128  # tokens
-# Tokens of a chunk that are never too many beside the sum of the weight's gradient: with fewer its
-# reading and writing shows.
-_FREE = 1024
+_LEAST = 1024  # tokens: with fewer in a chunk, each pass over the weight's gradient shows
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,7 @@ def chunk_size(
     most = chunk_tokens_for(head.vocab, itemsize, head.x.device.type)
     if wanted.weight:
         as_large = head.x.shape[1] * wanted.accum_dtype.itemsize // head.x.element_size()
-        most = min(most, max(_FREE, as_large // _UNIT * _UNIT))
+        most = min(most, max(_LEAST, as_large // _UNIT * _UNIT))
     if tokens <= most or _fits_one_chunk(tokens, itemsize, head, wanted, most):
         return max(1, tokens)
     chunks = -(-tokens // most)

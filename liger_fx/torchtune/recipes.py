@@ -202,7 +202,7 @@ class LayersRecipe(abc.ABC):
             )
         budget = activations.MemoryBudget(
             checkpoints,
-            _room_on_all_ranks(self._device) if gib == "auto" else int(float(gib) * 2**30),
+            _room_on_all_ranks(self._device) if gib == "auto" else _bytes(gib),
             functools.partial(_peak_of_all_ranks, self._device),
             functools.partial(utils.log_rank_zero, log),
         )
@@ -382,6 +382,15 @@ class FusedQATRecipe(FusedRecipe):
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg=OmegaConf.merge(cfg, {"compile": False}))  # type: ignore[call-arg]
+
+
+def _bytes(gib: float | str) -> int:
+    try:
+        return int(float(gib) * 2**30)
+    except ValueError:
+        raise ValueError(
+            f"liger_fx.memory_gib is {gib!r}, expected a number of GiB or auto"
+        ) from None
 
 
 def _peak_of_all_ranks(device: torch.device) -> int:

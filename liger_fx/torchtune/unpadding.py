@@ -1,13 +1,14 @@
 """Layers without the padding of a batch: one row of tokens in the place of [b, s].
 
 torchtune pads the sequences of a batch to the length of the longest. No token attends to a later
-one, so tokens behind the last label of a sequence influence no loss, whatever they are: padding,
-and an unlabelled end as well. Here a batch has the positions of all other tokens. Only these go
-through the layers, one sequence behind the other in a single row, each attending to its own, as in
-packed data (`liger_fx.torchtune.packing`). Behind the layers zeros stand for the tokens that were
-left out: the loss gets hidden states of [b, s, d], and ignores their labels as before.
+one, so tokens behind the last label of a sequence, padding or not, influence no loss. Here the
+``mask`` of a batch is the places of all other tokens. Only these go through the layers, one
+sequence behind the other in a single row, each attending to its own, as in packed data
+(`liger_fx.torchtune.packing`). Behind the layers zeros stand for the tokens that were left out: the
+loss gets hidden states of [b, s, d], and ignores their labels as before.
 
-Values and gradients are those of the padded batch, where sums over tokens may be in another order.
+Values and gradients are those of the padded batch; sums over tokens may be in another order. Where
+a token that is left out would become inf or nan, gradients of the padded batch are nan, these not.
 """
 
 from __future__ import annotations

@@ -248,6 +248,11 @@ def test_a_memory_budget_says_what_it_needs(recipe, says):
         recipe()._keep_within(20.0)
 
 
+def test_a_memory_budget_is_a_number_or_auto():
+    with pytest.raises(ValueError, match="memory_gib is 'most', expected a number of GiB or auto"):
+        recipe_on("cuda", checkpointed=True)._keep_within("most")
+
+
 def test_a_memory_budget_looks_before_each_optimizer_step():
     recipe = recipe_on("cuda", checkpointed=True)
     recipe._keep_within(20.0)
