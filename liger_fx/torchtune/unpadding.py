@@ -8,7 +8,7 @@ sequence behind the other in a single row, each attending to its own, as in pack
 loss gets hidden states of [b, s, d], and ignores their labels as before.
 
 Values and gradients are those of the padded batch; sums over tokens may be in another order. Where
-a token that is left out would become inf or nan, gradients of the padded batch are nan, these not.
+a token that is left out would become inf or nan, the padded batch is nan, and this one may not be.
 """
 
 from __future__ import annotations
