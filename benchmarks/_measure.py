@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import torch
 
 IGNORE = -100
 GIB = 2**30
+TURN = 3  # laps of an arm, before the next one has its turn
 
 
 class Unavailable(Exception):
@@ -86,6 +88,22 @@ def run_laps(call: Callable[[], object], device: torch.device, laps: int) -> Lap
     times = lap_times(call, device, laps)
     peak = torch.cuda.max_memory_allocated(device)
     return Laps(times, peak / GIB, (peak - before) / GIB)
+
+
+def interleaved(
+    arms: dict[str, Callable[[], object]], device: torch.device, laps: int
+) -> dict[str, list[float]]:
+    """Milliseconds of at least ``laps`` laps of each arm. Arms take turns of a few laps; the lap
+    that starts a turn does not count: the host is not ahead yet. In each round the order is another
+    one, for the GPU's clock depends on what it did just before."""
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    shuffle = random.Random(0).shuffle
+    order = list(arms)
+    while any(len(found) < laps for found in times.values()):
+        shuffle(order)
+        for name in order:
+            times[name] += lap_times(arms[name], device, 1 + TURN)[1:]
+    return times
 
 
 def labels_like(tokens: torch.Tensor, ignored: float, period: int) -> torch.Tensor:

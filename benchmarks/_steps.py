@@ -14,8 +14,9 @@ from _measure import IGNORE, labels_like, lap_times, padding, run_laps
 from _output import Panel, Row
 from torch import Tensor, nn
 from torchtune import training
-from torchtune.models.llama3_2 import llama3_2
+from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 LossStep = Callable[[Tensor, Tensor], Tensor]  # of tokens and labels, each [batch, seq]
 Loss = Callable[[Any, Tensor], Tensor]
@@ -48,6 +49,22 @@ LLAMAS = {
 def llama(model: str, max_seq_len: int = 131_072, **changed: int) -> TransformerDecoder:
     sizes = dict(zip(SIZES, LLAMAS[model], strict=True))
     return llama3_2(max_seq_len=max_seq_len, **(sizes | changed))
+
+
+def lora(model: str, max_seq_len: int = 131_072, **changed: int) -> TransformerDecoder:
+    """`llama` with adapters of rank 16 on all projections of its layers; they alone train."""
+    sizes = dict(zip(SIZES, LLAMAS[model], strict=True)) | changed
+    attention = ["q_proj", "k_proj", "v_proj", "output_proj"]
+    made = lora_llama3_2(
+        attention,
+        apply_lora_to_mlp=True,
+        max_seq_len=max_seq_len,
+        lora_rank=16,
+        lora_alpha=32,
+        **sizes,
+    )
+    set_trainable_params(made, get_adapter_params(made))
+    return made
 
 
 def random_model(make: Callable[[], TransformerDecoder], device: torch.device) -> Any:

@@ -26,8 +26,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from math import inf
+from statistics import mean, median
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ from _measure import (
     GIB,
     IGNORE,
     Unavailable,
+    interleaved,
     labels_like,
     lap_times,
     needs_cuda,
@@ -267,17 +269,6 @@ def loss_and_gradients(head: Head, inputs: Inputs) -> Result:
     return Result(loss.detach(), *torch.autograd.grad(loss, inputs[:2]))
 
 
-def measure_time(head: Head, inputs: Inputs, warmup: int, most: int) -> Row:
-    """The last call of the warm-up says how many laps there is time for."""
-    device = inputs.hidden.device
-    call = partial(loss_and_gradients, head, inputs)
-    *_, lap = lap_times(call, device, warmup)
-    laps = run_laps(call, device, min(most, max(LEAST_LAPS, round(ENOUGH_MS / lap))))
-    gradients = sum(x.nbytes for x in inputs[:2]) / GIB
-    extra = None if laps.extra_gib is None else laps.extra_gib - gradients
-    return {"ms": laps.ms, "times": laps.times, "extra_gib": extra}
-
-
 def measure_error(head: Head, inputs: Inputs, reference: Result) -> Row:
     """Relative Frobenius errors."""
     result = loss_and_gradients(head, inputs)
@@ -288,56 +279,61 @@ def measure_error(head: Head, inputs: Inputs, reference: Result) -> Row:
 
 
 def time_rows(shape: Shape, args: Args) -> Iterator[list[Row]]:
-    """The rows of one arm after the other, a row for each share of ignored labels."""
+    """One cell after the other. Its arms take turns, so that each meets the GPU as warm."""
     inputs = Inputs.random(shape, args.device)
     floor = 6 * shape.tokens * shape.hidden * shape.vocabulary / args.tflops / 1e9
+    heads = {arm: head_of(arm, args) for arm in args.arms}
+    for share in args.ignored:
+        cell = inputs.ignoring(share)
+        rows = {arm: attempt(partial(warm_up, arm, heads[arm], cell, args)) for arm in heads}
+        lap = [row.pop("lap") for row in rows.values() if "lap" in row]
+        laps = max(LEAST_LAPS, round(ENOUGH_MS / mean(lap))) if lap else 0
+        ready = [arm for arm, row in rows.items() if "error" not in row]
+        calls = {arm: partial(loss_and_gradients, heads[arm], cell) for arm in ready}
+        for arm, times in interleaved(calls, args.device, min(args.steps, laps)).items():
+            rows[arm] |= {"ms": median(times), "times": times}
+            rows[arm] |= {"floor_ms": floor, "valid_floor_ms": floor * (1 - share)}
+        yield [{"arm": arm} | shape._asdict() | {"ignored": share} | rows[arm] for arm in rows]
+    free_memory()
 
-    def measure(head: Head, share: float) -> Row:
-        warmup = args.warmup if share == args.ignored[0] else 1  # the first one compiles
-        row = measure_time(head, inputs.ignoring(share), warmup, args.steps)
-        return row | {"floor_ms": floor, "valid_floor_ms": floor * (1 - share)}
 
-    return arm_rows(shape, args, measure)
+def warm_up(arm: str, head: Head, inputs: Inputs, args: Args) -> Row:
+    """``lap``: ms of a call. ``extra_gib``: at its peak, without inputs and their gradients."""
+    free_memory(compiled=False)
+    call = partial(loss_and_gradients, head, inputs)
+    lap_times(call, args.device, args.warmup)
+    CHECKS.get(arm, bool)()
+    laps = run_laps(call, args.device, 1)
+    gradients = sum(x.nbytes for x in inputs[:2]) / GIB
+    return {"lap": laps.ms, "extra_gib": laps.extra_gib and laps.extra_gib - gradients}
 
 
 def error_rows(shape: Shape, args: Args) -> Iterator[list[Row]]:
+    """One arm after the other, a row for each share of ignored labels."""
     inputs = Inputs.random(shape, args.device)
     wide = inputs.double()
     references = {s: loss_and_gradients(exact, wide.ignoring(s)) for s in args.ignored}
     del wide
-    free_memory()
 
-    def measure(head: Head, share: float) -> Row:
-        return measure_error(head, inputs.ignoring(share), references[share])
+    def measure(arm: str, head: Head, share: float) -> Row:
+        row = measure_error(head, inputs.ignoring(share), references[share])
+        CHECKS.get(arm, bool)()
+        return row
 
-    return arm_rows(shape, args, measure)
-
-
-def arm_rows(
-    shape: Shape, args: Args, measure: Callable[[Head, float], Row]
-) -> Iterator[list[Row]]:
     for arm in args.arms:
-        rows = attempt_arm(arm, args, measure)
-        place = {"arm": arm} | shape._asdict()
-        yield [place | {"ignored": s} | row for s, row in zip(args.ignored, rows, strict=True)]
-        torch.compiler.reset()
         free_memory()
+        head = head_of(arm, args)
+        place = {"arm": arm} | shape._asdict()
+        yield [
+            place | {"ignored": share} | attempt(partial(measure, arm, head, share))
+            for share in args.ignored
+        ]
 
 
-def free_memory() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()  # does nothing without a GPU
-
-
-def attempt_arm(arm: str, args: Args, measure: Callable[[Head, float], Row]) -> list[Row]:
-    try:
-        head = ARMS[arm](args.device)
-        rows = [attempt(partial(measure, head, share)) for share in args.ignored]
-        if arm in CHECKS and "error" not in rows[0]:
-            CHECKS[arm]()
-    except Exception as why:
-        rows = [{"error": reason(why)} for _ in args.ignored]
-    return rows
+def head_of(arm: str, args: Args) -> Head:
+    """The head of an arm, made by the first call: where an arm cannot run is said in its row."""
+    make = cache(partial(ARMS[arm], args.device))
+    return lambda *inputs: make()(*inputs)
 
 
 def attempt(measure: Callable[[], Row]) -> Row:
@@ -346,6 +342,14 @@ def attempt(measure: Callable[[], Row]) -> Row:
         return measure()
     except Exception as error:
         return {"error": reason(error)}
+
+
+def free_memory(compiled: bool = True) -> None:
+    """compiled: forget compiled code as well, which may hold tensors."""
+    if compiled:
+        torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def run(args: Args) -> Iterator[list[Row]]:
@@ -366,8 +370,9 @@ def run(args: Args) -> Iterator[list[Row]]:
     if not args.error:
         for shape in shapes(GRID if args.grid else TWO):
             for rows in time_rows(shape, args):
-                grid = {"exact": rows[0]["arm"] in qualified} if args.grid else {}
-                yield [row | grid for row in rows]
+                yield [
+                    row | {"exact": row["arm"] in qualified} if args.grid else row for row in rows
+                ]
 
 
 # -- comparing -------------------------------------------------------------------------------------

@@ -26,7 +26,6 @@ import importlib.metadata
 import itertools
 import json
 import os
-import random
 import shlex
 import statistics
 import sys
@@ -39,9 +38,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _harness import Args, Benchmark, options, several, side_by_side
-from _measure import lap_times, padding, run_laps
+from _measure import interleaved, lap_times, padding, run_laps
 from _output import PACKAGES, Column, Panel, Row, columns, markdown
-from _steps import checkpointed, llama, random_model
+from _steps import checkpointed, llama, lora, random_model
 from liger_fx.passes import DEFAULT
 from torch import Tensor, fx
 from torchtune.models.gemma2 import gemma2
@@ -59,7 +58,6 @@ TABLE = Path(__file__).parent.parent / "liger_fx" / "measured.json"
 
 NO_RUNS: Row = {"machine": "", "commands": [], "rows": []}
 
-TURN = 3  # laps
 LAYERS, VOCABULARY = 2, 8  # the vocabulary is that of a head and an embedding that nobody calls
 LOGITS = {"logits [4096, 128256]": (4096, 128_256), "tiny logits [64, 512]": (64, 512)}
 TABLES = {"table [128256, 2048]": (128_256, 2048), "tiny table [512, 64]": (512, 64)}
@@ -70,6 +68,7 @@ MODELS: dict[str, Callable[[], TransformerDecoder]] = {
     "Llama-3.2-1B": partial(llama, "llama3_2_1b", vocab_size=VOCABULARY, num_layers=LAYERS),
     "Qwen2.5-1.5B": partial(qwen2, VOCABULARY, LAYERS, 12, 2, 1536, 8960, 131_072),
     "Gemma2-2B": partial(gemma2, VOCABULARY, LAYERS, 8, 256, 4, 2304, 9216, 8192, **GEMMA2),
+    "Llama-3.2-1B, LoRA": partial(lora, "llama3_2_1b", vocab_size=VOCABULARY, num_layers=LAYERS),
     "tiny": partial(llama, "tiny", vocab_size=VOCABULARY, num_layers=LAYERS),
 }
 # What a model computes in its graph of a causal mask and of [b, s]: which keys a query sees.
@@ -132,7 +131,7 @@ def decoder(args: Args) -> Build:
     layers: Any = model.layers
     size = (args.batch, args.seq, model.tok_embeddings.embedding_dim)
     hidden = torch.randn(size, dtype=torch.bfloat16, device=args.device, requires_grad=True)
-    trained = [hidden, *layers.parameters()]
+    trained = [hidden, *(x for x in layers.parameters() if x.requires_grad)]
     tokens = of_mask(args)
 
     def build(compiled: Compile) -> Callable[[], object]:
@@ -226,7 +225,8 @@ def measure(args: Args) -> Iterator[Row]:
     yield {"compiled": True}
     sys.stdin.readline()
     peaks = {name: run_laps(call, args.device, 1).peak_gib for name, call in arms.items()}
-    times = interleaved(arms, args.device, args.laps)
+    laps = interleaved(arms, args.device, args.laps)
+    times = {name: statistics.median(found) for name, found in laps.items()}
     for name, spelling in spellings.items():
         yield {
             "rewrite": name,
@@ -237,22 +237,6 @@ def measure(args: Args) -> Iterator[Row]:
             "peak_without_gib": peaks["none"],
             "memory": peaks[name] and peaks[name] / peaks["none"],
         }
-
-
-def interleaved(
-    arms: dict[str, Callable[[], object]], device: torch.device, laps: int
-) -> dict[str, float]:
-    """Milliseconds of each arm, the median of ``laps``. They take turns of a few laps; the one that
-    starts a turn does not count: the host is not ahead yet. In each round the order is another one,
-    for the GPU's clock depends on what it did just before."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    shuffle = random.Random(0).shuffle
-    order = list(arms)
-    while any(len(found) < laps for found in times.values()):
-        shuffle(order)
-        for name in order:
-            times[name] += lap_times(arms[name], device, 1 + TURN)[1:]
-    return {name: statistics.median(found) for name, found in times.items()}
 
 
 # -- all cases -------------------------------------------------------------------------------------
@@ -291,8 +275,8 @@ def write_table(rows: Sequence[Row], device: torch.device, before: Row) -> None:
 
 def with_speeds(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
     """``rows`` as the table keeps them, each with the speeds of the same one in ``before``, and
-    those of ``before`` whose case failed this time. Several masks of one graph are rows that the
-    table does not tell apart: the first is the first's."""
+    those of ``before`` whose case has none this time: it failed, or was not asked for. Several
+    masks of one graph are rows that the table does not tell apart: the first is the first's."""
     keys = [field.name for field in fields(TableRow) if field.name not in ("speed", "memory")]
     earlier: dict[tuple[Any, ...], list[Row]] = {}
     for row in before:
@@ -305,9 +289,9 @@ def with_speeds(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
         same = earlier.get(tuple(place.values()))
         speeds = same.pop(0)["speeds"] if same else []
         found.append({"speeds": [*speeds, row["speed"]], "memory": row["memory"]} | place)
-    failed = [case_of(row) for row in rows if "error" in row]
+    measured = [case_of(row) for row in found]
     left = itertools.chain.from_iterable(earlier.values())
-    return found + [row for row in left if case_of(row) in failed]
+    return found + [row for row in left if case_of(row) not in measured]
 
 
 def case_of(row: Row) -> list[Any]:
