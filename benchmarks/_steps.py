@@ -89,10 +89,13 @@ def stock_layers(model: TransformerDecoder, args: Args) -> None:
         checkpointed(model)
 
 
-def fused_layers(model: TransformerDecoder, args: Args, *, of_labels: bool = False) -> None:
+def fused_layers(
+    model: TransformerDecoder, args: Args, *, of_labels: bool = False, offload: bool = False
+) -> None:
     """Layers as liger_fx's recipes prepare them: the checkpoint inside of what is compiled.
     of_labels: a loss reads the hidden states of labelled tokens alone, so that padding may be left
-    out; the model needs `unpadded_mask` then."""
+    out; the model needs `unpadded_mask` then. offload: as with enable_activation_offloading."""
+    from liger_fx.offload import Offload
     from liger_fx.torchtune import compile_layers
     from liger_fx.torchtune.unpadding import leave_out_padding
 
@@ -102,7 +105,8 @@ def fused_layers(model: TransformerDecoder, args: Args, *, of_labels: bool = Fal
     reason = leave_out_padding([model], [], torch.bfloat16) if leaves_out else ""
     if reason:
         raise RuntimeError(f"padding goes through the layers: {reason}")
-    compile_layers(model, {} if leaves_out else padded_batches(args))
+    settings = {} if leaves_out else padded_batches(args)
+    compile_layers(model, settings, offload=Offload() if offload else None)
 
 
 def padded_batches(args: Args) -> dict[str, Any]:

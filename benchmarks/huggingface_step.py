@@ -21,6 +21,8 @@ of documents in one row, as by ``DataCollatorWithFlattening``. The arms:
     liger_fx_loss   the function of ``inductor_loss``, with the backend liger_fx
     liger_fx_keep   that of ``liger_fx``, and activation checkpoints keep what attention returns
     liger_fx_layers ``liger_fx.huggingface.compile(model)``: equal layers are compiled once
+    liger_fx_offload       the same with ``offload=True``
+    liger_fx_keep_offload  the same, and activation checkpoints keep what attention returns
 
 Every arm is a process of its own, with empty caches. All arms of a model compile first, ``--jobs``
 at a time; when the last has, they are timed one by one, and each begins with the same weights at
@@ -110,10 +112,10 @@ def compiled_loss(backend: str, model: nn.Module, args: Args) -> LossStep:
     return torch.compile(eager(model, args), backend=backend)
 
 
-def compiled_layers(model: nn.Module, args: Args) -> LossStep:
+def compiled_layers(model: nn.Module, args: Args, **options: Any) -> LossStep:
     from liger_fx import huggingface
 
-    huggingface.compile(model)
+    huggingface.compile(model, **options)
     return eager(model, args)
 
 
@@ -140,6 +142,8 @@ ARMS: dict[str, Callable[[nn.Module, Args], LossStep]] = {
     "liger_fx_loss": partial(compiled_loss, "liger_fx"),
     "liger_fx_keep": partial(compiled_model, "liger_fx", **{KEEP: True}),
     "liger_fx_layers": compiled_layers,
+    "liger_fx_offload": partial(compiled_layers, offload=True),
+    "liger_fx_keep_offload": partial(compiled_layers, offload=True, **{KEEP: True}),
 }
 UNCOMPILED = ("eager", "liger")
 

@@ -67,11 +67,11 @@ def whole_step(backend: str, model: TransformerDecoder, args: Args) -> LossStep:
     return torch.compile(step, backend=backend, fullgraph=True, options=how)
 
 
-def liger_fx_recipe(model: TransformerDecoder, args: Args) -> LossStep:
+def liger_fx_recipe(model: TransformerDecoder, args: Args, offload: bool = False) -> LossStep:
     """What ``liger_fx/recipes/*`` make of the stock recipe."""
     from liger_fx.torchtune import fuse_head
 
-    steps.fused_layers(model, args, of_labels=True)
+    steps.fused_layers(model, args, of_labels=True, offload=offload)
     head = fuse_head(model, chunked_loss(model), fused(args))
     mask = steps.unpadded_mask if args.padded else None
     return steps.recipe_loss(model, head, args.batch, mask)
@@ -93,6 +93,7 @@ ARMS: dict[str, Callable[[TransformerDecoder, Args], LossStep]] = {
     "inductor_step": partial(whole_step, "inductor"),
     "liger_fx_step": partial(whole_step, "liger_fx"),
     "liger_fx_recipe": liger_fx_recipe,
+    "liger_fx_offload": partial(liger_fx_recipe, offload=True),
     "liger_fx_budget": liger_fx_recipe,  # layers keep activations, as many as --gib takes
 }
 UNBUDGETED = [arm for arm in ARMS if arm != "liger_fx_budget"]  # what needs no --gib

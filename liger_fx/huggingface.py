@@ -27,6 +27,7 @@ from transformers import Cache, PreTrainedModel, TrainerCallback
 
 from liger_fx.deferred import DeferredLogits, Head
 from liger_fx.dynamo import Backend, backend
+from liger_fx.offload import Offload
 from liger_fx.options import Options
 from liger_fx.report import Place, Rejection, Report
 
@@ -80,7 +81,7 @@ class LigerFxPlugin(TorchDynamoPlugin):
         return dict(super().to_kwargs()) | {"backend": "liger_fx"}
 
 
-def compile(model: nn.Module, **options: Any) -> nn.Module:
+def compile(model: nn.Module, *, offload: bool = False, **options: Any) -> nn.Module:
     """Compile the layers of a causal language model with liger_fx, in place, equal layers once, and
     let its logits be deferred (`defer_logits`).
 
@@ -89,6 +90,8 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
     Norms beside the layers are compiled too, and everything else runs as it is. A layer that is
     given a cache, as in generation, is not compiled: ``config.use_cache`` is switched off, as by
     Trainer. Each report says which modules run its graph.
+    offload: what a layer saves for its backward waits in the host's memory. With checkpoints this
+    is little more than its input.
     options: as for `liger_fx.backend`. Returns ``model``. Raises ValueError for a model without
     layers, and OptionError, a ValueError.
     """
@@ -103,13 +106,15 @@ def compile(model: nn.Module, **options: Any) -> nn.Module:
         if isinstance(module, PreTrainedModel):
             module.config.get_text_config().use_cache = False
     shared.publish(_report_on_head(model, shared.options))
+    mover = Offload() if offload else None
     for names in regions.values():
         of_region = copy.copy(shared)
         of_region.accept = functools.partial(_tell_modules, names)
         form = _Form(of_region)
         for name in names:
             module = model.get_submodule(name)
-            module._compiled_call_impl = functools.partial(form, module)
+            compiled = functools.partial(form, module)
+            module._compiled_call_impl = mover.around(compiled, module) if mover else compiled
     return model
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,15 +11,22 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.distributed.fsdp import FSDPModule
 from torchtune.modules import TransformerCrossAttentionLayer, TransformerSelfAttentionLayer
 
+from liger_fx.offload import Offload
+
 LAYERS = (TransformerSelfAttentionLayer, TransformerCrossAttentionLayer)
 # Where a chunked loss of torchtune's keeps the part that runs on one chunk, and is compiled.
 CHUNK_LOSSES = ("compute_cross_entropy", "fkl_loss", "rkl_loss", "sym_kl_loss")
 
 
 def compile_layers(
-    model: nn.Module, options: Mapping[str, Any] | None = None, *, checkpoint_inside: bool = True
+    model: nn.Module,
+    options: Mapping[str, Any] | None = None,
+    *,
+    checkpoint_inside: bool = True,
+    offload: Offload | None = None,
 ) -> None:
-    """Compile each transformer layer, with its activation checkpoint inside if it has one."""
+    """Compile each transformer layer, with its activation checkpoint inside if it has one. offload:
+    moves what the layers save, where the checkpoint is inside."""
     checkpoints = {
         module._checkpoint_wrapped_module: module
         for module in model.modules()
@@ -28,10 +35,16 @@ def compile_layers(
     for layer in list(layers_of(model)):
         layer._compiled_call_impl = None  # the recipe may have compiled it without its checkpoint
         target = checkpoints.get(layer, layer) if checkpoint_inside else layer
+        moved = offload.around if offload else _not_moved
         if isinstance(target, FSDPModule):  # its hooks, which Dynamo does not trace, stay outside
-            target.forward = torch.compile(target.forward, **_how(options))
+            target.forward = moved(torch.compile(target.forward, **_how(options)), target)
         else:
-            target.compile(**_how(options))
+            compiled = torch.compile(target._call_impl, **_how(options))
+            target._compiled_call_impl = moved(compiled, target)
+
+
+def _not_moved(compiled: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
+    return compiled
 
 
 def layers_of(model: nn.Module) -> Iterator[nn.Module]:

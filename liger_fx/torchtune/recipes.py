@@ -25,6 +25,7 @@ from torchtune.utils._import_guard import _SUPPORTS_FLEX_ATTENTION
 import liger_fx
 from liger_fx.dynamo import Backend
 from liger_fx.inner import environment
+from liger_fx.offload import Offload
 from liger_fx.report import Report
 from liger_fx.torchtune import activations
 from liger_fx.torchtune.heads import (
@@ -132,14 +133,16 @@ class LayersRecipe(abc.ABC):
             utils.log_rank_zero(log, UNTOUCHED, logging.WARNING)
             return
         models = [m for m in vars(self).values() if isinstance(m, nn.Module) and any(layers_of(m))]
-        # Offloading packs what a checkpoint saves, flex attention breaks the graph of a layer,
-        # which a checkpoint cannot hold, and AOTAutograd (torch 2.13) takes no DTensors in it:
-        # there it stays around the layer, as torchtune puts it.
+        # Flex attention breaks the graph of a layer, which a checkpoint cannot hold, and
+        # AOTAutograd (torch 2.13) takes no DTensors in it: there the checkpoint stays around the
+        # layer, as torchtune puts it, and what it saves is offloaded by torchtune.
         inside = not (
-            cfg.get("enable_activation_offloading")
-            or self._uses_flex_attention(cfg, models)
-            or cfg.get("tensor_parallel_dim", 1) > 1
+            self._uses_flex_attention(cfg, models) or cfg.get("tensor_parallel_dim", 1) > 1
         )
+        self._offload = None
+        if inside and cfg.get("enable_activation_offloading"):
+            self._offload = Offload()
+            self.activations_handling_ctx = contextlib.nullcontext()  # in the place of torchtune's
         # Attention over documents has kernels for a GPU; elsewhere it costs more than padding.
         on_gpu = self._device.type != "cpu"
         self._unpads = self._unpads and on_gpu if unpad is None else bool(unpad)
@@ -150,7 +153,7 @@ class LayersRecipe(abc.ABC):
         if goes_through and not _chosen(self._settings, "tiled_mlp", "skip_padding"):
             self._settings["tiled_mlp.skip_padding"] = True
         for model in models:
-            compile_layers(model, self._settings, checkpoint_inside=inside)
+            compile_layers(model, self._settings, checkpoint_inside=inside, offload=self._offload)
         if memory_gib is not None:
             self._keep_within(memory_gib)
         # When the first loss is there, all there is has been compiled.
@@ -194,6 +197,11 @@ class LayersRecipe(abc.ABC):
             )
         if self._device.type != "cuda":
             raise ValueError("liger_fx.memory_gib needs a GPU: elsewhere memory is not counted")
+        if getattr(self, "_enable_activation_offloading", False):
+            raise ValueError(
+                "liger_fx.memory_gib keeps activations on the GPU, and "
+                "enable_activation_offloading takes them off it: choose one of them"
+            )
         optimizer = getattr(self, "_optimizer", None)
         if optimizer is None:
             raise ValueError(
@@ -255,7 +263,7 @@ class FusedDPORecipe(LayersRecipe):
         self._heads: dict[nn.Module, HeadLogProbs] = {}
         compile_loss(self._loss_fn, self._settings)
         try:
-            if getattr(self, "_enable_activation_offloading", False):
+            if getattr(self, "_enable_activation_offloading", False) and not self._offload:
                 raise HeadNotFused("the projection is not fused: its values would be offloaded")
             for model in filter(None, (self._model, getattr(self, "_ref_model", None))):
                 self._heads[model] = fuse_log_probs(model, self._settings)
