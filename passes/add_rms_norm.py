@@ -9,12 +9,17 @@ Numerics     The sum is rounded to its dtype before its norm, as the model round
              ones, by which a product is exact.
 """
 
+from typing import Any
+
 from liger_fx.passes import _norms
+from torch import fx
 
 from liger_fx import ops
-from liger_fx.canonical import fake, same_sizes
+from liger_fx.canonical import fake, op_name, same_sizes
 from liger_fx.matcher import Match, Reject
 from liger_fx.rewrite import Rewrite
+
+OF_A_SUM = "of a sum"
 
 
 def add_torchtune(x, residual, normalized_shape, weight, eps):
@@ -61,6 +66,20 @@ def check(match: Match, x, residual, eps, weight=None, normalized_shape=None):
     _norms.check_norm(match, fake(match.outputs[1]), weight, eps, normalized_shape)
 
 
+def variant(match: Match) -> str:
+    """Inductor computes a sum together with the sum of it that is normed, where the op does not:
+    an adapter's and its projection's, or those of parallel branches."""
+    operands = (match.bindings[name] for name in ("x", "residual"))
+    return OF_A_SUM if any(_is_sum_for(match, operand) for operand in operands) else ""
+
+
+def _is_sum_for(match: Match, value: Any) -> bool:
+    """Is it a sum that nothing beside the match reads?"""
+    if not isinstance(value, fx.Node) or op_name(value) != "add":
+        return False
+    return all(user in match.nodes for user in value.users)
+
+
 def replace(match: Match, x, residual, weight=None):
     dtype = fake(match.outputs[1]).dtype
     x = x if match.values["x"].dtype == dtype else x.to(dtype)
@@ -84,5 +103,7 @@ add_rms_norm = Rewrite(
     ],
     check=check,
     replace=replace,
+    variant=variant,
+    measured_apart=[OF_A_SUM],
     saved=["weight", "output"],
 )

@@ -46,6 +46,20 @@ def test_fires_once_on_every_spelling(spelling, dtype, dynamic, inputs):
     assert "rsqrt" not in show(found.graphs[0])
 
 
+def test_a_sum_of_a_sum_is_measured_apart(inputs):
+    """Where Inductor would compute both in one kernel: not where the first is read again."""
+
+    def fn(x, adapter, residual, weight, again):
+        branch = x.sin() + adapter
+        total = branch + residual
+        return torchtune(total, weight) * total + (branch.cos() if again else 0)
+
+    x, residual, weight = inputs
+    for again, spelling in ((False, "add_torchtune, of a sum"), (True, "add_torchtune")):
+        found = capture(fn, x, x.cos(), residual, weight, again)
+        assert [made.pattern for made in found.reports[0].replacements] == [spelling]
+
+
 def test_fires_graph(inputs):
     found = capture(after(torchtune), *(t.bfloat16() for t in inputs))
     assert_expected_inline(
