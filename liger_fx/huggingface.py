@@ -9,6 +9,7 @@ FSDP2, `defer_logits` brings them together.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
@@ -27,7 +28,7 @@ from transformers import Cache, PreTrainedModel, TrainerCallback
 
 from liger_fx.deferred import DeferredLogits, Head
 from liger_fx.dynamo import Backend, backend
-from liger_fx.offload import Offload
+from liger_fx.offload import Offload, in_checkpoint
 from liger_fx.options import Options
 from liger_fx.report import Place, Rejection, Report
 
@@ -110,34 +111,56 @@ def compile(model: nn.Module, *, offload: bool = False, **options: Any) -> nn.Mo
     for names in regions.values():
         of_region = copy.copy(shared)
         of_region.accept = functools.partial(_tell_modules, names)
-        form = _Form(of_region)
+        form = _Form(of_region, mover)
         for name in names:
             module = model.get_submodule(name)
-            compiled = functools.partial(form, module)
-            module._compiled_call_impl = mover.around(compiled, module) if mover else compiled
+            module._compiled_call_impl = functools.partial(form, module)
     return model
 
 
 class _Form:
     """Equal modules, with one compiled region: one for each way in which they have hooks, since
-    Dynamo does not guard that a module has none."""
+    Dynamo does not guard that a module has none, and one with the checkpoint that is around them.
+    """
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
-        self.regions: dict[tuple[int, ...], Callable[..., Any]] = {}
+    def __init__(self, backend: Backend, offload: Offload | None) -> None:
+        self.backend, self.offload = backend, offload
+        self.regions: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or _fills_a_cache(module, *args, *kwargs.values()):
             return module._call_impl(*args, **kwargs)
+        code = _checkpointed_region if _in_its_checkpoint(module) else _region
         hooked = tuple(i for i, part in enumerate(module.modules()) if _has_hooks(part))
-        if hooked not in self.regions:
-            self.regions[hooked] = torch.compile(_own_code(_region), backend=self.backend)
-        run = self.regions[hooked]
-        if DistributedDataParallel._get_active_ddp_module() is None:
-            return run(module, *args, **kwargs)
-        # Gradients are sent layer by layer without DDPOptimizer, which would cut a layer in parts.
-        with torch._dynamo.config.patch(optimize_ddp=False):
-            return run(module, *args, **kwargs)
+        if (code, hooked) not in self.regions:
+            self.regions[code, hooked] = torch.compile(_own_code(code), backend=self.backend)
+        run: Callable[..., Any] = functools.partial(self.regions[code, hooked], module)
+        if self.offload is not None:
+            run = self.offload.around(run, module)
+        with contextlib.ExitStack() as stack:
+            if code is _checkpointed_region:
+                stack.enter_context(_without_hooks_of_a_checkpoint())
+            if DistributedDataParallel._get_active_ddp_module() is not None:
+                # Gradients are sent layer by layer without DDPOptimizer, which would cut a layer.
+                stack.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
+            return run(*args, **kwargs)
+
+
+def _in_its_checkpoint(module: nn.Module) -> bool:
+    """Has the module's own ``__call__``, as in transformers before 5.23, put a checkpoint around
+    this call?"""
+    return hasattr(module, "_gradient_checkpointing_func") and in_checkpoint()
+
+
+@contextlib.contextmanager
+def _without_hooks_of_a_checkpoint() -> Iterator[None]:
+    """The checkpoint around has nothing to compute again, and its place is in the graph."""
+    pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -147,6 +170,10 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _region(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # `self` is left out of places
     return self._call_impl(*args, **kwargs)
+
+
+def _checkpointed_region(self: Any, *args: Any, **kwargs: Any) -> Any:
+    return self._gradient_checkpointing_func(functools.partial(self._call_impl, **kwargs), *args)
 
 
 def _fills_a_cache(module: nn.Module, *given: Any) -> bool:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -37,13 +38,15 @@ class Offload:
 
     def around(self, compiled: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
         """``compiled``, which is ``layer``, with what it saves moved. Values and gradients stay the
-        same bits. Takes pinned memory of the host for as many bytes as the GPU is spared."""
+        same bits. Takes pinned memory of the host for as many bytes as the GPU is spared. Nothing
+        moves in a checkpoint around the call, which saves the inputs alone."""
         return functools.partial(self._call, compiled, layer)
 
     def _call(
         self, compiled: Callable[..., Any], layer: nn.Module, /, *args: Any, **kwargs: Any
     ) -> Any:
-        if not torch.is_grad_enabled():
+        in_backward = torch._C._current_graph_task_id() != -1  # of a reentrant checkpoint
+        if not torch.is_grad_enabled() or in_backward or in_checkpoint():
             return compiled(*args, **kwargs)
         shared = [*layer.parameters(), *layer.buffers(), *tree_leaves((args[1:], kwargs))]
         call = _Call(self, {_place(part) for tensor in shared for part in _plain(tensor)})
@@ -184,6 +187,13 @@ class _Saved:
 
     def __del__(self) -> None:
         self.leave()  # under way when the graph was given up
+
+
+def in_checkpoint() -> bool:
+    """Is this a call in an activation checkpoint that runs as it is? Its hooks on saved tensors
+    must be the innermost: they keep none of them."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == torch.utils.checkpoint.__name__
 
 
 def _plain(tensor: Any) -> Iterator[Tensor]:

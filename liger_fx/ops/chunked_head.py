@@ -15,6 +15,7 @@ gradient is accumulated in fp32 inside the GEMM.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -117,13 +118,13 @@ def run(
     if target is not None:
         check_labels(target, head.vocab, loss.ignore_index)
     needed = _needed(target, loss, None if every_value else weights, mask) if skip else None
+    outcome = allocate(head, loss, wanted)
+    # The host waits here, and the GPU runs dry until the first product is queued: what can be done
+    # before or after does not stand in between.
     valid = None if needed is None else valid_tokens(needed)
     tokens = x.shape[0] if valid is None else valid.numel()
     itemsize = x.element_size() + (0 if teacher is None else teacher.x.element_size())
     size = chunk_size(tokens, itemsize, head, wanted, chunk_tokens)
-    # A sum over chunks is kept in its own dtype; a single product is rounded once, by its GEMM.
-    accum = wanted.accum_dtype if size < tokens else kept_dtype(x.dtype)
-    outcome = allocate(head, loss, wanted, accum, tokens)
     buffers = [
         logits_buffer(min(size, tokens), h) for h in (head, teacher) if h is not None
     ]  # fmt: skip
@@ -136,6 +137,10 @@ def run(
             rows = part if valid is None else valid[part]
             logits, *others = (buffer[: min(size, tokens - start)] for buffer in buffers)
             head.logits(rows, logits)
+            if start == 0:
+                # A sum over chunks has its own dtype; a single product is rounded by its GEMM.
+                accum = wanted.accum_dtype if size < tokens else kept_dtype(x.dtype)
+                allocate_sums(outcome, head, wanted, accum)
             values = outcome.values.new_zeros(len(loss.takes), logits.shape[0])
             labels = None if target is None else target[rows]
             weighed = None if weights is None else weights[:, rows]
@@ -150,6 +155,11 @@ def run(
                 logits.masked_fill_(uncounted.unsqueeze(1), 0.0)
             outcome.values[:, rows] = values
             add_gradients(outcome, rows, head, logits, first=start == 0)
+    if not tokens:  # and so no chunk that writes them
+        allocate_sums(outcome, head, wanted, kept_dtype(x.dtype))
+        for total in (outcome.grad_weight, outcome.grad_bias):
+            if total is not None:
+                total.zero_()
     return outcome
 
 
@@ -206,22 +216,24 @@ def _fits_one_chunk(tokens: int, itemsize: int, head: Head, wanted: Wanted, most
     return tokens * of_token <= total + max(0, most * of_token - gradient)
 
 
-def allocate(
-    head: Head, loss: TokenLoss, wanted: Wanted, accum: torch.dtype, tokens: int
-) -> Outcome:
-    # Parameter gradients are written by the first chunk and need zeros only if there is none.
-    def accumulator(like: Tensor) -> Tensor:
-        make = torch.empty_like if tokens else torch.zeros_like
-        return make(like, dtype=accum, memory_format=torch.contiguous_format)
-
+def allocate(head: Head, loss: TokenLoss, wanted: Wanted) -> Outcome:
     x = head.x
     return Outcome(
         values=x.new_zeros(len(loss.takes), x.shape[0], dtype=loss_dtype(x.dtype)),
         # Rows that no chunk visits are of tokens that do not count: their gradient is zero.
         grad_input=x.new_zeros(x.shape) if wanted.input else None,
-        grad_weight=accumulator(head.weight) if wanted.weight else None,
-        grad_bias=accumulator(head.bias) if wanted.bias and head.bias is not None else None,
+        grad_weight=None,
+        grad_bias=None,
     )
+
+
+def allocate_sums(outcome: Outcome, head: Head, wanted: Wanted, accum: torch.dtype) -> None:
+    """The gradients of the parameters, which the first chunk writes."""
+    make = partial(torch.empty_like, dtype=accum, memory_format=torch.contiguous_format)
+    if wanted.weight:
+        outcome.grad_weight = make(head.weight)
+    if wanted.bias and head.bias is not None:
+        outcome.grad_bias = make(head.bias)
 
 
 def logits_buffer(rows: int, head: Head) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import logging
 import re
@@ -14,9 +15,12 @@ from _util import relative_error
 from expecttest import assert_expected_inline
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import liger_fx
+from liger_fx import offload as module_of_offload
 from liger_fx.deferred import materialized
+from liger_fx.offload import Offload
 
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
@@ -35,6 +39,7 @@ from test_huggingface import (  # noqa: E402
 from test_masks_huggingface import BATCH, SEQ, SMALL, WINDOW, batch  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
+from liger_fx import huggingface  # noqa: E402
 from liger_fx.huggingface import compile as by_layers  # noqa: E402
 
 integrations = pytest.mark.integrations
@@ -327,3 +332,88 @@ def test_lora(targets, checkpoints, tmp_path, monkeypatch):
     if "lm_head" in targets:
         with pytest.raises(liger_fx.RequirementError, match="cannot be deferred"):
             compiled(adapted(), require=["linear_cross_entropy"])
+
+
+# -- checkpoints around layers, and offloading -----------------------------------------------------
+
+
+class OwnCheckpoint(nn.Module):
+    """A layer whose ``__call__`` puts its checkpoint, as those of transformers before 5.23."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = functools.partial(super().__call__, **kwargs)
+        return self._gradient_checkpointing_func(call, *args)
+
+    def forward(self, hidden: Tensor, scale: float = 1.0) -> Tensor:
+        return hidden + self.down(torch.tanh(self.up(hidden * scale)))
+
+
+class OwnCheckpoints(nn.Module):
+    def __init__(self, layers: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(OwnCheckpoint() for _ in range(layers))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for layer in self.layers:
+            hidden = layer(hidden, scale=2.0)
+        return hidden
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_checkpoint_around_layers_goes_into_their_graph(offload, monkeypatch):
+    """The backward does not call a layer again: its graph computes again what the backward needs."""
+    monkeypatch.setattr(huggingface, "Offload", functools.partial(Offload, least=1))
+    calls = []
+    run_region = huggingface._Form.__call__
+
+    def counted(self, module, *args, **kwargs):
+        calls.append(huggingface._in_its_checkpoint(module))
+        return run_region(self, module, *args, **kwargs)
+
+    monkeypatch.setattr(huggingface._Form, "__call__", counted)
+    hidden, found = torch.randn(4, 16), []
+    for compiles in (False, True):
+        torch.manual_seed(0)
+        model = OwnCheckpoints()
+        if compiles:
+            by_layers(model, offload=offload, **OPTIONS)
+        x = hidden.clone().requires_grad_()
+        model(x).sin().sum().backward()
+        found.append([x.grad, *(p.grad for p in model.parameters())])
+    assert calls == [True] * 3
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_nothing_is_offloaded_in_other_checkpoints_around_layers(monkeypatch):
+    """Whose settings nobody knows; they save the inputs themselves."""
+    monkeypatch.setattr(huggingface, "Offload", functools.partial(Offload, least=1))
+    monkeypatch.setattr(module_of_offload, "_Saved", None)
+    found = []
+    for prepare in (lambda model: model, functools.partial(compiled, offload=True)):
+        model = prepare(build())
+
+        def loss(tokens: Tensor, model: Any = model) -> Tensor:
+            return model.model(tokens).last_hidden_state.sin().sum()
+
+        checkpoint(loss, batch("plain")["input_ids"], use_reentrant=False).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert_equal(*found, 1e-5)
+
+
+@pytest.mark.parametrize("checkpoints", [None, False, True], ids=["", "checkpoints", "reentrant"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "qwen3_moe"])
+def test_offloading_changes_no_bit(name, checkpoints, monkeypatch):
+    monkeypatch.setattr(huggingface, "Offload", functools.partial(Offload, least=1))
+    actual, expected = (
+        gradients(compiled(build(name, checkpoints), offload=offload), batch("padded"))
+        for offload in (True, False)
+    )
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(actual[key], value), key
