@@ -10,10 +10,13 @@ dispatch, which in Python is most of the cost of a `torch.library.custom_op`
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib
+import importlib.util
 import logging
-from collections.abc import Callable
+import sys
+import threading
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -126,7 +129,7 @@ def liger_module(name: str) -> Any:
     """A module of Liger's kernels, imported when first needed: it imports Triton. None, with a
     warning, where that fails, and where a kernel has other parameters than our launchers pass."""
     try:
-        with unset_fake_temporarily():  # what an import computes stays
+        with unset_fake_temporarily(), _alone():  # what an import computes stays
             utils, module = (
                 importlib.import_module(f"liger_kernel.ops.{part}") for part in ("utils", name)
             )
@@ -138,6 +141,36 @@ def liger_module(name: str) -> Any:
             _misfits[name] = str(error)
         log.warning("Liger's kernels cannot be used (%s); plain PyTorch stands in", error)
         return None
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Import Liger's kernels without what Liger (0.8) imports for its other parts: PEFT, to see
+    whether it is installed, and transformers, to ask for an Ascend NPU. Both take seconds, in a
+    process that may have use for neither. What Liger learns is the same on a GPU."""
+    if "liger_kernel.utils" in sys.modules:
+        yield
+        return
+    finder: Any = _Missing({"peft", "transformers"}.difference(sys.modules))
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        utils: Any = sys.modules.get("liger_kernel.utils")
+        if "peft" in finder.packages and hasattr(utils, "PEFT_AVAILABLE"):
+            utils.PEFT_AVAILABLE = importlib.util.find_spec("peft") is not None
+
+
+class _Missing:
+    """An entry of ``sys.meta_path``: for this thread there are no such packages."""
+
+    def __init__(self, packages: Collection[str]) -> None:
+        self.packages, self.thread = packages, threading.get_ident()
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name in self.packages and threading.get_ident() == self.thread:
+            raise ModuleNotFoundError(f"{name} is not needed now", name=name)
 
 
 def require_fit(first: Tensor, name: str) -> None:
