@@ -15,7 +15,7 @@ from _output import Panel, Row
 from torch import Tensor, nn
 from torchtune import training
 from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
-from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 LossStep = Callable[[Tensor, Tensor], Tensor]  # of tokens and labels, each [batch, seq]
@@ -67,7 +67,7 @@ def lora(model: str, max_seq_len: int = 131_072, **changed: int) -> TransformerD
     return made
 
 
-def random_model(make: Callable[[], TransformerDecoder], device: torch.device) -> Any:
+def random_model(make: Callable[[], nn.Module], device: torch.device) -> Any:
     """Random weights in bf16, small enough that the first loss is about that of guessing."""
     torch.manual_seed(0)
     with training.set_default_dtype(torch.bfloat16), device:
@@ -78,8 +78,9 @@ def random_model(make: Callable[[], TransformerDecoder], device: torch.device) -
     return model
 
 
-def checkpointed(model: TransformerDecoder) -> None:
-    training.set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+def checkpointed(model: Any) -> None:
+    kinds = {type(layer) for layer in model.layers}
+    training.set_activation_checkpointing(model, auto_wrap_policy=kinds)
 
 
 def stock_layers(model: TransformerDecoder, args: Args) -> None:

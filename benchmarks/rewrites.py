@@ -5,11 +5,11 @@
     python benchmarks/rewrites.py --show sm90
     python benchmarks/rewrites.py --model tiny --device cpu --batch 2 --seq 32 --laps 2
 
-Two decoder layers of torchtune's, in the sizes of real models, forward and backward, with random
-weights in bf16 and without embedding and head: each layer compiled by itself ("layers") or both in
-one graph ("step"), checkpointed or not, under each inner compiler. And the loss on logits, and a
-trained embedding. Each rewrite is made alone and compared with none: laps in turn, in one process,
-medians.
+Two decoder layers, torchtune's or those of transformers, in the sizes of real models, forward and
+backward, with random weights in bf16 and without embedding and head: each layer compiled by itself
+("layers") or both in one graph ("step"), checkpointed or not, under each inner compiler. And the
+loss on logits, and a trained embedding. Each rewrite is made alone and compared with none: laps in
+turn, in one process, medians.
 
 A case is a process of its own. First all compile, ``--jobs`` at a time; when the last has, they
 are timed one by one. ``--write`` puts the rows into liger_fx/measured.json, in the place of what it
@@ -42,10 +42,9 @@ from _measure import interleaved, lap_times, padding, run_laps
 from _output import PACKAGES, Column, Panel, Row, columns, markdown
 from _steps import checkpointed, llama, lora, random_model
 from liger_fx.passes import DEFAULT
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torchtune.models.gemma2 import gemma2
 from torchtune.models.qwen2 import qwen2
-from torchtune.modules import TransformerDecoder
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from liger_fx import rewrite_graph
@@ -62,15 +61,52 @@ LAYERS, VOCABULARY = 2, 8  # the vocabulary is that of a head and an embedding t
 LOGITS = {"logits [4096, 128256]": (4096, 128_256), "tiny logits [64, 512]": (64, 512)}
 TABLES = {"table [128256, 2048]": (128_256, 2048), "tiny table [512, 64]": (512, 64)}
 
+
+class OfTransformers(nn.Module):
+    """A layer of transformers that is called as one of torchtune's."""
+
+    def __init__(self, layer: nn.Module, cos: Tensor, sin: Tensor) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("cos", cos)
+        self.register_buffer("sin", sin)
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = self.cos[:, : x.shape[1]], self.sin[:, : x.shape[1]]
+        return self.layer(x, position_embeddings=angles)
+
+
+def of_transformers(name: str) -> nn.Module:
+    """The first layers of a model of huggingface_step.py."""
+    from huggingface_step import CONFIGS
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(CONFIGS[name])
+    config.num_hidden_layers, config.vocab_size = LAYERS, VOCABULARY
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).model
+    embedding, positions = model.embed_tokens, torch.arange(config.max_position_embeddings)[None]
+    kinds = [(kind,) for kind in config.layer_types] if name.startswith("gemma3") else [()] * LAYERS
+    found = nn.Module()
+    found.tok_embeddings = embedding
+    found.layers = nn.ModuleList(
+        OfTransformers(layer, *model.rotary_emb(embedding.weight, positions, *kind))
+        for layer, kind in zip(model.layers, kinds, strict=False)
+    )
+    return found
+
+
 GEMMA2 = {"hidden_capping_value": 30.0, "final_capping_value": 50.0}
 # Positional: vocabulary, layers, heads and their sizes, hidden size, that of the MLP, length.
-MODELS: dict[str, Callable[[], TransformerDecoder]] = {
+MODELS: dict[str, Callable[[], nn.Module]] = {
     "Llama-3.2-1B": partial(llama, "llama3_2_1b", vocab_size=VOCABULARY, num_layers=LAYERS),
     "Qwen2.5-1.5B": partial(qwen2, VOCABULARY, LAYERS, 12, 2, 1536, 8960, 131_072),
     "Gemma2-2B": partial(gemma2, VOCABULARY, LAYERS, 8, 256, 4, 2304, 9216, 8192, **GEMMA2),
     "Llama-3.2-1B, LoRA": partial(lora, "llama3_2_1b", vocab_size=VOCABULARY, num_layers=LAYERS),
+    "Qwen3-0.6B": partial(of_transformers, "qwen3_0_6b"),
+    "Gemma3-1B": partial(of_transformers, "gemma3_1b"),
     "tiny": partial(llama, "tiny", vocab_size=VOCABULARY, num_layers=LAYERS),
 }
+MASKED = [name for name in MODELS if name.startswith(("Llama", "Qwen2", "tiny"))]  # torchtune's
 # What a model computes in its graph of a causal mask and of [b, s]: which keys a query sees.
 MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "causal": lambda seen, _: seen,
@@ -106,7 +142,7 @@ def cases(models: Sequence[str], inners: Sequence[str]) -> list[Row]:
         for model, checkpoint in itertools.product(models, (True, False))
     ]
     if "inductor" in inners:  # of several layers: they share a mask
-        of_masks = [name for name in models if not name.startswith("Gemma2")]  # no such attention
+        of_masks = [name for name in models if name in MASKED]
         found += [
             case(model, "step", checkpoint, "inductor", mask)
             for model, checkpoint, mask in itertools.product(of_masks, (True, False), MASKS)
