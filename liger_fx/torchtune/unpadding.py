@@ -26,6 +26,7 @@ from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
 from liger_fx import ops
 from liger_fx.torchtune.packing import Documents, let_attend
+from liger_fx.torchtune.parts import mark_length
 
 # Tokens. Matrix products of aligned rows are faster, and memory of few sizes is used again.
 UNIT = 128
@@ -118,8 +119,9 @@ class _Row:
         if self.kept is not None:
             self.shape = (args[0] if args else kwargs["tokens"]).shape
             sequence, position = self.kept // self.shape[1], self.kept % self.shape[1]
-            plan = Documents(*ops.document_plan(sequence[None]))
-            kwargs = kwargs | {"mask": plan, "input_pos": position[None]}
+            plan, position = Documents(*ops.document_plan(sequence[None])), position[None]
+            mark_length(plan.segments, plan.rows, position)
+            kwargs = kwargs | {"mask": plan, "input_pos": position}
         return args, kwargs
 
     def _select(self, embedding: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
