@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+from _torchtune_models import group_of_one
 from expecttest import assert_expected_inline
+from torch.distributed.fsdp import fully_shard
 from torchtune import training
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerSelfAttentionLayer
 
 import liger_fx
+from liger_fx import offload
+from liger_fx.offload import Offload
 from liger_fx.torchtune import activations, compile_layers
 
 LAYERS, TOKENS = 4, 32
@@ -74,6 +80,32 @@ def test_nothing_of_the_mlps_inside_is_kept():
     saved, _ = saved_and_gradients(model)
     assert not [shape for shape in saved if 96 in shape]
     assert len([shape for shape in saved if shape == (2, 4, TOKENS, 16)]) == LAYERS  # of attention
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_offloading_moves_the_inputs_of_layers(sharded, monkeypatch):
+    """Not what FSDP2 gathers for a layer; and no bit changes."""
+    moved = []
+    init = offload._Saved.__init__
+
+    def recorded(self, call, tensor, host):
+        moved.append(tuple(tensor.shape))
+        init(self, call, tensor, host)
+
+    monkeypatch.setattr(offload._Saved, "__init__", recorded)
+    tokens = torch.arange(2 * TOKENS).view(2, TOKENS)
+    with group_of_one() if sharded else contextlib.nullcontext():
+        found = []
+        for mover in (None, Offload(least=2 * TOKENS * 64 * 4)):
+            model = decoder()
+            for layer in [*model.layers, model] if sharded else []:
+                fully_shard(layer)
+            compile_layers(model, {"policy": "all", "inner": "aot_eager"}, offload=mover)
+            model(tokens).square().sum().backward()
+            found.append([parameter.grad for parameter in model.parameters()])
+        for one, other in zip(*found, strict=True):
+            assert torch.equal(*(g.full_tensor() if sharded else g for g in (one, other)))
+    assert moved == [(2, TOKENS, 64)] * LAYERS
 
 
 class Memory:
