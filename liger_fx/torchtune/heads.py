@@ -75,7 +75,7 @@ class Head(nn.Module, abc.ABC):
     def _region_or_stock(self, *args: Any) -> Any:
         if self._fused:
             if self.lengths_vary:
-                mark_length(*args)
+                mark_length(*(each for each in args if isinstance(each, Tensor)))
             try:
                 return self._region(*args)
             except BackendCompilerFailed as failure:
