@@ -82,7 +82,9 @@ class LigerFxPlugin(TorchDynamoPlugin):
         return dict(super().to_kwargs()) | {"backend": "liger_fx"}
 
 
-def compile(model: nn.Module, *, offload: bool = False, **options: Any) -> nn.Module:
+def compile(
+    model: nn.Module, *, dynamic: bool | None = None, offload: bool = False, **options: Any
+) -> nn.Module:
     """Compile the layers of a causal language model with liger_fx, in place, equal layers once, and
     let its logits be deferred (`defer_logits`).
 
@@ -91,6 +93,8 @@ def compile(model: nn.Module, *, offload: bool = False, **options: Any) -> nn.Mo
     Norms beside the layers are compiled too, and everything else runs as it is. A layer that is
     given a cache, as in generation, is not compiled: ``config.use_cache`` is switched off, as by
     Trainer. Each report says which modules run its graph.
+    dynamic: as for `torch.compile`. True where batches differ in length: one graph is for all of
+    them then, where otherwise the first batch has one of its own.
     offload: what a layer saves for its backward waits in the host's memory. With checkpoints this
     is little more than its input.
     options: as for `liger_fx.backend`. Returns ``model``. Raises ValueError for a model without
@@ -111,7 +115,7 @@ def compile(model: nn.Module, *, offload: bool = False, **options: Any) -> nn.Mo
     for names in regions.values():
         of_region = copy.copy(shared)
         of_region.accept = functools.partial(_tell_modules, names)
-        form = _Form(of_region, mover)
+        form = _Form(of_region, dynamic, mover)
         for name in names:
             module = model.get_submodule(name)
             module._compiled_call_impl = functools.partial(form, module)
@@ -123,8 +127,9 @@ class _Form:
     Dynamo does not guard that a module has none, and one with the checkpoint that is around them.
     """
 
-    def __init__(self, backend: Backend, offload: Offload | None) -> None:
-        self.backend, self.offload = backend, offload
+    def __init__(self, backend: Backend, dynamic: bool | None, offload: Offload | None) -> None:
+        self.how: Any = {"backend": backend, "dynamic": dynamic}
+        self.offload = offload
         self.regions: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -133,7 +138,7 @@ class _Form:
         code = _checkpointed_region if _in_its_checkpoint(module) else _region
         hooked = tuple(i for i, part in enumerate(module.modules()) if _has_hooks(part))
         if (code, hooked) not in self.regions:
-            self.regions[code, hooked] = torch.compile(_own_code(code), backend=self.backend)
+            self.regions[code, hooked] = torch.compile(_own_code(code), **self.how)
         run: Callable[..., Any] = functools.partial(self.regions[code, hooked], module)
         if self.offload is not None:
             run = self.offload.around(run, module)

@@ -334,6 +334,21 @@ def test_lora(targets, checkpoints, tmp_path, monkeypatch):
             compiled(adapted(), require=["linear_cross_entropy"])
 
 
+@pytest.mark.parametrize("mode", ["padded", "packed"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_graphs_for_batches_of_several_lengths(dynamic, mode):
+    """A layer's and the norm's: of the first batch, and for all lengths; or the latter alone."""
+    model = compiled(build(), dynamic=dynamic)
+    for length in (SEQ, 11, 13):
+        given = {
+            key: value[:, :length] if isinstance(value, Tensor) else value
+            for key, value in batch(mode).items()
+        }
+        actual = gradients(model, given)
+        assert_equal(actual, gradients(build(), given), 1e-5)
+    assert counters["stats"]["unique_graphs"] == (2 if dynamic else 4)
+
+
 # -- checkpoints around layers, and offloading -----------------------------------------------------
 
 
