@@ -311,6 +311,16 @@ def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(x is y or str(x) == str(y) for x, y in zip(a, b, strict=True))
 
 
+def agreeing_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """As `same_sizes`; of sizes with other names that are equal now, Dynamo guards that they always
+    are. For tensors that have the size of a batch in common, whose names need not be the same."""
+    if same_sizes(a, b):
+        return True
+    pairs = list(zip(a, b, strict=False))
+    alike = len(a) == len(b) and all(hint(x) == hint(y) is not None for x, y in pairs)
+    return alike and all(bool(x == y) for x, y in pairs)
+
+
 def only_slices(index: Any) -> bool:
     """An index of full or partial slices only; an index tensor of the same shape is no no-op."""
     items = index if isinstance(index, tuple | list) else (index,)

@@ -26,7 +26,14 @@ from torch import fx
 
 from liger_fx import masks, ops
 from liger_fx.bodies import carry_in
-from liger_fx.canonical import fake, op_name, positional, same_sizes, specialise
+from liger_fx.canonical import (
+    agreeing_sizes,
+    fake,
+    op_name,
+    positional,
+    same_sizes,
+    specialise,
+)
 from liger_fx.masks import Mask, Source, Unreadable
 from liger_fx.matcher import Match, Reject, data_inputs
 from liger_fx.pattern import guard
@@ -189,7 +196,7 @@ def _is_given(match: Match) -> bool:
     query, key = (fake(operand) for operand in positional(match.root)[:2])
     value, size = fake(node), query.shape[2:3]
     wanted = [*query.shape[:1], 1, *size, *size]
-    fits = value.dtype == torch.bool and value.dim() == 4 and same_sizes(value.shape, wanted)
+    fits = value.dtype == torch.bool and value.dim() == 4 and agreeing_sizes(value.shape, wanted)
     while (outside := view.operand(node)) is not None:
         if view.effects.written(node):
             return False
@@ -239,7 +246,7 @@ def _check_op(match: Match, says: Mask, query: Any, key: Any, value: Any) -> Non
     for source in () if says == GIVEN else filter(None, (says.documents, says.valid)):
         given = list(fake(source.node).shape)
         wanted = [query.shape[0], query.shape[2]]
-        if not same_sizes(given if len(given) > 1 else [1, *given], wanted):
+        if not agreeing_sizes(given if len(given) > 1 else [1, *given], wanted):
             raise Reject(f"{source.node.name} is {given}, where queries are {wanted}")
     if query.device.type == "cuda":
         _require(_no_flash(match.output.dtype, query, value))
