@@ -48,10 +48,12 @@ class Offload:
         in_backward = torch._C._current_graph_task_id() != -1  # of a reentrant checkpoint
         if not torch.is_grad_enabled() or in_backward or in_checkpoint():
             return compiled(*args, **kwargs)
-        shared = [*layer.parameters(), *layer.buffers(), *tree_leaves((args[1:], kwargs))]
-        call = _Call(self, {_place(part) for tensor in shared for part in _plain(tensor)})
-        with saved_tensors_hooks(call.pack, call.unpack):
-            return compiled(*args, **kwargs)
+        call = _Call(self, _Given(layer, args, kwargs))
+        try:
+            with saved_tensors_hooks(call.pack, call.unpack):
+                return compiled(*args, **kwargs)
+        finally:
+            call.given = None  # which holds the hidden states
 
     def follow(self, call: _Call) -> _Call | None:
         """The call before this one, whose tensors leave the GPU now."""
@@ -87,19 +89,42 @@ class _Streams:
         return torch.cuda.current_stream(self.device)
 
 
+class _Given:
+    """What a layer is called with."""
+
+    def __init__(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        self.layer, self.args, self.kwargs = layer, args, kwargs
+
+    def shares(self, tensor: Tensor) -> bool:
+        """Is it, or a part of it, there for other layers as well, or for the next step?"""
+        hidden, place = next(iter(self.args), None), _place(tensor)
+        is_hidden = isinstance(hidden, Tensor) and place == _place(hidden)
+        return not is_hidden and place in self._places
+
+    @functools.cached_property
+    def _places(self) -> set[int]:
+        others = tree_leaves((self.args[1:], self.kwargs))
+        every = [*self.layer.parameters(), *self.layer.buffers(), *others]
+        return {_place(part) for tensor in every for part in _plain(tensor)}
+
+
 class _Call:
     """What one call of a layer saves. Its tensors belong to the autograd graph: where that goes
     without a backward, they go too."""
 
-    def __init__(self, offload: Offload, shared: set[int]) -> None:
-        self.offload, self.shared = offload, shared
+    def __init__(self, offload: Offload, given: _Given) -> None:
+        self.offload = offload
+        self.given: _Given | None = given  # while the layer runs
         self._before: Callable[[], _Call | None] | None = None
         self._saved: list[weakref.ref[_Saved]] = []
 
     def pack(self, tensor: Tensor) -> Tensor | _Saved:
         plain = type(tensor) is Tensor  # and no parameter
-        tensor = tensor.detach()  # the graph is not to hold itself
-        if not plain or tensor.nbytes < self.offload.least or _place(tensor) in self.shared:
+        if not tensor.is_leaf:
+            tensor = tensor.detach()  # the graph is not to hold itself
+        if not plain or tensor.nbytes < self.offload.least:
+            return tensor
+        if self.given is None or self.given.shares(tensor):
             return tensor
         host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         if host.stride() != tensor.stride():  # compiled code counts on them

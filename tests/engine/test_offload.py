@@ -9,6 +9,7 @@ import pytest
 import torch
 from _util import DEVICE
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from liger_fx import offload as module
@@ -155,6 +156,17 @@ def test_host_memory_goes_with_a_graph_that_is_given_up(monkeypatch):
     del value
     gc.collect()
     assert not any(host() is not None for host in hosts)
+
+
+def test_nothing_else_holds_hidden_states_that_have_left():
+    _, model = pair(3)
+    x, mask = inputs()
+    given = []
+    for layer in model.layers:
+        x = x * 1
+        given.append(StorageWeakRef(x.untyped_storage()))
+        x = layer(x, mask)
+    assert [storage.expired() for storage in given] == [True, True, False]
 
 
 def test_two_forwards_and_then_their_backwards():
