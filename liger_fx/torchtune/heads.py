@@ -28,7 +28,7 @@ from torchtune.modules.loss import (
 
 from liger_fx.dynamo import Backend
 from liger_fx.report import Report
-from liger_fx.torchtune.parts import compile_loss, mark_length, of_one_chunk
+from liger_fx.torchtune.parts import compile_loss, of_one_chunk
 
 log = utils.get_logger("INFO")  # torchtune's: what a recipe says, its user sees
 
@@ -48,7 +48,6 @@ class Head(nn.Module, abc.ABC):
 
     rewrite: str
     decoder: Any
-    lengths_vary = False  # from batch to batch: then one graph is for all
 
     def __init__(self, decoder: nn.Module, options: dict[str, Any]) -> None:
         super().__init__()
@@ -74,8 +73,6 @@ class Head(nn.Module, abc.ABC):
 
     def _region_or_stock(self, *args: Any) -> Any:
         if self._fused:
-            if self.lengths_vary:
-                mark_length(*(each for each in args if isinstance(each, Tensor)))
             try:
                 return self._region(*args)
             except BackendCompilerFailed as failure:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule
 from torchtune.modules import TransformerCrossAttentionLayer, TransformerSelfAttentionLayer
@@ -45,19 +45,6 @@ def compile_layers(
 
 def _not_moved(compiled: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
     return compiled
-
-
-def let_lengths_vary(model: nn.Module) -> None:
-    """Compile the layers for batches of any length at once: else for that of the first, and for
-    all others when the second comes."""
-    decoder: Any = getattr(model, "decoder", model)
-    decoder.tok_embeddings.register_forward_hook(lambda _, args, hidden: mark_length(hidden))
-
-
-def mark_length(*tensors: Tensor) -> None:
-    """Dimension 1 of these, [b, s, ...], may have another size in the next batch."""
-    for tensor in tensors:
-        torch._dynamo.maybe_mark_dynamic(tensor, 1)
 
 
 def layers_of(model: nn.Module) -> Iterator[nn.Module]:

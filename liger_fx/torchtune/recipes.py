@@ -30,7 +30,6 @@ from liger_fx.report import Report
 from liger_fx.torchtune import activations
 from liger_fx.torchtune.heads import (
     CROSS_ENTROPIES,
-    Head,
     HeadDistillation,
     HeadLogProbs,
     HeadNotFused,
@@ -43,12 +42,7 @@ from liger_fx.torchtune.heads import (
     movable_head,
 )
 from liger_fx.torchtune.packing import attend_over_documents
-from liger_fx.torchtune.parts import (
-    compile_layers,
-    compile_loss,
-    layers_of,
-    let_lengths_vary,
-)
+from liger_fx.torchtune.parts import compile_layers, compile_loss, layers_of
 from liger_fx.torchtune.unpadding import leave_out_padding, tokens_before_last_label
 
 log = utils.get_logger("INFO")  # torchtune's: what a recipe says, its user sees
@@ -160,21 +154,10 @@ class LayersRecipe(abc.ABC):
             self._settings["tiled_mlp.skip_padding"] = True
         for model in models:
             compile_layers(model, self._settings, checkpoint_inside=inside, offload=self._offload)
-        if padded:
-            self._let_lengths_vary(models)
         if memory_gib is not None:
             self._keep_within(memory_gib)
         # When the first loss is there, all there is has been compiled.
         self._waiting = self._loss_fn.register_forward_hook(self._report)
-
-    def _let_lengths_vary(self, models: Sequence[nn.Module]) -> None:
-        for model in models:
-            let_lengths_vary(model)
-        parts = [*vars(self).values(), *getattr(self, "_heads", {}).values()]
-        for part in parts:
-            for module in part.modules() if isinstance(part, nn.Module) else ():
-                if isinstance(module, Head):
-                    module.lengths_vary = True
 
     def _uses_flex_attention(self, cfg: Any, models: Sequence[nn.Module]) -> bool:
         """Packed sequences are attended over by their documents, where the models allow that."""

@@ -26,7 +26,6 @@ from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
 from liger_fx import ops
 from liger_fx.torchtune.packing import Documents, let_attend
-from liger_fx.torchtune.parts import mark_length
 
 # Tokens. Matrix products of aligned rows are faster, and memory of few sizes is used again.
 UNIT = 128
@@ -111,6 +110,7 @@ class _Row:
         self.shape: torch.Size | None = None
         decoder.register_forward_pre_hook(self._enter, with_kwargs=True)
         decoder.tok_embeddings.register_forward_pre_hook(self._select)
+        decoder.tok_embeddings.register_forward_hook(self._mark)
         decoder.register_forward_hook(self._leave)
 
     def _enter(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -120,12 +120,16 @@ class _Row:
             self.shape = (args[0] if args else kwargs["tokens"]).shape
             sequence, position = self.kept // self.shape[1], self.kept % self.shape[1]
             plan, position = Documents(*ops.document_plan(sequence[None])), position[None]
-            mark_length(plan.segments, plan.rows, position)
+            _mark_number(plan.segments, plan.rows, position)
             kwargs = kwargs | {"mask": plan, "input_pos": position}
         return args, kwargs
 
     def _select(self, embedding: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         return args if self.kept is None else (args[0].flatten()[self.kept][None],)
+
+    def _mark(self, embedding: nn.Module, args: Any, hidden: Tensor) -> None:
+        if self.kept is not None:
+            _mark_number(hidden)
 
     def _leave(self, decoder: nn.Module, args: Any, hidden: Tensor) -> Tensor:
         # A tied embedding is called again by the loss, whose head it is.
@@ -134,3 +138,10 @@ class _Row:
             return hidden
         rows = hidden.new_zeros(self.shape.numel(), hidden.shape[-1])
         return rows.index_copy_(0, kept, hidden[0]).view(*self.shape, -1)
+
+
+def _mark_number(*rows: Tensor) -> None:
+    """Dimension 1 is the number of tokens, another one in each batch: one graph is for all of them,
+    and not the first batch's its own."""
+    for tensor in rows:
+        torch._dynamo.maybe_mark_dynamic(tensor, 1)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from _torchtune_models import group_of_one
 from torch import nn
-from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 from torchtune import training
 from torchtune.data import padded_collate_dpo, padded_collate_sft
@@ -21,12 +20,11 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.models.phi3 import phi3
 from torchtune.models.qwen2 import lora_qwen2
 from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.model_fusion import FusionLayer
 from torchtune.rlhf.loss import DPOLoss
 
+import liger_fx
 from liger_fx.torchtune import compile_layers, fuse_head, load_recipe
-from liger_fx.torchtune.parts import let_lengths_vary
 from liger_fx.torchtune.unpadding import UNIT, leave_out_padding, tokens_before_last_label
 
 SMALL = dict(vocab_size=64, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32)
@@ -118,28 +116,20 @@ def test_layers_see_the_tokens_that_count_alone():
     assert (hidden[read[:, 0], read[:, 1]] != 0).any(-1).all()
 
 
-@pytest.mark.parametrize("chunked", [False, True], ids=["plain_loss", "chunked_loss"])
-@pytest.mark.parametrize("leaves_out", [False, True], ids=["padded", "left_out"])
-def test_two_graphs_are_for_batches_of_any_length(leaves_out, chunked):
-    """A layer's and the head's, made of the first batch."""
+def test_one_graph_of_a_layer_is_for_batches_of_any_length():
+    """Made of the first batch. The head has two: of the first, and for all lengths."""
     torch._dynamo.reset()
     model = llama3_2(**SMALL)
-    loss_fn = CEWithChunkedOutputLoss() if chunked else nn.CrossEntropyLoss(ignore_index=-100)
-    if chunked:
-        model.set_num_output_chunks(loss_fn.num_output_chunks)
     lengths = [100, 30, 64, 5], [90, 31, 64, 50], [120, 100, 30, 60], [33, 100, 120, 126]
     loader = DataLoader(list(itertools.chain(*map(samples, lengths))), 4, collate_fn=COLLATE)
-    head = fuse_head(model, loss_fn, {"inner": "aot_eager"})
-    if leaves_out:
-        assert leave_out_padding([model], [loader], torch.float32) == ""
+    head = fuse_head(model, nn.CrossEntropyLoss(ignore_index=-100), {"inner": "aot_eager"})
+    assert leave_out_padding([model], [loader], torch.float32) == ""
     compile_layers(model, {"inner": "aot_eager"})
-    let_lengths_vary(model)
-    head.lengths_vary = True
-    counters.clear()
+    liger_fx.clear_reports()
     for batch in loader:
-        labels = torch.hstack((batch.pop("labels")[:, 1:], torch.full((4, 1), -100)))
-        head(model(**batch), labels).backward()
-    assert counters["stats"]["unique_graphs"] == 2
+        loss_step(model, head, batch).backward()
+    made = [report.counts.get("linear_cross_entropy", 0) for report in liger_fx.reports()]
+    assert made == [0, 1, 1]
 
 
 def test_a_batch_without_padding_has_no_mask():
