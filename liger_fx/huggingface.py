@@ -154,7 +154,8 @@ class _Form:
 def _in_its_checkpoint(module: nn.Module) -> bool:
     """Has the module's own ``__call__``, as in transformers before 5.23, put a checkpoint around
     this call?"""
-    return hasattr(module, "_gradient_checkpointing_func") and in_checkpoint()
+    calls_itself = type(module).__call__ is not nn.Module.__call__
+    return calls_itself and hasattr(module, "_gradient_checkpointing_func") and in_checkpoint()
 
 
 @contextlib.contextmanager

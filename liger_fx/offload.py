@@ -13,6 +13,7 @@ alone, the hidden states. The rest, such as a mask, is shared by all layers, whi
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -211,7 +212,8 @@ class _Saved:
             self._copied = None
 
     def __del__(self) -> None:
-        self.leave()  # under way when the graph was given up
+        if not sys.is_finalizing():
+            self.leave()  # under way when the graph was given up
 
 
 def in_checkpoint() -> bool:

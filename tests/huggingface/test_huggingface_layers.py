@@ -404,16 +404,17 @@ def test_a_checkpoint_around_layers_goes_into_their_graph(offload, monkeypatch):
         torch.testing.assert_close(one, other)
 
 
-def test_nothing_is_offloaded_in_other_checkpoints_around_layers(monkeypatch):
+@pytest.mark.parametrize("checkpoints", [None, False], ids=["", "checkpoints"])
+def test_nothing_is_offloaded_in_other_checkpoints_around_layers(checkpoints, monkeypatch):
     """Whose settings nobody knows; they save the inputs themselves."""
     monkeypatch.setattr(huggingface, "Offload", functools.partial(Offload, least=1))
     monkeypatch.setattr(module_of_offload, "_Saved", None)
     found = []
     for prepare in (lambda model: model, functools.partial(compiled, offload=True)):
-        model = prepare(build())
+        model = prepare(build(checkpoints=checkpoints))
 
         def loss(tokens: Tensor, model: Any = model) -> Tensor:
-            return model.model(tokens).last_hidden_state.sin().sum()
+            return model.model(tokens, use_cache=False).last_hidden_state.sin().sum()
 
         checkpoint(loss, batch("plain")["input_ids"], use_reentrant=False).backward()
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
