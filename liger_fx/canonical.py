@@ -312,8 +312,8 @@ def same_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
 
 
 def agreeing_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    """As `same_sizes`; of sizes with other names that are equal now, Dynamo guards that they always
-    are. For tensors that have the size of a batch in common, whose names need not be the same."""
+    """As `same_sizes`, but sizes that are equal now may have other names: Dynamo then guards that
+    they stay equal. Two inputs of one batch may name its size differently."""
     if same_sizes(a, b):
         return True
     pairs = list(zip(a, b, strict=False))

@@ -167,7 +167,7 @@ class _Put(_Node):
 class _Known(_Op):
     """A gradient of logits whose gradients of hidden states [N, H] and parameters are known."""
 
-    projection: Any = None
+    key: Any = None  # of the projection
     gradients: Sequence[Tensor | None] = ()
 
     def cast(self, dtype: torch.dtype) -> _Node:
@@ -183,6 +183,7 @@ class _Projection(_Op):
         function = _under_autocast(head.function, hidden.device.type)
         super().__init__(function, (_Each(rows), *head.parameters))
         self.needs, self.like = needs, like
+        self.key = object()  # outlives it: a checkpoint lets go of logits, and makes them again
         plain = head.function is F.linear and like.dtype in _KERNEL_DTYPES
         self.linear = like.dtype if plain else None
         self.tensors = rows, *head.parameters
@@ -233,7 +234,8 @@ class _Project(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         projection = _Projection(head, hidden, like, ctx.needs_input_grad[2:])
         # Not the projection itself: its tensors shall be freed with those that are saved.
-        ctx.function, ctx.projection = projection.function, weakref.ref(projection)
+        ctx.function, ctx.key = projection.function, projection.key
+        ctx.projection = weakref.ref(projection)
         return _wrapped(like, projection, hidden.device)
 
     @staticmethod
@@ -251,13 +253,12 @@ class _Project(torch.autograd.Function):
         index = None
         while isinstance(node, _Put):
             node, index = node.source, node.index if index is None else index[node.index]
-        projection = ctx.projection()
-        if isinstance(node, _Known) and node.projection is projection:
+        if isinstance(node, _Known) and node.key is ctx.key:
             rows, *others = node.gradients
         else:
             with _no_autocast(grad.device.type):
                 rows, *others = _by_recomputing(
-                    ctx.function, projection, inputs, needs, node, index, grad.shape[-1]
+                    ctx.function, ctx.projection(), inputs, needs, node, index, grad.shape[-1]
                 )
         hidden = inputs[0]
         if rows is not None and index is not None:
@@ -761,7 +762,8 @@ class _CrossEntropy(torch.autograd.Function):
         losses, *gradients = linear_loss_kernel(
             *given, *absent, target, *others, *taken, *needs, 0, torch.float32, True, False
         )
-        ctx.settings, ctx.projection = settings, weakref.ref(projection)
+        # Not the projection itself: these logits may have been read since.
+        ctx.settings, ctx.key, ctx.needs = settings, projection.key, projection.needs
         ctx.save_for_backward(logits, target, *gradients)
         return losses.sum()
 
@@ -769,13 +771,12 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         logits, target, *gradients = ctx.saved_tensors
-        projection = ctx.projection()  # its logits may have been read since
         known = [
             scaled(gradient, grad) if need else None
-            for gradient, need in zip(gradients, projection.needs, strict=False)
+            for gradient, need in zip(gradients, ctx.needs, strict=False)
         ]
         args = _node_of(logits), _Each(target.reshape(-1)), grad, *ctx.settings
-        node = _Known(_cross_entropy_gradient, args, {}, projection, known)
+        node = _Known(_cross_entropy_gradient, args, {}, ctx.key, known)
         return _made(_mirror(logits), node, logits.device), *[None] * 4
 
 

@@ -196,7 +196,7 @@ def _is_given(match: Match) -> bool:
     query, key = (fake(operand) for operand in positional(match.root)[:2])
     value, size = fake(node), query.shape[2:3]
     wanted = [*query.shape[:1], 1, *size, *size]
-    fits = value.dtype == torch.bool and value.dim() == 4 and agreeing_sizes(value.shape, wanted)
+    fits = value.dtype == torch.bool and value.dim() == 4 and same_sizes(value.shape, wanted)
     while (outside := view.operand(node)) is not None:
         if view.effects.written(node):
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import re
@@ -609,6 +610,29 @@ def test_a_measured_case_becomes_a_row_of_the_table():
 
 ROW = {"rewrite": "rope", "spelling": "halves", "inner": "inductor"}
 ROW |= {"checkpoint": True, "model": "tiny", "form": "layers"}
+
+
+@pytest.mark.parametrize(
+    ("model", "spellings"),
+    [
+        ("Qwen3-0.6B", {"rope": "halves_rounded", "add_rms_norm": "add_huggingface"}),
+        ("Gemma3-1B", {"rope": "halves_rounded", "add_rms_norm": "add_gemma"}),
+        ("LoRA", {"tiled_mlp": "swiglu, LoRA", "add_rms_norm": "add_torchtune, of a sum"}),
+    ],
+)
+def test_layers_of_other_libraries_and_with_adapters(model, spellings, monkeypatch):
+    small = dict(hidden_size=32, intermediate_size=64, head_dim=8)
+    small |= dict(num_attention_heads=4, num_key_value_heads=2)
+    for name in ("qwen3_0_6b", "gemma3_1b"):
+        config = copy.deepcopy(huggingface_step.CONFIGS[name])
+        vars(config).update(small)
+        monkeypatch.setitem(huggingface_step.CONFIGS, name, config)
+    tiny = partial(_steps.lora, "tiny", vocab_size=8, num_layers=2)
+    monkeypatch.setitem(rewrites.MODELS, "LoRA", tiny)
+    of_case = rewrites.case(model, "layers", True, "inductor") | {"batch": 2, "seq": 8}
+    build = rewrites.decoder(Namespace(**of_case, device=torch.device("cpu")))
+    found = rewrites.possible(build)
+    assert {name: found[name] for name in spellings} == spellings
 
 
 def test_a_run_is_added_to_those_before():

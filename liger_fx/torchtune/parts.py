@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,16 +35,12 @@ def compile_layers(
     for layer in list(layers_of(model)):
         layer._compiled_call_impl = None  # the recipe may have compiled it without its checkpoint
         target = checkpoints.get(layer, layer) if checkpoint_inside else layer
-        moved = offload.around if offload else _not_moved
-        if isinstance(target, FSDPModule):  # its hooks, which Dynamo does not trace, stay outside
-            target.forward = moved(torch.compile(target.forward, **_how(options)), target)
-        else:
-            compiled = torch.compile(target._call_impl, **_how(options))
-            target._compiled_call_impl = moved(compiled, target)
-
-
-def _not_moved(compiled: Callable[..., Any], layer: nn.Module) -> Callable[..., Any]:
-    return compiled
+        # The hooks of FSDP, which Dynamo does not trace, stay outside.
+        sharded = isinstance(target, FSDPModule)
+        compiled = torch.compile(target.forward if sharded else target._call_impl, **_how(options))
+        if offload is not None:
+            compiled = offload.around(compiled, target)
+        setattr(target, "forward" if sharded else "_compiled_call_impl", compiled)
 
 
 def layers_of(model: nn.Module) -> Iterator[nn.Module]:

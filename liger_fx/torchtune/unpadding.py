@@ -141,7 +141,7 @@ class _Row:
 
 
 def _mark_number(*rows: Tensor) -> None:
-    """Dimension 1 is the number of tokens, another one in each batch: one graph is for all of them,
-    and not the first batch's its own."""
+    """Dimension 1 is the number of tokens, which is another one in each batch. One graph is for all
+    batches then; otherwise the first batch would get a graph of its own."""
     for tensor in rows:
         torch._dynamo.maybe_mark_dynamic(tensor, 1)

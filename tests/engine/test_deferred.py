@@ -18,6 +18,7 @@ from _util import TOLERANCES, relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from liger_fx import deferred
 from liger_fx.deferred import DeferredLogits, Head, materialized
@@ -812,6 +813,24 @@ def test_read_after_a_fused_loss():
     kind = dict(classes=V, dtype=torch.float32, requires_grad=True)
     actual = gradients(DeferredLogits(Head(F.linear, (weight,)), hidden, **kind))
     torch.testing.assert_close(actual, gradients(F.linear(hidden, weight)))
+
+
+def test_a_checkpoint_around_head_and_loss():
+    """It lets go of the logits, and the backward gets others that are made anew."""
+    hidden, weight = torch.randn(B, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    labels = torch.tensor([1, -100, 3])
+    kind = dict(classes=V, dtype=torch.float32, requires_grad=True)
+
+    def gradients(head: Callable[..., Any]) -> Any:
+        def losses(hidden: Tensor) -> Tensor:
+            logits, others = head(hidden), head(hidden * 2)
+            return F.cross_entropy(logits, labels) + F.cross_entropy(others, labels).square()
+
+        loss = checkpoint(losses, hidden, use_reentrant=False)
+        return torch.autograd.grad(loss, (hidden, weight))
+
+    actual = gradients(lambda x: DeferredLogits(Head(F.linear, (weight,)), x, **kind))
+    torch.testing.assert_close(actual, gradients(lambda x: F.linear(x, weight)))
 
 
 def test_saved_outputs_keep_nothing_alive(case):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening
 
 import liger_fx
-from liger_fx import huggingface
 
 BATCH, SEQ, WINDOW = 2, 16, 6
 SMALL = dict(
@@ -103,19 +100,14 @@ def test_equals_eager(name, mode, checkpoints):
         torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("layers", [False, True], ids=["whole", "layers"])
-def test_padding_in_batches_of_several_sizes(layers):
+def test_padding_in_batches_of_several_sizes():
     """Dynamo may give the batch of the tokens and that of the mask two names: that they are equal
     becomes a guard."""
     torch._dynamo.reset()
     liger_fx.clear_reports()
     model = build("llama")
     options = {"policy": ["attention"], "inner": "aot_eager"}
-    compiled = copy.deepcopy(model)
-    if layers:
-        huggingface.compile(compiled, **options)
-    else:
-        compiled.compile(backend="liger_fx", options=options)
+    compiled = torch.compile(model, backend="liger_fx", options=options)
     for rows, length in ((2, 16), (2, 13), (3, 11), (5, 14), (4, 9)):
         tokens = torch.randint(1, 64, (rows, length))
         mask = (torch.arange(length) < torch.arange(length - rows, length)[:, None] + 1).long()
@@ -123,10 +115,7 @@ def test_padding_in_batches_of_several_sizes(layers):
         labels = tokens.masked_fill(mask == 0, -100)
         losses = [each(**given, labels=labels).loss for each in (model, compiled)]
         torch.testing.assert_close(*losses)
-    made = [report for report in liger_fx.reports() if report.counts]
-    assert len(made) == 3 and all(report.counts == {"attention": 1} for report in made)
-    refused = [each.rewrite for report in liger_fx.reports() for each in report.rejections]
-    assert "attention" not in refused
+    assert [report.counts for report in liger_fx.reports()] == [{"attention": 1}] * 3
 
 
 def test_packed_documents_equal_the_same_apart():

@@ -63,7 +63,7 @@ def test_fake_tensors_keep_their_device(device):
 # -- the import of Liger's kernels -----------------------------------------------------------------
 
 IMPORTED = """
-import importlib.util, sys, threading
+import importlib.util, sys
 from liger_fx.ops import library
 
 {before}

@@ -213,9 +213,10 @@ def test_padding_is_left_out_where_a_loss_reads_labelled_tokens(changed, says, m
     assert said == ([says] if says else [])
 
 
-def recipe_on(device, *, checkpointed, optimizer=True):
+def recipe_on(device, *, checkpointed, optimizer=True, offloads=False):
     """What a torchtune recipe has set up when it is asked to keep within a budget."""
     recipe = object.__new__(FusedRecipe)
+    recipe._enable_activation_offloading = offloads
     recipe._model, recipe._device = model(), torch.device(device)
     if checkpointed:
         training.set_activation_checkpointing(
@@ -240,6 +241,10 @@ def recipe_on(device, *, checkpointed, optimizer=True):
         (
             functools.partial(recipe_on, "cuda", checkpointed=True, optimizer=False),
             "optimizer_in_bwd=True",
+        ),
+        (
+            functools.partial(recipe_on, "cuda", checkpointed=True, offloads=True),
+            "enable_activation_offloading takes them off it: choose one of them",
         ),
     ],
 )
