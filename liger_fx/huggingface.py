@@ -31,6 +31,7 @@ from liger_fx.dynamo import Backend, backend
 from liger_fx.offload import Offload, in_checkpoint
 from liger_fx.options import Options
 from liger_fx.report import Place, Rejection, Report
+from liger_fx.unpadding import PLAN, leave_out_padding
 
 log = logging.getLogger("liger_fx")
 
@@ -83,7 +84,12 @@ class LigerFxPlugin(TorchDynamoPlugin):
 
 
 def compile(
-    model: nn.Module, *, dynamic: bool | None = None, offload: bool = False, **options: Any
+    model: nn.Module,
+    *,
+    dynamic: bool | None = None,
+    offload: bool = False,
+    unpad: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """Compile the layers of a causal language model with liger_fx, in place, equal layers once, and
     let its logits be deferred (`defer_logits`).
@@ -97,8 +103,10 @@ def compile(
     them then, where otherwise the first batch has one of its own.
     offload: what a layer saves for its backward waits in the host's memory. With checkpoints this
     is little more than its input.
+    unpad: the layers run without the padding of a batch (`liger_fx.unpadding`); what the model says
+    of padding is of zeros.
     options: as for `liger_fx.backend`. Returns ``model``. Raises ValueError for a model without
-    layers, and OptionError, a ValueError.
+    layers, or whose padding cannot be left out, and OptionError, a ValueError.
     """
     regions = _regions(model)
     if not regions:
@@ -111,6 +119,8 @@ def compile(
         if isinstance(module, PreTrainedModel):
             module.config.get_text_config().use_cache = False
     shared.publish(_report_on_head(model, shared.options))
+    if unpad:
+        leave_out_padding(model, _language_model(model))
     mover = Offload() if offload else None
     for names in regions.values():
         of_region = copy.copy(shared)
@@ -137,9 +147,13 @@ class _Form:
             return module._call_impl(*args, **kwargs)
         code = _checkpointed_region if _in_its_checkpoint(module) else _region
         hooked = tuple(i for i, part in enumerate(module.modules()) if _has_hooks(part))
-        if (code, hooked) not in self.regions:
-            self.regions[code, hooked] = torch.compile(_own_code(code), **self.how)
-        run: Callable[..., Any] = functools.partial(self.regions[code, hooked], module)
+        unpadded = kwargs.get(PLAN) is not None
+        key = code, hooked, unpadded
+        if key not in self.regions:
+            # The number of tokens is another one in each batch without padding.
+            dynamic = {"dynamic": True} if unpadded else {}
+            self.regions[key] = torch.compile(_own_code(code), **self.how | dynamic)
+        run: Callable[..., Any] = functools.partial(self.regions[key], module)
         if self.offload is not None:
             run = self.offload.around(run, module)
         with contextlib.ExitStack() as stack:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from liger_fx.passes._norms import DTYPES
+from torch import fx
 
 from liger_fx import ops
 from liger_fx.canonical import fake, op_name, same_sizes
@@ -149,6 +150,26 @@ ONE_ANGLE = {pattern.__name__ for pattern in SPELLED}
 NEIGHBOURS = ("pairs", "pairs_in_fp32", "pairs_widened", "pairs_partial")
 
 
+OF_A_NORM = "of a norm"
+NORMS = {"rms_norm", "layer_norm", "rsqrt"}
+BEHIND_A_NORM = {"cast", "reshape", "transpose", "mul"}
+
+
+def variant(match: Match) -> str:
+    """Inductor turns heads in the kernel that norms them, as Qwen3's and Gemma3's."""
+    seen, left = set(), [match.bindings["x"]]
+    while left:
+        node = left.pop()
+        if not isinstance(node, fx.Node) or node in seen:
+            continue
+        seen.add(node)
+        if (name := op_name(node)) in NORMS or (name == "pow" and node.args[1] == -0.5):
+            return OF_A_NORM
+        if name in BEHIND_A_NORM:
+            left += node.all_input_nodes
+    return ""
+
+
 def check(match: Match, x, cos=None, sin=None, half=None, rotary=None, angles=None):
     if x.dim() != 4:
         raise Reject(f"the input is {x.dim()}-D, expected [b, s, h, d] or [b, h, s, d]")
@@ -253,4 +274,6 @@ rope = Rewrite(
     check=check,
     replace=replace,
     saved=["cos", "sin", "angles"],
+    variant=variant,
+    measured_apart=[OF_A_NORM],
 )

@@ -608,6 +608,7 @@ def test_a_measured_case_becomes_a_row_of_the_table():
         assert policy.Row(**{field.name: row[field.name] for field in fields(policy.Row)})
 
 
+HEADS = "halves_rounded, of a norm"
 ROW = {"rewrite": "rope", "spelling": "halves", "inner": "inductor"}
 ROW |= {"checkpoint": True, "model": "tiny", "form": "layers"}
 
@@ -615,8 +616,8 @@ ROW |= {"checkpoint": True, "model": "tiny", "form": "layers"}
 @pytest.mark.parametrize(
     ("model", "spellings"),
     [
-        ("Qwen3-0.6B", {"rope": "halves_rounded", "add_rms_norm": "add_huggingface"}),
-        ("Gemma3-1B", {"rope": "halves_rounded", "add_rms_norm": "add_gemma"}),
+        ("Qwen3-0.6B", {"rope": HEADS, "add_rms_norm": "add_huggingface"}),
+        ("Gemma3-1B", {"rope": HEADS, "add_rms_norm": "add_gemma"}),
         ("LoRA", {"tiled_mlp": "swiglu, LoRA", "add_rms_norm": "add_torchtune, of a sum"}),
     ],
 )

@@ -9,6 +9,7 @@ import torch
 from _util import DEVICE, no_worse_than_eager, only, reasons, show
 from expecttest import assert_expected_inline
 from liger_fx.passes import DEFAULT, rope
+from liger_fx.passes.rope import OF_A_NORM
 
 capture = only(rope)
 B, S, N, D = 2, 5, 3, 12  # batch, sequence, heads, elements of a head
@@ -435,6 +436,25 @@ def test_a_rotation_that_is_scaled_in_place_afterwards(x):  # torchtune's Gemma 
     found = capture(fn, x, pairs_cache()[0])
     assert found.reports[0].counts == {"rope": 1}
     torch.testing.assert_close(found.value, fn(x, pairs_cache()[0]))
+
+
+def test_heads_of_a_norm_are_measured_apart(x):
+    """Inductor norms and turns them in one kernel."""
+    weight = torch.rand(D, device=DEVICE)
+
+    def powers(x):
+        return weight * (x * (x.square().mean(-1, keepdim=True) + 1e-6) ** -0.5)
+
+    def functional(x):
+        return torch.rms_norm(x, (D,), weight, 1e-6).to(x.dtype)
+
+    def squared(x):
+        return x**2 * weight
+
+    for heads, made in ((powers, OF_A_NORM), (functional, OF_A_NORM), (squared, "")):
+        found = capture(lambda x, *cache, f=heads: huggingface(f(x), *cache), x, *halves_cache())
+        (rotation,) = found.reports[0].replacements
+        assert rotation.pattern.partition(", ")[2] == made
 
 
 def test_the_input_is_not_overwritten(x):  # A9: torchtune's layout is that of Liger's kernel

@@ -1,0 +1,362 @@
+"""`liger_fx.huggingface.compile(model, unpad=True)`: layers see no padding, and nobody else sees a
+difference."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from typing import Any
+
+import pytest
+import torch
+from _util import relative_error
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import liger_fx
+
+pytest.importorskip("accelerate")
+transformers = pytest.importorskip("transformers")
+
+from _trainer import language_model  # noqa: E402
+from test_huggingface import OPTIONS, run  # noqa: E402
+from test_huggingface_layers import assert_equal, build, compiled, gradients  # noqa: E402
+from test_masks_huggingface import SMALL, WINDOW  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+from liger_fx import huggingface, unpadding  # noqa: E402
+from liger_fx.offload import Offload  # noqa: E402
+
+integrations = pytest.mark.integrations
+EXPERTS = dict(num_experts_per_tok=2, moe_intermediate_size=16)
+MLA = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": dict(sliding_window=WINDOW),
+    "gemma3_text": dict(
+        sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2
+    ),
+    "qwen3_moe": dict(num_experts=4) | EXPERTS,
+    "gpt2": dict(n_embd=32, n_head=4, n_layer=4, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0),
+    # Those of which attention runs under a mask: heads of two sizes, and a model that keeps keywords
+    # from its attention.
+    "deepseek_v3": MLA
+    | EXPERTS
+    | dict(num_key_value_heads=4, n_routed_experts=4, n_group=1, topk_group=1),
+    "nemotron": {},
+}
+SIZE = 24
+LENGTHS = torch.tensor([24, 3, 11, 17])
+
+
+@pytest.fixture(autouse=True)
+def small_unit(monkeypatch):
+    monkeypatch.setattr(unpadding, "UNIT", 8)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """How many tokens each batch has in the layers."""
+    found = []
+    as_row = unpadding._Row._as_row
+
+    def counted(self: Any, *args: Any) -> Any:
+        row = as_row(self, *args)
+        found.append(row["position_ids"].numel())
+        return row
+
+    monkeypatch.setattr(unpadding._Row, "_as_row", counted)
+    return found
+
+
+def tiny(name: str) -> Any:
+    if name in ("mistral", "deepseek_v3", "nemotron"):
+        torch.manual_seed(0)
+        sizes = SMALL | dict(num_hidden_layers=4) | MODELS[name]
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).train()
+    return build(name, **MODELS[name])
+
+
+def padded(side: str = "right", size: int = SIZE) -> dict[str, Any]:
+    tokens = torch.randint(1, 64, (4, SIZE), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(SIZE) < LENGTHS[:, None]).long()
+    if side == "left":
+        mask = mask.flip(1)
+    if side == "holes":
+        mask[0, 5:8] = 0
+    tokens, mask = tokens[:, :size], mask[:, :size]
+    labels = tokens.masked_fill(mask == 0, -100)
+    labels[:, 1:][mask[:, :-1] == 0] = -100
+    given = {"input_ids": tokens.masked_fill(mask == 0, 0), "attention_mask": mask}
+    return given | {"labels": labels, "use_cache": False}
+
+
+def unpadded(model: Any, **options: Any) -> Any:
+    return compiled(model, unpad=True, **options)
+
+
+# -- fires -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_padded_batch(name, side, seen):
+    given = padded(side)
+    actual = gradients(unpadded(tiny(name)), given)
+    assert_equal(actual, gradients(tiny(name), given), 1e-4)
+    assert seen == [56]  # of 96, 55 of them valid
+    assert not counters["graph_break"]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("checkpoints", [False, True], ids=["checkpoints", "reentrant"])
+def test_checkpoints(checkpoints, offload, seen, monkeypatch):
+    monkeypatch.setattr(huggingface, "Offload", functools.partial(Offload, least=1))
+    given = padded()
+    model = unpadded(build("gemma3_text", checkpoints), offload=offload)
+    assert_equal(gradients(model, given), gradients(build("gemma3_text"), given), 1e-5)
+    assert seen == [56]
+
+
+def test_every_rewrite_under_inductor(seen):
+    given = padded()
+    model = unpadded(build(tie_word_embeddings=True), inner="inductor", policy="all")
+    assert_equal(gradients(model, given), gradients(build(tie_word_embeddings=True), given), 1e-5)
+    assert seen == [56]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_autocast(name, seen):
+    """No less exact than the padded batch."""
+    given = padded()
+    exact = gradients(tiny(name).double(), given)
+    found = [gradients(prepare(tiny(name)), given, bf16=True) for prepare in (unpadded, compiled)]
+    errors = [sum(relative_error(each[n], exact[n]) for n in exact) for each in found]
+    assert errors[0] <= 1.1 * errors[1] and seen == [56]
+
+
+def test_one_graph_of_a_form_for_all_numbers_of_tokens(seen, monkeypatch):
+    monkeypatch.setattr(unpadding, "UNIT", 1)
+    model = unpadded(build())
+    for size in (24, 20, 12, 18):
+        given = padded(size=size)
+        assert_equal(gradients(model, given), gradients(build(), given), 1e-5)
+    assert seen == [55, 51, 38, 49]
+    assert counters["stats"]["unique_graphs"] == 2  # a layer, and the last norm
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_no_mask_of_all_tokens_by_all_tokens(name):
+    shapes = set()
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            out = op(*args, **(kwargs or {}))
+            shapes.update(tuple(x.shape) for x in tree_leaves(out) if isinstance(x, Tensor))
+            return out
+
+    model = tiny(name)
+    unpadding.leave_out_padding(model, model)
+    with Seen():
+        model(**padded())
+    assert (1, 56, 4, 8) in shapes
+    assert not any(sizes[-2:] == (56, 56) for sizes in shapes)
+
+
+@pytest.mark.parametrize("positions", ["[s]", "[b, s]"])
+def test_positions_that_are_given(positions, seen):
+    given = padded("left")
+    if positions == "[b, s]":
+        given["position_ids"] = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    else:
+        given["position_ids"] = torch.arange(3, SIZE + 3)[None]
+    assert_equal(gradients(unpadded(build()), given), gradients(build(), given), 1e-5)
+    assert seen == [56]
+
+
+def test_embeddings_that_are_given(seen):
+    found = []
+    for prepare in (unpadded, lambda model: model):
+        model, given = prepare(build()), padded()
+        tokens = given.pop("input_ids")
+        given["inputs_embeds"] = model.get_input_embeddings()(tokens)
+        found.append(gradients(model, given))
+    assert_equal(*found, 1e-5)
+    assert seen == [56]
+
+
+def test_hidden_states_of_padding_are_zero():
+    given = padded("left")
+    model, stock = unpadded(build()), build()
+    rows, wanted = (m.model(**given | {"labels": None}).last_hidden_state for m in (model, stock))
+    valid = given["attention_mask"] == 1
+    torch.testing.assert_close(rows[valid], wanted[valid])
+    assert not rows[~valid].any()
+
+
+def test_rows_without_a_token(seen):
+    given = padded()
+    given["attention_mask"][1] = 0
+    given["labels"][1] = -100
+    assert_equal(gradients(unpadded(build()), given), gradients(build(), given), 1e-5)
+    assert seen == [56]
+
+
+def test_padding_between_tokens(seen):
+    given = padded("holes")
+    assert_equal(gradients(unpadded(build()), given), gradients(build(), given), 1e-5)
+    assert seen == [56]
+
+
+def test_a_copy_has_hooks_of_its_own(seen):
+    model = unpadded(build())
+    other, given = copy.deepcopy(model), padded()
+    assert_equal(gradients(other, given), gradients(model, given), 1e-6)
+    assert seen == [56, 56]
+
+
+# -- leaves alone ----------------------------------------------------------------------------------
+
+
+def leaves(given: dict[str, Any], seen: list[int], name: str = "llama") -> None:
+    assert_equal(gradients(unpadded(tiny(name)), given), gradients(tiny(name), given), 1e-5)
+    assert seen == []
+
+
+def test_leaves_labels_of_padding(seen, caplog):
+    given = padded()
+    given["labels"] = given["input_ids"]
+    with caplog.at_level(logging.WARNING, "liger_fx"):
+        torch._logging.warning_once.cache_clear()
+        leaves(given, seen)
+    assert "labels that are not ignored are of padding" in caplog.text
+
+
+def test_leaves_a_label_predicted_at_padding(seen):
+    given = padded("left")
+    given["labels"] = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
+    leaves(given, seen)
+
+
+def test_leaves_padding_between_tokens_in_a_window(seen):
+    leaves(padded("holes"), seen, "mistral")
+
+
+def test_leaves_batches_without_padding(seen):
+    given = padded()
+    given["attention_mask"] = torch.ones_like(given["attention_mask"])
+    given["labels"] = given["input_ids"]
+    leaves(given, seen)
+    leaves(given | {"attention_mask": None}, seen)
+
+
+@pytest.mark.parametrize(
+    "wanted", [{"output_hidden_states": True}, {"output_attentions": True}], ids=lambda w: [*w][0]
+)
+def test_leaves_what_each_layer_returns(wanted, seen):
+    leaves(padded() | wanted, seen)
+
+
+def test_leaves_a_mask_of_four_dimensions(seen):
+    given = padded()
+    causal = torch.ones(SIZE, SIZE, dtype=torch.bool).tril()
+    given["attention_mask"] = (given["attention_mask"][:, None, None] == 1) & causal
+    leaves(given, seen)
+
+
+def test_leaves_generation(seen):
+    given = {name: padded("left")[name] for name in ("input_ids", "attention_mask")}
+    wanted, found = (
+        prepare(build()).eval().generate(**given, max_new_tokens=4, do_sample=False)
+        for prepare in (lambda model: model, unpadded)
+    )
+    assert torch.equal(wanted, found)
+
+
+# -- refuses ---------------------------------------------------------------------------------------
+
+
+def other(name: str, **settings: Any) -> Any:
+    config = AutoConfig.for_model(name, **SMALL | dict(num_hidden_layers=2) | settings)
+    return AutoModelForCausalLM.from_config(config)
+
+
+LFM = dict(layer_types=["conv", "full_attention"])
+REFUSED = {
+    "eager": (lambda: _eager(build()), "its attention is 'eager', expected 'sdpa'"),
+    "conv": (lambda: other("lfm2", **LFM), "layers of kind conv let tokens meet elsewhere"),
+    "opt": (
+        lambda: other("opt", ffn_dim=32, word_embed_proj_dim=32),
+        "embed_positions reads the mask of a batch",
+    ),
+    "stablelm": (
+        lambda: other("stablelm"),
+        "its attention is not called through transformers' AttentionInterface",
+    ),
+    "angles": (
+        lambda: build(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)),
+        "the angles of rotary_emb depend on the length of a batch",
+    ),
+    "decoder": (lambda: build().model, "it has no decoder below its head"),
+}
+
+
+def _eager(model: Any) -> Any:
+    model.config._attn_implementation = "eager"
+    return model
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(case):
+    make, reason = REFUSED[case]
+    with pytest.raises(ValueError, match=reason):
+        huggingface.compile(make(), unpad=True)
+
+
+def test_refuses_a_convolution_and_what_is_not_causal():
+    for module, reason in ((nn.Conv1d(2, 2, 1), "convolution mixer"), (nn.Module(), "not causal")):
+        model = build()
+        module.is_causal = False  # type: ignore[assignment]
+        model.model.mixer = module
+        with pytest.raises(ValueError, match=reason):
+            huggingface.compile(model, unpad=True)
+
+
+# -- whole loops -----------------------------------------------------------------------------------
+
+
+@integrations
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}], ids=str)
+def test_trainer(settings, tmp_path, seen, monkeypatch):
+    monkeypatch.setattr(unpadding, "UNIT", 1)
+    lengths = (16, 14, 12, 9)
+    eager, fused = (
+        run(tmp_path, by_layers=on, unpad=on, lengths=lengths, **settings) for on in (False, True)
+    )
+    assert fused.losses == pytest.approx(eager.losses, rel=1e-5)
+    assert seen
+    for name, update in fused.updates.items():
+        assert relative_error(update, eager.updates[name]) <= 1e-3, name
+
+
+@integrations
+def test_adapters(seen, monkeypatch):
+    """PEFT calls the model below it without its hooks."""
+    peft = pytest.importorskip("peft")
+    monkeypatch.setattr("peft.tuners.lora.torchao.is_torchao_available", lambda: False)
+
+    def adapted() -> nn.Module:
+        config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+        torch.manual_seed(1)
+        return peft.get_peft_model(language_model(), config)
+
+    given = padded()
+    found = [gradients(prepare(adapted()), given) for prepare in (unpadded, lambda model: model)]
+    assert_equal(*found, 1e-5)
+    assert seen == [56]
+    given["labels"] = given["input_ids"]
+    gradients(unpadded(adapted()), given)
+    assert seen == [56]
