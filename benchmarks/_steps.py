@@ -173,7 +173,7 @@ def random_tokens(vocabulary: int, args: Args) -> Tensor:
 
 def labels_of(tokens: Tensor, ignored: float, args: Args) -> Tensor:
     labels = labels_like(tokens, ignored, args.seq)
-    return labels.masked_fill(padding(tokens, args.padded), IGNORE)
+    return labels.masked_fill(padding(tokens, args.padded or 0.0), IGNORE)
 
 
 def time_and_memory(call: Callable[[], object], tokens: int, args: Args) -> Row:

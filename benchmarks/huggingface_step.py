@@ -44,7 +44,7 @@ from typing import Any
 import _steps as steps
 import torch
 from _harness import Args, Benchmark, options, several, side_by_side, with_caches
-from _measure import IGNORE, labels_like, needs_cuda, padding, seconds
+from _measure import needs_cuda, padding, seconds
 from _output import Row, columns
 from _steps import LossStep
 from torch import Tensor, nn
@@ -182,7 +182,7 @@ def measure(args: Args) -> Iterator[Row]:
     tokens = steps.random_tokens(CONFIGS[args.model].vocab_size, args)
     first = None
     if args.arm not in UNCOMPILED:
-        labels = labels_like(tokens, args.ignored[0], args.seq)
+        labels = steps.labels_of(tokens, args.ignored[0], args)
         first = compile_step(model, partial(step, tokens, labels), args.device)
     if args.device.type == "cuda":
         torch.cuda.empty_cache()  # for those that compile now
@@ -193,9 +193,7 @@ def measure(args: Args) -> Iterator[Row]:
             for parameter, value in zip(model.parameters(), initial, strict=True):
                 parameter.copy_(value)
         optimizer = steps.adamw(model, args)
-        labels = labels_like(tokens, ignored, args.seq)
-        if args.padded:
-            labels = labels.masked_fill(padding(tokens, args.padded), IGNORE)
+        labels = steps.labels_of(tokens, ignored, args)
         train = partial(steps.training_step(step, optimizer), tokens, labels)
         losses = [train().item() for _ in range(args.warmup)]
         row = steps.time_and_memory(train, tokens.numel(), args)

@@ -63,16 +63,14 @@ TABLES = {"table [128256, 2048]": (128_256, 2048), "tiny table [512, 64]": (512,
 
 
 class OfTransformers(nn.Module):
-    """A layer of transformers that is called as one of torchtune's."""
+    """A layer of transformers that is called as one of torchtune's, but for its angles."""
 
-    def __init__(self, layer: nn.Module, cos: Tensor, sin: Tensor) -> None:
+    def __init__(self, layer: nn.Module, rotary: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.layer = layer
-        self.register_buffer("cos", cos)
-        self.register_buffer("sin", sin)
+        self.rotary = rotary
 
-    def forward(self, x: Tensor) -> Tensor:
-        angles = self.cos[:, : x.shape[1]], self.sin[:, : x.shape[1]]
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         return self.layer(x, position_embeddings=angles)
 
 
@@ -84,12 +82,16 @@ def of_transformers(name: str) -> nn.Module:
     config = copy.deepcopy(CONFIGS[name])
     config.num_hidden_layers, config.vocab_size = LAYERS, VOCABULARY
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).model
-    embedding, positions = model.embed_tokens, torch.arange(config.max_position_embeddings)[None]
     kinds = [(kind,) for kind in config.layer_types] if name.startswith("gemma3") else [()] * LAYERS
+
+    def rotary(x: Tensor, *kind: str) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(x.shape[1], device=x.device)[None]
+        return model.rotary_emb(x, positions, *kind)
+
     found = nn.Module()
-    found.tok_embeddings = embedding
+    found.tok_embeddings, found.rotary = model.embed_tokens, model.rotary_emb
     found.layers = nn.ModuleList(
-        OfTransformers(layer, *model.rotary_emb(embedding.weight, positions, *kind))
+        OfTransformers(layer, lambda x, kind=kind: rotary(x, *kind))
         for layer, kind in zip(model.layers, kinds, strict=False)
     )
     return found
@@ -169,9 +171,15 @@ def decoder(args: Args) -> Build:
     hidden = torch.randn(size, dtype=torch.bfloat16, device=args.device, requires_grad=True)
     trained = [hidden, *(x for x in layers.parameters() if x.requires_grad)]
     tokens = of_mask(args)
+    rotaries = [getattr(layer, "rotary", None) for layer in layers]
+
+    def angles(x: Tensor) -> list[dict[str, Any]]:
+        return [{"angles": rotary(x)} if rotary else {} for rotary in rotaries]
+
+    outside, whole = angles(hidden), args.form == "step"
 
     def build(compiled: Compile) -> Callable[[], object]:
-        each = [compiled(layer) for layer in layers] if args.form == "layers" else layers
+        each = layers if whole else [compiled(layer) for layer in layers]
 
         def run(x: Tensor) -> Tensor:
             given = {}
@@ -179,12 +187,12 @@ def decoder(args: Args) -> Build:
                 at = torch.arange(args.seq, device=x.device)
                 causal = (at <= at[:, None]).expand(args.batch, -1, -1)
                 given = {"mask": MASKS[args.mask](causal, tokens)}
-            for layer in each:
-                x = layer(x, **given)
+            # A whole model computes its angles in the graph of its layers; layers are given theirs.
+            for layer, found in zip(each, angles(x) if whole else outside, strict=True):
+                x = layer(x, **given, **found)
             return x
 
-        whole = compiled(run) if args.form == "step" else run
-        return forward_and_backward(whole, trained, hidden)
+        return forward_and_backward(compiled(run) if whole else run, trained, hidden)
 
     return build
 

@@ -145,11 +145,11 @@ class _Row:
         self.shape = torch.Size()
 
     def see_labels(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.labels = kwargs.get("labels")
+        self.labels = _named(model, args, kwargs).get("labels")
 
     def enter(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         labels, self.labels, self.kept = self.labels, None, None
-        given = inspect.signature(decoder.forward).bind_partial(*args).arguments | kwargs
+        given = _named(decoder, args, kwargs)
         if torch.compiler.is_compiling() or not _is_padded(given, decoder.config):
             return args, kwargs
         self.shape = given["attention_mask"].shape
@@ -203,6 +203,10 @@ class _Row:
             rows = rows.index_copy(0, kept, hidden[0, : len(kept)])
             output["last_hidden_state"] = rows.view(*self.shape, -1)
         return output
+
+
+def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    return inspect.signature(module.forward).bind_partial(*args).arguments | kwargs
 
 
 def _is_padded(given: dict[str, Any], config: Any) -> bool:

@@ -7,7 +7,8 @@ Matches      ``scaled_dot_product_attention`` under a mask of which every part i
 Becomes      ``scaled_dot_product_attention(is_causal=True, enable_gqa=True)``, or
              ``liger_fx::attention`` where that has no word for the mask, or may run in cuDNN: what
              ran under a mask did not, and cuDNN's gradient is wrong for some layouts (torch 2.11).
-             For an input ``liger_fx::masked_attention``, which reads the values when it runs.
+             For an input ``liger_fx::masked_attention``, which reads the values when it runs. In an
+             activation checkpoint on a GPU all causal attention is the op.
 Leaves alone masks with an unknown part; masks that are not causal; dropout under a mask that
              PyTorch has no word for; on a GPU float32 that is not plainly causal, and sizes that no
              fused kernel takes; heads repeated in another order.
@@ -27,6 +28,7 @@ from torch import fx
 from liger_fx import masks, ops
 from liger_fx.bodies import carry_in
 from liger_fx.canonical import (
+    View,
     agreeing_sizes,
     fake,
     op_name,
@@ -69,6 +71,13 @@ def masked(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa):
     )
 
 
+def plain(query, key, value, dropout_p, is_causal, scale, enable_gqa):
+    """As it is, without a mask."""
+    return F.scaled_dot_product_attention(
+        query, key, value, None, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
 def planned(query, key, value, segments, rows, after, facts, window, scale):
     """``liger_fx::attention``, as the recipes call it for packed data."""
     return ops.attention(
@@ -84,6 +93,8 @@ _given = guard("a mask", lambda value: True)
 
 
 def check(match: Match, query, key, value, mask=None):
+    if match.pattern.name == "plain":  # of which `join` says nothing where it stays
+        return
     _check_heads(match, query, key, value)
     if match.pattern.name == "planned":
         return
@@ -167,7 +178,7 @@ def _predicates(match: Match) -> Any:
     """What the mask says, a `Mask` without what is true of every key. `GIVEN` for an input of the
     graph, None for a mask that stays as it is where keys are grouped, which only a CPU's kernel can
     do. Raises `Reject`."""
-    if match.values["mask"] is None:
+    if match.values.get("mask") is None:
         return Mask(causal=bool(match.values["is_causal"]))
     try:
         says = masks.read(match.view, match.bindings["mask"])
@@ -219,10 +230,34 @@ def _becomes_cudnn(match: Match) -> bool:
     )
 
 
-def _is_kept(match: Match, says: Mask) -> bool:
-    """Does a checkpoint keep the output, which takes an op that the checkpoint can name?"""
-    kept = match.recomputed and match.settings["keep_in_checkpoints"]
-    return kept and says.causal and _op_takes(match)
+def _is_op_in_checkpoint(match: Match, says: Mask) -> bool:
+    """Is it an op because a checkpoint computes it again? A checkpoint can name an op, and keep the
+    output. To torch attention on a GPU is random, with dropout or without, and in a checkpoint it
+    runs under an operator that puts the generator's state back, which takes the host as long as
+    the rest of a small layer."""
+    gains = match.settings["keep_in_checkpoints"] or match.values["query"].device.type != "cpu"
+    return match.recomputed and gains and says.causal and _op_takes(match)
+
+
+def join(view: View, matches: list[Match], reject: Any) -> list[Match]:
+    """Attention without a mask or repeated heads has its kernel already, but for a checkpoint."""
+    return [
+        match for match in matches if match.pattern.name != "plain" or _gains_in_checkpoint(match)
+    ]
+
+
+def _gains_in_checkpoint(match: Match) -> bool:
+    query, key, value = (match.values[name] for name in ("query", "key", "value"))
+    if query.dim() != 4 or key.dim() != 4 or value.dim() != 4:
+        return False
+    batch, heads, size, _ = query.shape
+    grouped = match.values["enable_gqa"] or same_sizes([heads], key.shape[1:2])
+    return (
+        grouped
+        and same_sizes([batch, size], [key.shape[0], key.shape[2]])
+        and same_sizes(key.shape[:3], value.shape[:3])
+        and _is_op_in_checkpoint(match, _predicates(match))
+    )
 
 
 def _op_takes(match: Match) -> bool:
@@ -312,7 +347,9 @@ def replace(
     says = _predicates(match)
     if says == GIVEN:
         return ops.masked_attention(query, key, value, mask, _scale(match, scale))
-    if says is not None and (_needs_op(says) or _becomes_cudnn(match) or _is_kept(match, says)):
+    if says is not None and (
+        _needs_op(says) or _becomes_cudnn(match) or _is_op_in_checkpoint(match, says)
+    ):
         plan = _plan(match, says, query.tracer)
         return ops.attention(query, key, value, *plan, says.window, _scale(match, scale))
     if says is not None:
@@ -387,8 +424,9 @@ def saved(match: Match) -> list[str]:
 
 attention = Rewrite(
     name="attention",
-    patterns=[heads_first, heads_second, masked, planned],
+    patterns=[heads_first, heads_second, masked, planned, plain],
     check=check,
+    join=join,
     replace=replace,
     variant=variant,
     saved=saved,

@@ -275,5 +275,4 @@ rope = Rewrite(
     replace=replace,
     saved=["cos", "sin", "angles"],
     variant=variant,
-    measured_apart=[OF_A_NORM],
 )

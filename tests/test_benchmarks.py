@@ -630,10 +630,11 @@ def test_layers_of_other_libraries_and_with_adapters(model, spellings, monkeypat
         monkeypatch.setitem(huggingface_step.CONFIGS, name, config)
     tiny = partial(_steps.lora, "tiny", vocab_size=8, num_layers=2)
     monkeypatch.setitem(rewrites.MODELS, "LoRA", tiny)
-    of_case = rewrites.case(model, "layers", True, "inductor") | {"batch": 2, "seq": 8}
-    build = rewrites.decoder(Namespace(**of_case, device=torch.device("cpu")))
-    found = rewrites.possible(build)
-    assert {name: found[name] for name in spellings} == spellings
+    for form in ("layers", "step"):
+        of_case = rewrites.case(model, form, True, "inductor") | {"batch": 2, "seq": 8}
+        build = rewrites.decoder(Namespace(**of_case, device=torch.device("cpu")))
+        found = rewrites.possible(build)
+        assert {name: found[name] for name in spellings} == spellings
 
 
 def test_a_run_is_added_to_those_before():

@@ -136,8 +136,8 @@ def test_report():
         """\
 liger_fx: for lm_head, 4 x model.layers.*, model.norm
   attention     replaced  spelling heads_first  [self_attn at sdpa_attention.py:193 in sdpa_attention_forward]
-  rope          replaced  2 x spelling halves_rounded  [self_attn at modeling_gemma3.py:245 in apply_rotary_pos_emb]
-  rope          replaced  2 x spelling halves_rounded  [self_attn at modeling_gemma3.py:246 in apply_rotary_pos_emb]
+  rope          replaced  2 x spelling halves_rounded, of a norm  [self_attn at modeling_gemma3.py:245 in apply_rotary_pos_emb]
+  rope          replaced  2 x spelling halves_rounded, of a norm  [self_attn at modeling_gemma3.py:246 in apply_rotary_pos_emb]
   add_rms_norm  replaced  2 x spelling add_gemma  [pre_feedforward_layernorm at modeling_gemma3.py:148 in forward]
   rms_norm      replaced  2 x spelling gemma  [input_layernorm at modeling_gemma3.py:148 in forward]
   rms_norm      replaced  2 x spelling gemma  [self_attn.q_norm at modeling_gemma3.py:148 in forward]

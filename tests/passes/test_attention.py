@@ -525,8 +525,12 @@ def forwards(compiled, tensors):
     return found, sum(any("aten::" in part.name for part in e.cpu_children) for e in called)
 
 
+def without_a_mask(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
 @pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
-@pytest.mark.parametrize("spelling", [torchtune, under_a_causal_mask])
+@pytest.mark.parametrize("spelling", [torchtune, under_a_causal_mask, without_a_mask])
 def test_a_checkpoint_keeps_the_output_if_told_so(spelling, inner):
     options = {"policy": ["attention"], "inner": inner, "attention.keep_in_checkpoints": True}
     tensors = [t.requires_grad_() for t in operands(dtype=DTYPES[0])]
@@ -587,3 +591,74 @@ def test_dropout_is_left_to_torch_and_not_kept():
     compiled = torch.compile(in_a_checkpoint(fn), backend="liger_fx", options=options)
     assert forwards(compiled, [t.requires_grad_() for t in operands(dtype=DTYPES[0])])[1] == 0
     assert liger_fx.reports()[-1].counts == {"attention": 1}
+
+
+# -- what has its kernel already, but in a checkpoint on a GPU -------------------------------------
+
+
+def explained(fn, tensors):
+    return liger_fx.explain(fn, tensors, options={"policy": ["attention"]})
+
+
+@pytest.mark.parametrize("heads", [HEADS, KEYS])
+def test_in_a_checkpoint_no_state_of_a_random_generator_is_put_back(heads):
+    shapes = [SHAPES[0], (B, heads, S, D), (B, heads, S, D)]
+    fn = in_a_checkpoint(without_a_mask)
+    (made,) = explained(fn, operands("meta", shapes=shapes)).replacements
+    assert made.pattern == "plain"
+    tensors = [t.requires_grad_() for t in operands(dtype=DTYPES[0], shapes=shapes)]
+    options = {"policy": ["attention"], "inner": "aot_eager", "attention.keep_in_checkpoints": True}
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, backend="liger_fx", options=options)
+    with mock.patch("torch._functorch.partitioners.functionalize_rng_ops") as restored:
+        actual, calls = forwards(compiled, tensors)
+    assert calls == 1 and not restored.called
+    expected = gradients(lambda *t: without_a_mask(*t).sin().sum(), *tensors)
+    for a, e in zip(actual, expected, strict=True):
+        assert relative_error(a, e) <= TOLERANCES[DTYPES[0]]
+
+
+def dropped(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=0.1, is_causal=True)
+
+
+def seen_from_both_sides(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def of_three_dimensions(q, k, v):
+    return F.scaled_dot_product_attention(q[0], k[0], v[0], is_causal=True)
+
+
+def of_fewer_queries(q, k, v):
+    return F.scaled_dot_product_attention(q[:, :, 1:], k, v, is_causal=True)
+
+
+def over_keys_of_one_row(q, k, v):
+    return F.scaled_dot_product_attention(q, k[:1], v[:1], is_causal=True)
+
+
+def over_one_head(q, k, v):
+    return F.scaled_dot_product_attention(q, k[:, :1], v[:, :1], is_causal=True)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        dropped,
+        seen_from_both_sides,
+        of_three_dimensions,
+        of_fewer_queries,
+        over_keys_of_one_row,
+        over_one_head,
+    ],
+)
+def test_nothing_is_said_of_other_attention_without_a_mask(fn):
+    report = explained(in_a_checkpoint(fn), operands("meta", shapes=SHAPES[:1] * 3))
+    assert not report.replacements and not report.rejections
+
+
+def test_nothing_is_said_outside_of_a_checkpoint_and_on_a_cpu():
+    for fn, device in ((without_a_mask, "meta"), (in_a_checkpoint(without_a_mask), "cpu")):
+        report = explained(fn, operands(device))
+        assert not report.replacements and not report.rejections

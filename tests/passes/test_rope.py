@@ -438,7 +438,7 @@ def test_a_rotation_that_is_scaled_in_place_afterwards(x):  # torchtune's Gemma 
     torch.testing.assert_close(found.value, fn(x, pairs_cache()[0]))
 
 
-def test_heads_of_a_norm_are_measured_apart(x):
+def test_heads_of_a_norm_have_rows_of_their_own(x):
     """Inductor norms and turns them in one kernel."""
     weight = torch.rand(D, device=DEVICE)
 
