@@ -223,11 +223,16 @@ def _needs_op(says: Mask) -> bool:
 def _becomes_cudnn(match: Match) -> bool:
     """May cuDNN run without the mask, and a gradient be asked of it?"""
     return (
-        match.values["query"].device.type == "cuda"
-        and match.values["mask"] is not None
+        _on_gpu(match.values["query"])
+        and match.values.get("mask") is not None
         and match.output.requires_grad
         and _op_takes(match)
     )
+
+
+def _on_gpu(tensor: torch.Tensor) -> bool:
+    """Or is it explained as if it were?"""
+    return tensor.device.type in ("cuda", "meta")
 
 
 def _is_op_in_checkpoint(match: Match, says: Mask) -> bool:
@@ -235,7 +240,7 @@ def _is_op_in_checkpoint(match: Match, says: Mask) -> bool:
     output. To torch attention on a GPU is random, with dropout or without, and in a checkpoint it
     runs under an operator that puts the generator's state back, which takes the host as long as
     the rest of a small layer."""
-    gains = match.settings["keep_in_checkpoints"] or match.values["query"].device.type != "cpu"
+    gains = match.settings["keep_in_checkpoints"] or _on_gpu(match.values["query"])
     return match.recomputed and gains and says.causal and _op_takes(match)
 
 
@@ -264,7 +269,7 @@ def _op_takes(match: Match) -> bool:
     query, value = match.values["query"], match.values["value"]
     if match.values["dropout_p"] not in (0, 0.0):
         return False
-    if query.device.type != "cuda":
+    if not _on_gpu(query):
         return same_sizes(query.shape[-1:], value.shape[-1:])
     return not query.shape[-1] % 8 and not _no_flash(match.output.dtype, query, value)
 
@@ -283,7 +288,7 @@ def _check_op(match: Match, says: Mask, query: Any, key: Any, value: Any) -> Non
         wanted = [query.shape[0], query.shape[2]]
         if not agreeing_sizes(given if len(given) > 1 else [1, *given], wanted):
             raise Reject(f"{source.node.name} is {given}, where queries are {wanted}")
-    if query.device.type == "cuda":
+    if _on_gpu(query):
         _require(_no_flash(match.output.dtype, query, value))
         if query.shape[-1] % 8:
             raise Reject(f"heads have {query.shape[-1]} elements; the kernels take multiples of 8")

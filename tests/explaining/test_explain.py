@@ -69,15 +69,15 @@ def recipe(tmp_path):
 
 def test_a_hugging_face_model(explain):
     assert_expected_inline(
-        explain(*LLAMA, "--padding"),
+        explain(*LLAMA, "--dtype", "bf16", "--padding"),
         """\
-LlamaForCausalLM, 39,200 parameters, float32, batch 2 x 16 tokens, attention mask for padding
-replaced: 1 x linear_cross_entropy, 4 x attention, 8 x rope, 8 x add_rms_norm, 1 x rms_norm, 4 x tiled_mlp; left alone: 1 x embedding
+LlamaForCausalLM, 39,200 parameters, bfloat16, batch 2 x 16 tokens, attention mask for padding
+replaced: 1 x linear_cross_entropy, 4 x attention, 8 x rope, 8 x add_rms_norm, 1 x rms_norm, 4 x tiled_mlp, 1 x embedding
 
 memory                                          without liger_fx  with liger_fx
-logits, and what else projection and loss keep  16.26 KiB         20.01 KiB
-gate, up and their product                      72.00 KiB         none
-attention masks, as attention reads them        2.00 KiB          none
+logits, and what else projection and loss keep  8.26 KiB          10.01 KiB
+gate, up and their product                      36.00 KiB         none
+attention masks, as attention reads them        1.00 KiB          none
 
 model.layers.0
   replaced  attention     self_attn at sdpa_attention.py in sdpa_attention_forward
@@ -96,10 +96,10 @@ model.layers.1 to model.layers.3 (3 layers)
   replaced  tiled_mlp     mlp.down_proj at modeling_llama.py in forward
 
 around the layers
-  replaced    linear_cross_entropy  loss_utils.py in fixed_cross_entropy
-  replaced    add_rms_norm          model.norm at modeling_llama.py in forward
-  left alone  embedding             model.embed_tokens at modeling_llama.py in forward  the table is torch.float32: its gradient is summed in that dtype anyway
-  deferred    logits                lm_head at modeling_llama.py in forward             returned: computed when they are read
+  replaced  linear_cross_entropy  loss_utils.py in fixed_cross_entropy
+  replaced  add_rms_norm          model.norm at modeling_llama.py in forward
+  replaced  embedding             model.embed_tokens at modeling_llama.py in forward
+  deferred  logits                lm_head at modeling_llama.py in forward             returned: computed when they are read
 
 Layers traced: 2 of 4; the others are built alike, and counts and bytes are for all of them.
 The sizes are transformers' defaults for llama, but for what --set says: give --hf a folder with config.json to explain another model.

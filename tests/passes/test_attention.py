@@ -596,15 +596,16 @@ def test_dropout_is_left_to_torch_and_not_kept():
 # -- what has its kernel already, but in a checkpoint on a GPU -------------------------------------
 
 
-def explained(fn, tensors):
-    return liger_fx.explain(fn, tensors, options={"policy": ["attention"]})
+def explained(fn, device="meta", shapes=SHAPES):
+    tensors = [t.requires_grad_() for t in operands(device, shapes=shapes)]
+    return liger_fx.explain(fn, tensors, options={"policy": ["attention"], "strict": True})
 
 
 @pytest.mark.parametrize("heads", [HEADS, KEYS])
 def test_in_a_checkpoint_no_state_of_a_random_generator_is_put_back(heads):
     shapes = [SHAPES[0], (B, heads, S, D), (B, heads, S, D)]
     fn = in_a_checkpoint(without_a_mask)
-    (made,) = explained(fn, operands("meta", shapes=shapes)).replacements
+    (made,) = explained(fn, shapes=shapes).replacements
     assert made.pattern == "plain"
     tensors = [t.requires_grad_() for t in operands(dtype=DTYPES[0], shapes=shapes)]
     options = {"policy": ["attention"], "inner": "aot_eager", "attention.keep_in_checkpoints": True}
@@ -654,11 +655,11 @@ def over_one_head(q, k, v):
     ],
 )
 def test_nothing_is_said_of_other_attention_without_a_mask(fn):
-    report = explained(in_a_checkpoint(fn), operands("meta", shapes=SHAPES[:1] * 3))
+    report = explained(in_a_checkpoint(fn), shapes=SHAPES[:1] * 3)
     assert not report.replacements and not report.rejections
 
 
 def test_nothing_is_said_outside_of_a_checkpoint_and_on_a_cpu():
     for fn, device in ((without_a_mask, "meta"), (in_a_checkpoint(without_a_mask), "cpu")):
-        report = explained(fn, operands(device))
+        report = explained(fn, device)
         assert not report.replacements and not report.rejections
