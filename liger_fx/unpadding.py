@@ -212,7 +212,9 @@ def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, An
 def _is_padded(given: dict[str, Any], config: Any) -> bool:
     """Is it a batch with a mask of its tokens, and with nothing else of [b, s] but known things?"""
     mask = given.get("attention_mask")
-    inputs = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    inputs = (
+        given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    )
     positions = given.get("position_ids")
     return (
         isinstance(mask, Tensor)

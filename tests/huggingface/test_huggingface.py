@@ -66,6 +66,7 @@ def run(
     compute_metrics: Any = None,
     resume: str | None = None,
     by_layers: bool = False,
+    unpad: bool = False,
     **args: Any,
 ) -> Run:
     torch._dynamo.reset()
@@ -76,7 +77,7 @@ def run(
     if backend is not None:
         made.compile(backend=backend)
     if by_layers:
-        liger_fx.huggingface.compile(made, **OPTIONS)
+        liger_fx.huggingface.compile(made, unpad=unpad, **OPTIONS)
     trained = trainer(
         made,
         arguments(folder, **args),

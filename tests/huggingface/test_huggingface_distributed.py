@@ -27,6 +27,7 @@ pytest.importorskip("transformers")
 from _trainer import collator, language_model, samples  # noqa: E402
 from test_huggingface import OPTIONS, fused_heads, run  # noqa: E402
 
+from liger_fx import unpadding  # noqa: E402
 from liger_fx.huggingface import LigerFxPlugin, defer_logits  # noqa: E402
 from liger_fx.huggingface import compile as by_layers  # noqa: E402
 
@@ -94,6 +95,7 @@ DDP_CASES: dict[str, dict[str, Any]] = {
     "layers": dict(by_layers=True),
     "layers, bf16": dict(by_layers=True, bf16=True),
     "layers, checkpointing": dict(by_layers=True, gradient_checkpointing=True),
+    "layers, padding left out": dict(by_layers=True, unpad=True, lengths=(16, 9)),
     "layers, tied, small buckets": dict(
         by_layers=True,
         model=functools.partial(large_head, tie_word_embeddings=True),
@@ -103,7 +105,7 @@ DDP_CASES: dict[str, dict[str, Any]] = {
 
 
 def _under_ddp(folder: Path, world: int, device: str) -> dict[str, Any]:
-    found = {}
+    unpadding.UNIT, found = 1, {}
     for name, case in DDP_CASES.items():
         whole = world > 1 and not case.get("by_layers")
         done = run(
@@ -136,7 +138,7 @@ def test_ddp(device, tmp_path):
                 assert error <= 30 * tolerance, (name, parameter)
             assert case["read"] == (0, 0), name
             if "layers" in name:  # whole, and of evaluation; the checkpoint's are of its own
-                assert case["modules"][:3] == [1, 2, 1], (name, case["modules"])
+                assert case["modules"][:2] == [1, 2], (name, case["modules"])
                 continue
             assert case["deferred"] == case["heads"], name
             assert set(case["heads"]) == ({0, 1} if _in_parts(name) else {1}), name
@@ -151,9 +153,11 @@ def _in_parts(case: str) -> bool:
 # -- FSDP2 -----------------------------------------------------------------------------------------
 
 
-def _train(accelerator: Any, model: nn.Module, world: int) -> dict[str, Any]:
+def _train(accelerator: Any, model: nn.Module, world: int, *lengths: int) -> dict[str, Any]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    loader = torch.utils.data.DataLoader(samples(16), JOINT_BATCH // world, collate_fn=collator())
+    data = samples(16, *lengths)
+    data = [data[i ^ 3 if i % 4 in (1, 2) else i] for i in range(16)]  # both lengths in each batch
+    loader = torch.utils.data.DataLoader(data, JOINT_BATCH // world, collate_fn=collator())
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     before, losses, gradients = materialized(), [], {}
     for step, batch in enumerate(loader):
@@ -172,12 +176,13 @@ def _train(accelerator: Any, model: nn.Module, world: int) -> dict[str, Any]:
 
 
 MODELS = {"untied": language_model, "tied": tied}
+LENGTHS = {"plugin": (), "layers": (), "unpadded": (16, 9)}
 
 
 def _under_fsdp(folder: Path, world: int, device: str) -> dict[str, Any]:
-    found = {}
+    unpadding.UNIT, found = 1, {}
     for way, (name, model), mixed_precision, checkpointing in itertools.product(
-        ("plugin", "layers"), MODELS.items(), ("no", "bf16"), (False, True)
+        LENGTHS, MODELS.items(), ("no", "bf16"), (False, True)
     ):
         torch._dynamo.reset()
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -201,11 +206,14 @@ def _under_fsdp(folder: Path, world: int, device: str) -> dict[str, Any]:
         if fused:
             if device == "cpu":
                 _shard_on_a_cpu(accelerator, fsdp)
-            defer_logits(made) if way == "plugin" else by_layers(made, **OPTIONS)
+            if way == "plugin":
+                defer_logits(made)
+            else:
+                by_layers(made, unpad=way == "unpadded", **OPTIONS)
         elif checkpointing:
             made.gradient_checkpointing_enable()
         case = f"{way}, {name}, {mixed_precision}, checkpointing={checkpointing}"
-        found[case] = _train(accelerator, made, world)
+        found[case] = _train(accelerator, made, world, *LENGTHS[way])
     return found
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,13 +17,11 @@ from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import liger_fx
-
 pytest.importorskip("accelerate")
 transformers = pytest.importorskip("transformers")
 
-from _trainer import language_model  # noqa: E402
-from test_huggingface import OPTIONS, run  # noqa: E402
+from _trainer import language_model, settings, tokenizer  # noqa: E402
+from test_huggingface import run  # noqa: E402
 from test_huggingface_layers import assert_equal, build, compiled, gradients  # noqa: E402
 from test_masks_huggingface import SMALL, WINDOW  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
@@ -254,7 +253,9 @@ def test_leaves_batches_without_padding(seen):
 
 
 @pytest.mark.parametrize(
-    "wanted", [{"output_hidden_states": True}, {"output_attentions": True}], ids=lambda w: [*w][0]
+    "wanted",
+    [{"output_hidden_states": True}, {"output_attentions": True}],
+    ids=lambda w: next(iter(w)),
 )
 def test_leaves_what_each_layer_returns(wanted, seen):
     leaves(padded() | wanted, seen)
@@ -360,3 +361,45 @@ def test_adapters(seen, monkeypatch):
     given["labels"] = given["input_ids"]
     gradients(unpadded(adapted()), given)
     assert seen == [56]
+
+
+@integrations
+@pytest.mark.parametrize("kind", ["SFT", "DPO"])
+def test_trl(kind, tmp_path, seen, monkeypatch):
+    """Losses, and what a trainer logs of logits."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    monkeypatch.setattr(unpadding, "UNIT", 1)
+    generator = torch.Generator().manual_seed(0)
+
+    def words(count: int) -> str:
+        return " ".join(map(str, torch.randint(3, 500, (count,), generator=generator).tolist()))
+
+    texts = [
+        {"prompt": words(3 + i % 5), "chosen": words(4 + 3 * (i % 4)), "rejected": words(5 + i % 3)}
+        for i in range(12)
+    ]
+    if kind == "SFT":
+        texts = [{"prompt": text["prompt"], "completion": text["chosen"]} for text in texts]
+    config, trainer = getattr(trl, f"{kind}Config"), getattr(trl, f"{kind}Trainer")
+
+    def train(prepare: Callable[[Any], Any]) -> list[dict[str, float]]:
+        models = {"model": language_model(max_position_embeddings=64)}
+        if kind == "DPO":
+            models["ref_model"] = language_model(max_position_embeddings=64)
+        trained = trainer(
+            **{name: prepare(model) for name, model in models.items()},
+            args=config(**settings(tmp_path, max_length=48, bf16=False)),
+            train_dataset=datasets.Dataset.from_list(texts),
+            processing_class=tokenizer(),
+        )
+        trained.train()
+        timed = ("runtime", "per_second", "flos")
+        kept = [
+            {k: v for k, v in h.items() if not k.endswith(timed)} for h in trained.state.log_history
+        ]
+        return kept
+
+    eager, fused = train(lambda model: model), train(unpadded)
+    assert seen
+    for one, other in zip(eager, fused, strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
