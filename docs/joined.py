@@ -10,10 +10,10 @@ from results import Row, load, markdown, rows
 _HEAD_ARMS = {"inductor": "Inductor", "liger_fp32_large": "Liger, fp32 sums, large chunks"}
 
 
-def head_grid() -> str:
+def head_grid(name: str) -> str:
     """Projection and cross-entropy against the fastest exact peer, a line for each shape."""
     cells: dict[tuple[int, int, int], dict[float, list[Row]]] = {}
-    for row in rows("linear_cross_entropy"):
+    for row in rows(name):
         if "ms" in row:
             shape = row["tokens"], row["hidden"], row["vocabulary"]
             cells.setdefault(shape, {}).setdefault(row["ignored"], []).append(row)

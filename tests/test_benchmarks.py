@@ -154,7 +154,8 @@ def test_a_child_has_caches_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 def recorded_commands() -> set[str]:
     """Those of result files, pages and docstrings: spans of code, and lines of blocks of code."""
     root = BENCHMARKS.parent
-    found = [json.loads(f.read_text())["command"] for f in BENCHMARKS.glob("results/*.json")]
+    recorded = [json.loads(f.read_text())["command"] for f in BENCHMARKS.glob("results/*.json")]
+    found = [line for command in recorded for line in command.splitlines()]
     for script in SCRIPTS:
         text = script.read_text().replace("\\\n", " ")
         found += re.findall(r"^    (python .*)", text, re.MULTILINE)

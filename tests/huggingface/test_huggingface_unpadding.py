@@ -22,7 +22,7 @@ transformers = pytest.importorskip("transformers")
 
 from _trainer import language_model, settings, tokenizer  # noqa: E402
 from test_huggingface import run  # noqa: E402
-from test_huggingface_layers import assert_equal, build, compiled, gradients  # noqa: E402
+from test_huggingface_layers import assert_equal, compiled, gradients  # noqa: E402
 from test_masks_huggingface import SMALL, WINDOW  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
@@ -35,11 +35,9 @@ MLA = dict(q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": dict(sliding_window=WINDOW),
-    "gemma3_text": dict(
-        sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"] * 2
-    ),
+    "gemma3_text": dict(sliding_window=WINDOW, layer_types=["sliding_attention", "full_attention"]),
     "qwen3_moe": dict(num_experts=4) | EXPERTS,
-    "gpt2": dict(n_embd=32, n_head=4, n_layer=4, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0),
+    "gpt2": dict(n_embd=32, n_head=4, n_layer=2, resid_pdrop=0.0, attn_pdrop=0.0, embd_pdrop=0.0),
     # Those of which attention runs under a mask: heads of two sizes, and a model that keeps keywords
     # from its attention.
     "deepseek_v3": MLA
@@ -71,12 +69,9 @@ def seen(monkeypatch):
     return found
 
 
-def tiny(name: str) -> Any:
-    if name in ("mistral", "deepseek_v3", "nemotron"):
-        torch.manual_seed(0)
-        sizes = SMALL | dict(num_hidden_layers=4) | MODELS[name]
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).train()
-    return build(name, **MODELS[name])
+def tiny(name: str = "llama", **settings: Any) -> Any:
+    torch.manual_seed(0)
+    return other(name, **MODELS[name] | settings).train()
 
 
 def padded(side: str = "right", size: int = SIZE) -> dict[str, Any]:
@@ -100,8 +95,19 @@ def unpadded(model: Any, **options: Any) -> Any:
 # -- fires -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        *(("llama", side) for side in ("right", "left")),
+        ("gemma3_text", "left"),
+        ("nemotron", "right"),
+        *(
+            pytest.param(name, side, marks=pytest.mark.slow)
+            for name in MODELS
+            for side in ("right", "left")
+        ),
+    ],
+)
 def test_equals_the_padded_batch(name, side, seen):
     given = padded(side)
     actual = gradients(unpadded(tiny(name)), given)
@@ -110,20 +116,24 @@ def test_equals_the_padded_batch(name, side, seen):
     assert not counters["graph_break"]
 
 
-@pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize("checkpoints", [False, True], ids=["checkpoints", "reentrant"])
-def test_checkpoints(checkpoints, offload, seen, monkeypatch):
+@pytest.mark.parametrize(
+    ("reentrant", "offload"),
+    [(False, True), (True, False), *(pytest.param(x, x, marks=pytest.mark.slow) for x in (0, 1))],
+)
+def test_checkpoints(reentrant, offload, seen, monkeypatch):
     monkeypatch.setattr(huggingface, "Offload", functools.partial(Offload, least=1))
     given = padded()
-    model = unpadded(build("gemma3_text", checkpoints), offload=offload)
-    assert_equal(gradients(model, given), gradients(build("gemma3_text"), given), 1e-5)
+    model = tiny("gemma3_text")
+    model.gradient_checkpointing_enable({"use_reentrant": bool(reentrant)})
+    actual = gradients(unpadded(model, offload=bool(offload)), given)
+    assert_equal(actual, gradients(tiny("gemma3_text"), given), 1e-5)
     assert seen == [56]
 
 
 def test_every_rewrite_under_inductor(seen):
     given = padded()
-    model = unpadded(build(tie_word_embeddings=True), inner="inductor", policy="all")
-    assert_equal(gradients(model, given), gradients(build(tie_word_embeddings=True), given), 1e-5)
+    model = unpadded(tiny(tie_word_embeddings=True), inner="inductor", policy="all")
+    assert_equal(gradients(model, given), gradients(tiny(tie_word_embeddings=True), given), 1e-5)
     assert seen == [56]
 
 
@@ -139,10 +149,10 @@ def test_autocast(name, seen):
 
 def test_one_graph_of_a_form_for_all_numbers_of_tokens(seen, monkeypatch):
     monkeypatch.setattr(unpadding, "UNIT", 1)
-    model = unpadded(build())
+    model = unpadded(tiny())
     for size in (24, 20, 12, 18):
         given = padded(size=size)
-        assert_equal(gradients(model, given), gradients(build(), given), 1e-5)
+        assert_equal(gradients(model, given), gradients(tiny(), given), 1e-5)
     assert seen == [55, 51, 38, 49]
     assert counters["stats"]["unique_graphs"] == 2  # a layer, and the last norm
 
@@ -172,14 +182,14 @@ def test_positions_that_are_given(positions, seen):
         given["position_ids"] = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)
     else:
         given["position_ids"] = torch.arange(3, SIZE + 3)[None]
-    assert_equal(gradients(unpadded(build()), given), gradients(build(), given), 1e-5)
+    assert_equal(gradients(unpadded(tiny()), given), gradients(tiny(), given), 1e-5)
     assert seen == [56]
 
 
 def test_embeddings_that_are_given(seen):
     found = []
     for prepare in (unpadded, lambda model: model):
-        model, given = prepare(build()), padded()
+        model, given = prepare(tiny()), padded()
         tokens = given.pop("input_ids")
         given["inputs_embeds"] = model.get_input_embeddings()(tokens)
         found.append(gradients(model, given))
@@ -189,7 +199,7 @@ def test_embeddings_that_are_given(seen):
 
 def test_hidden_states_of_padding_are_zero():
     given = padded("left")
-    model, stock = unpadded(build()), build()
+    model, stock = unpadded(tiny()), tiny()
     rows, wanted = (m.model(**given | {"labels": None}).last_hidden_state for m in (model, stock))
     valid = given["attention_mask"] == 1
     torch.testing.assert_close(rows[valid], wanted[valid])
@@ -200,18 +210,18 @@ def test_rows_without_a_token(seen):
     given = padded()
     given["attention_mask"][1] = 0
     given["labels"][1] = -100
-    assert_equal(gradients(unpadded(build()), given), gradients(build(), given), 1e-5)
+    assert_equal(gradients(unpadded(tiny()), given), gradients(tiny(), given), 1e-5)
     assert seen == [56]
 
 
 def test_padding_between_tokens(seen):
     given = padded("holes")
-    assert_equal(gradients(unpadded(build()), given), gradients(build(), given), 1e-5)
+    assert_equal(gradients(unpadded(tiny()), given), gradients(tiny(), given), 1e-5)
     assert seen == [56]
 
 
 def test_a_copy_has_hooks_of_its_own(seen):
-    model = unpadded(build())
+    model = unpadded(tiny())
     other, given = copy.deepcopy(model), padded()
     assert_equal(gradients(other, given), gradients(model, given), 1e-6)
     assert seen == [56, 56]
@@ -271,7 +281,7 @@ def test_leaves_a_mask_of_four_dimensions(seen):
 def test_leaves_generation(seen):
     given = {name: padded("left")[name] for name in ("input_ids", "attention_mask")}
     wanted, found = (
-        prepare(build()).eval().generate(**given, max_new_tokens=4, do_sample=False)
+        prepare(tiny()).eval().generate(**given, max_new_tokens=4, do_sample=False)
         for prepare in (lambda model: model, unpadded)
     )
     assert torch.equal(wanted, found)
@@ -287,7 +297,7 @@ def other(name: str, **settings: Any) -> Any:
 
 LFM = dict(layer_types=["conv", "full_attention"])
 REFUSED = {
-    "eager": (lambda: _eager(build()), "its attention is 'eager', expected 'sdpa'"),
+    "eager": (lambda: _eager(tiny()), "its attention is 'eager', expected 'sdpa'"),
     "conv": (lambda: other("lfm2", **LFM), "layers of kind conv let tokens meet elsewhere"),
     "opt": (
         lambda: other("opt", ffn_dim=32, word_embed_proj_dim=32),
@@ -298,10 +308,10 @@ REFUSED = {
         "its attention is not called through transformers' AttentionInterface",
     ),
     "angles": (
-        lambda: build(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)),
+        lambda: tiny(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)),
         "the angles of rotary_emb depend on the length of a batch",
     ),
-    "decoder": (lambda: build().model, "it has no decoder below its head"),
+    "decoder": (lambda: tiny().model, "it has no decoder below its head"),
 }
 
 
@@ -319,7 +329,7 @@ def test_refuses(case):
 
 def test_refuses_a_convolution_and_what_is_not_causal():
     for module, reason in ((nn.Conv1d(2, 2, 1), "convolution mixer"), (nn.Module(), "not causal")):
-        model = build()
+        model = tiny()
         module.is_causal = False  # type: ignore[assignment]
         model.model.mixer = module
         with pytest.raises(ValueError, match=reason):
@@ -403,3 +413,58 @@ def test_trl(kind, tmp_path, seen, monkeypatch):
     assert seen
     for one, other in zip(eager, fused, strict=True):
         assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
+
+
+# -- every architecture ----------------------------------------------------------------------------
+
+NARROW = SMALL | EXPERTS | dict(num_hidden_layers=2, intermediate_size=48, sliding_window=5)
+NARROW |= dict(max_position_embeddings=64, n_embd=32, n_head=4, n_layer=2, n_positions=64)
+NARROW |= dict(num_experts=4, num_local_experts=4, n_routed_experts=4, n_group=1, topk_group=1)
+NARROW |= dict(bos_token_id=1, eos_token_id=2, ffn_dim=48, word_embed_proj_dim=32, rotary_dim=8)
+
+
+def narrow(name: str) -> Any:
+    """A model of a few parameters. Raises whatever its configuration does not like of that."""
+    usual = AutoConfig.for_model(name)
+    sizes = {key: value for key, value in NARROW.items() if getattr(usual, key, None) is not None}
+    if "kv_lora_rank" in vars(usual):
+        sizes = {k: v for k, v in sizes.items() if k not in ("head_dim", "num_key_value_heads")}
+        sizes |= MLA | dict(num_key_value_heads=4)
+    config = AutoConfig.for_model(name, **sizes)
+    for key, value in vars(config).items():
+        if isinstance(value, float) and "drop" in key:
+            setattr(config, key, 0.0)
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if parameters > 5e6:
+        raise ValueError(f"{parameters} parameters")
+    return AutoModelForCausalLM.from_config(config).train()
+
+
+@pytest.mark.slow
+def test_every_architecture(seen):
+    """Of those that can be built small, that say the same of a batch twice, and do not refuse."""
+    same, wrong = [], []
+    for name in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            torch.manual_seed(0)
+            model = narrow(name)
+            given = {side: padded(side) for side in ("right", "left")}
+            expected = {side: gradients(model, given[side]) for side in given}
+            again = gradients(model, given["right"])
+            assert_equal(again, expected["right"], 1e-5)
+            unpadding.leave_out_padding(model, model)
+        except Exception:
+            continue
+        seen.clear()
+        try:
+            for side in given:
+                assert_equal(gradients(model, given[side]), expected[side], 1e-3)
+            assert seen == [56, 56]
+            same.append(name)
+        except Exception as error:
+            wrong.append((name, str(error)))
+    assert not wrong
+    assert len(same) > 60
