@@ -14,7 +14,8 @@ import copy
 import functools
 import logging
 import types
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,17 @@ from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import Cache, PreTrainedModel, TrainerCallback
 
+from liger_fx.activations import (
+    MemoryBudget,
+    bytes_of,
+    keeping,
+    peak_of_all_ranks,
+    require_gpu,
+    room_on_all_ranks,
+)
 from liger_fx.deferred import DeferredLogits, Head
 from liger_fx.dynamo import Backend, backend
 from liger_fx.offload import Offload, in_checkpoint
@@ -89,6 +99,7 @@ def compile(
     dynamic: bool | None = None,
     offload: bool = False,
     unpad: bool = False,
+    memory_gib: float | str | None = None,
     **options: Any,
 ) -> nn.Module:
     """Compile the layers of a causal language model with liger_fx, in place, equal layers once, and
@@ -105,6 +116,9 @@ def compile(
     is little more than its input.
     unpad: the layers run without the padding of a batch (`liger_fx.unpadding`); what the model says
     of padding is of zeros.
+    memory_gib: how many GiB of a GPU may be allocated, or "auto" for what is free at the second
+    step of an optimizer: as many checkpointed layers as fit keep the outputs of their matrix
+    products and of attention (`liger_fx.activations`). For batches of one size.
     options: as for `liger_fx.backend`. Returns ``model``. Raises ValueError for a model without
     layers, or whose padding cannot be left out, and OptionError, a ValueError.
     """
@@ -119,6 +133,12 @@ def compile(
         if isinstance(module, PreTrainedModel):
             module.config.get_text_config().use_cache = False
     shared.publish(_report_on_head(model, shared.options))
+    if memory_gib is not None:
+        if offload:
+            raise ValueError(
+                "memory_gib keeps activations on the GPU, and offload takes them off it"
+            )
+        _keep_within(model, bytes_of(memory_gib))
     if unpad:
         leave_out_padding(model, _language_model(model))
     mover = Offload() if offload else None
@@ -145,7 +165,8 @@ class _Form:
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or _fills_a_cache(module, *args, *kwargs.values()):
             return module._call_impl(*args, **kwargs)
-        code = _checkpointed_region if _in_its_checkpoint(module) else _region
+        in_checkpoint = _in_its_checkpoint(module)
+        code = _checkpointed_region if in_checkpoint or _keeps_by_itself(module) else _region
         hooked = tuple(i for i, part in enumerate(module.modules()) if _has_hooks(part))
         unpadded = kwargs.get(PLAN) is not None
         key = code, hooked, unpadded
@@ -157,7 +178,7 @@ class _Form:
         if self.offload is not None:
             run = self.offload.around(run, module)
         with contextlib.ExitStack() as stack:
-            if code is _checkpointed_region:
+            if in_checkpoint:
                 stack.enter_context(_without_hooks_of_a_checkpoint())
             if DistributedDataParallel._get_active_ddp_module() is not None:
                 # Gradients are sent layer by layer without DDPOptimizer, which would cut a layer.
@@ -168,8 +189,15 @@ class _Form:
 def _in_its_checkpoint(module: nn.Module) -> bool:
     """Has the module's own ``__call__``, as in transformers before 5.23, put a checkpoint around
     this call?"""
-    calls_itself = type(module).__call__ is not nn.Module.__call__
-    return calls_itself and hasattr(module, "_gradient_checkpointing_func") and in_checkpoint()
+    return (
+        _calls_itself(module)
+        and hasattr(module, "_gradient_checkpointing_func")
+        and in_checkpoint()
+    )
+
+
+def _calls_itself(module: nn.Module) -> bool:
+    return type(module).__call__ is not nn.Module.__call__
 
 
 @contextlib.contextmanager
@@ -181,6 +209,79 @@ def _without_hooks_of_a_checkpoint() -> Iterator[None]:
         yield
     finally:
         torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+
+
+# -- layers that keep their activations ------------------------------------------------------------
+
+
+def _keep_within(model: nn.Module, budget: int | None) -> None:
+    """Before each step of an optimizer of the model's parameters, look at the memory. budget:
+    bytes; None for what the GPU has."""
+    of_model = weakref.ref(model)
+    budgets: list[MemoryBudget] = []
+
+    def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        trained = of_model()
+        if trained is None or not optimizer.state or not _optimizes(optimizer, trained):
+            return
+        if not budgets:
+            budgets.append(_memory_budget(trained, budget))
+        budgets[0](optimizer)
+
+    weakref.finalize(model, register_optimizer_step_pre_hook(before_step).remove)
+
+
+def _optimizes(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
+    trained = set(model.parameters())
+    return any(p in trained for group in optimizer.param_groups for p in group["params"])
+
+
+def _memory_budget(model: nn.Module, budget: int | None) -> MemoryBudget:
+    layers = [
+        module
+        for module in model.modules()
+        if module._compiled_call_impl is not None
+        and getattr(module, "gradient_checkpointing", False)
+        and hasattr(module, "_gradient_checkpointing_func")
+    ]
+    if not layers:
+        raise ValueError(
+            "memory_gib chooses how many checkpointed layers keep their activations, and "
+            f"{type(model).__name__} has none: call model.gradient_checkpointing_enable(), or leave "
+            "memory_gib out"
+        )
+    device = next(model.parameters()).device
+    require_gpu(device)
+    budget = room_on_all_ranks(device) if budget is None else budget
+    peak = functools.partial(peak_of_all_ranks, device)
+    return MemoryBudget(functools.partial(_keep, layers), len(layers), budget, peak, log.info)
+
+
+def _keep(layers: Sequence[Any], count: int) -> None:
+    """Let the last ``count`` layers keep, and the others recompute."""
+    first = len(layers) - count
+    for i, layer in enumerate(layers):
+        usual = vars(layer).setdefault("_recomputing", layer._gradient_checkpointing_func)
+        layer._gradient_checkpointing_func = _keeping if i >= first else usual
+
+
+def _keeping(function: Callable[..., Any], *args: Any) -> Any:
+    """A checkpoint in a graph. Around a region of its own there is none."""
+    return (keeping if torch.compiler.is_compiling() else _called)(function, *args)
+
+
+def _called(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
+
+
+def _keeps_by_itself(module: nn.Module) -> bool:
+    """Has the module's own ``__call__``, as in transformers before 5.23, left a checkpoint that
+    keeps to this call?"""
+    kept = vars(module).get("_gradient_checkpointing_func") is _keeping
+    return kept and module.training and _calls_itself(module)
+
+
+# -- hooks and regions -----------------------------------------------------------------------------
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -23,11 +23,12 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.utils._import_guard import _SUPPORTS_FLEX_ATTENTION
 
 import liger_fx
+from liger_fx import activations
 from liger_fx.dynamo import Backend
 from liger_fx.inner import environment
 from liger_fx.offload import Offload
 from liger_fx.report import Report
-from liger_fx.torchtune import activations
+from liger_fx.torchtune import checkpoints
 from liger_fx.torchtune.heads import (
     CROSS_ENTROPIES,
     HeadDistillation,
@@ -189,14 +190,13 @@ class LayersRecipe(abc.ABC):
         """gib: or "auto", for what the GPU has. Raises ValueError where no layer can keep more, or
         nobody can tell what that takes."""
         trained = self._policy_model if hasattr(self, "_policy_model") else self._model  # PPO's
-        checkpoints = activations.checkpoints_of(trained)
-        if not checkpoints:
+        layers = checkpoints.checkpoints_of(trained)
+        if not layers:
             raise ValueError(
                 "liger_fx.memory_gib chooses how many checkpointed layers keep their activations: "
                 "it needs enable_activation_checkpointing=True"
             )
-        if self._device.type != "cuda":
-            raise ValueError("liger_fx.memory_gib needs a GPU: elsewhere memory is not counted")
+        activations.require_gpu(self._device)
         if getattr(self, "_enable_activation_offloading", False):
             raise ValueError(
                 "liger_fx.memory_gib keeps activations on the GPU, and "
@@ -208,13 +208,14 @@ class LayersRecipe(abc.ABC):
                 "liger_fx.memory_gib looks at the memory before each optimizer step: it does not "
                 "go with optimizer_in_bwd=True"
             )
-        budget = activations.MemoryBudget(
-            checkpoints,
-            _room_on_all_ranks(self._device) if gib == "auto" else _bytes(gib),
-            functools.partial(_peak_of_all_ranks, self._device),
+        within = activations.MemoryBudget(
+            functools.partial(checkpoints.keep, layers),
+            len(layers),
+            activations.bytes_of(gib) or activations.room_on_all_ranks(self._device),
+            functools.partial(activations.peak_of_all_ranks, self._device),
             functools.partial(utils.log_rank_zero, log),
         )
-        optimizer.register_step_pre_hook(budget)
+        optimizer.register_step_pre_hook(within)
 
     @abc.abstractmethod
     def _compile_losses(self) -> Sequence[nn.Module]:
@@ -390,36 +391,6 @@ class FusedQATRecipe(FusedRecipe):
 
     def __init__(self, cfg: Any) -> None:
         super().__init__(cfg=OmegaConf.merge(cfg, {"compile": False}))  # type: ignore[call-arg]
-
-
-def _bytes(gib: float | str) -> int:
-    try:
-        return int(float(gib) * 2**30)
-    except ValueError:
-        raise ValueError(
-            f"liger_fx.memory_gib is {gib!r}, expected a number of GiB or auto"
-        ) from None
-
-
-def _peak_of_all_ranks(device: torch.device) -> int:
-    """Bytes allocated at most, on the rank that needs most."""
-    return _of_all_ranks(torch.cuda.max_memory_allocated(device), device, "MAX")
-
-
-def _room_on_all_ranks(device: torch.device) -> int:
-    """Bytes that this process may allocate, on the rank that has least: those of the GPU less what
-    others hold, and a tenth for the allocator's gaps."""
-    free, total = torch.cuda.mem_get_info(device)
-    others = total - free - torch.cuda.memory_reserved(device)
-    return _of_all_ranks(total - others - total // 10, device, "MIN")
-
-
-def _of_all_ranks(number: int, device: torch.device, reduced: str) -> int:
-    if utils.get_world_size_and_rank()[0] == 1:
-        return number
-    shared = torch.tensor(number, device=device)
-    torch.distributed.all_reduce(shared, getattr(torch.distributed.ReduceOp, reduced))
-    return int(shared)
 
 
 def _check_ranks_agree(compiles: bool, settings: Mapping[str, Any]) -> None:

@@ -434,3 +434,85 @@ def test_offloading_changes_no_bit(name, checkpoints, monkeypatch):
     assert actual.keys() == expected.keys()
     for key, value in expected.items():
         assert torch.equal(actual[key], value), key
+
+
+# -- layers that keep their activations ------------------------------------------------------------
+
+
+def saved_and_gradients(model: nn.Module, given: dict[str, Any]) -> tuple[int, dict[str, Tensor]]:
+    """Elements of activations that a forward keeps for the backward, and the gradients."""
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(**given).loss
+    loss.backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    activations = [t for t in saved if t.is_floating_point() and t.dim() > 1]
+    own = [t for t in activations if t.untyped_storage().data_ptr() not in weights]
+    return sum(t.numel() for t in own), found | {"loss": loss.detach()}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_layers_keep_and_let_go(reentrant):
+    given = batch("padded")
+    model = compiled(build(checkpoints=reentrant), policy="all", inner="aot_eager")
+    layers, sizes = model.model.layers, []
+    expected = gradients(build(), given)
+    for kept in (0, 1, 3, 0):
+        huggingface._keep(layers, kept)
+        size, found = saved_and_gradients(model, given)
+        sizes.append(size)
+        assert_equal(found, expected, 1e-5)
+    of_a_layer = sizes[1] - sizes[0]
+    assert of_a_layer > 0 and sizes == [sizes[0] + kept * of_a_layer for kept in (0, 1, 3, 0)]
+    assert counters["stats"]["unique_graphs"] == 3  # a layer in both ways, and the last norm
+
+
+@pytest.fixture
+def gpu_of_100_gib(monkeypatch):
+    """Whose peak is 10 GiB, and 2 for each layer that keeps."""
+    kept: list[int] = [0]
+    keep = huggingface._keep
+
+    def counted(layers: Any, count: int) -> None:
+        kept.append(count)
+        keep(layers, count)
+
+    monkeypatch.setattr(huggingface, "_keep", counted)
+    monkeypatch.setattr(huggingface, "require_gpu", lambda device: None)
+    monkeypatch.setattr(huggingface, "room_on_all_ranks", lambda device: 100 * 2**30)
+    peak = lambda device: (10 + 2 * kept[-1]) * 2**30  # noqa: E731
+    monkeypatch.setattr(huggingface, "peak_of_all_ranks", peak)
+    return kept
+
+
+@pytest.mark.parametrize(("gib", "wanted"), [(15, [0, 1, 2]), ("auto", [0, 1, 2, 4])])
+def test_as_many_layers_keep_as_fit(gib, wanted, gpu_of_100_gib):
+    model = compiled(build(checkpoints=False), memory_gib=gib)
+    optimizer = torch.optim.AdamW(model.parameters())
+    other = torch.optim.AdamW(build().parameters())  # of another model
+    for _ in range(6):
+        model(**batch("padded")).loss.backward()
+        optimizer.step()
+        other.step()
+    assert list(dict.fromkeys(gpu_of_100_gib)) == wanted
+
+
+def test_a_budget_wants_checkpoints_and_a_gpu():
+    for checkpoints, reason in ((None, "has none: call model.gradient_ch"), (False, "needs a GPU")):
+        model = compiled(build(checkpoints=checkpoints), memory_gib=15)
+        optimizer = torch.optim.AdamW(model.parameters())
+        with pytest.raises(ValueError, match=reason):
+            for _ in range(2):
+                model(**batch("padded")).loss.backward()
+                optimizer.step()
+    with pytest.raises(ValueError, match="memory_gib is 'most', expected a number of GiB or auto"):
+        compiled(build(), memory_gib="most")
+    with pytest.raises(ValueError, match="offload takes them off it"):
+        compiled(build(), memory_gib=15, offload=True)

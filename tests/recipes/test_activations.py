@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerSelfAttentionLayer
 
 import liger_fx
-from liger_fx import offload
+from liger_fx import activations, offload
 from liger_fx.offload import Offload
-from liger_fx.torchtune import activations, compile_layers
+from liger_fx.torchtune import checkpoints, compile_layers
 
 LAYERS, TOKENS = 4, 32
 GIB = 2**30
@@ -53,17 +54,17 @@ def test_layers_keep_and_let_go(checkpoint_inside):
     model = decoder()
     options = {"policy": "all", "inner": "aot_eager"}
     compile_layers(model, options, checkpoint_inside=checkpoint_inside)
-    checkpoints = activations.checkpoints_of(model)
-    assert len(checkpoints) == LAYERS
-    as_wrapped = [wrapper.checkpoint_fn for wrapper in checkpoints]
+    layers = checkpoints.checkpoints_of(model)
+    assert len(layers) == LAYERS
+    as_wrapped = [wrapper.checkpoint_fn for wrapper in layers]
     before = len(liger_fx.reports())
     sizes, gradients = [], []
     for kept in (0, 1, 3, 0):
-        activations.keep(checkpoints, kept)
+        checkpoints.keep(layers, kept)
         saved, found = saved_and_gradients(model)
         sizes.append(sum(torch.Size(shape).numel() for shape in saved))
         gradients.append(found)
-    assert [wrapper.checkpoint_fn for wrapper in checkpoints] == as_wrapped
+    assert [wrapper.checkpoint_fn for wrapper in layers] == as_wrapped
     of_a_layer = sizes[1] - sizes[0]
     assert of_a_layer > 0 and sizes == [sizes[0] + kept * of_a_layer for kept in (0, 1, 3, 0)]
     for found in gradients[1:]:
@@ -76,7 +77,7 @@ def test_layers_keep_and_let_go(checkpoint_inside):
 def test_nothing_of_the_mlps_inside_is_kept():
     model = decoder()
     compile_layers(model, {"policy": "all", "inner": "aot_eager"})
-    activations.keep(activations.checkpoints_of(model), LAYERS)
+    checkpoints.keep(checkpoints.checkpoints_of(model), LAYERS)
     saved, _ = saved_and_gradients(model)
     assert not [shape for shape in saved if 96 in shape]
     assert len([shape for shape in saved if shape == (2, 4, TOKENS, 16)]) == LAYERS  # of attention
@@ -114,8 +115,10 @@ class Memory:
 
     def __init__(self, gib, before=10.0, elsewhere=0.0):
         self.said, self.before, self.elsewhere = [], before, elsewhere
-        layers = list(activations.checkpoints_of(decoder()))
-        self.budget = activations.MemoryBudget(layers, int(gib * GIB), self.peak, self.said.append)
+        keep = functools.partial(checkpoints.keep, checkpoints.checkpoints_of(decoder()))
+        self.budget = activations.MemoryBudget(
+            keep, LAYERS, int(gib * GIB), self.peak, self.said.append
+        )
         self.optimizer = torch.optim.AdamW([torch.ones(1, requires_grad=True)])
         self.optimizer.register_step_pre_hook(self.budget)
 

@@ -262,7 +262,7 @@ def test_a_memory_budget_looks_before_each_optimizer_step():
     recipe = recipe_on("cuda", checkpointed=True)
     recipe._keep_within(20.0)
     (budget,) = recipe._optimizer._optimizer_step_pre_hooks.values()
-    assert budget.budget == 20 * 2**30 and len(budget.checkpoints) == 2
+    assert budget.budget == 20 * 2**30 and budget.layers == 2
 
 
 def test_a_memory_budget_of_what_the_gpu_has(monkeypatch):
@@ -548,5 +548,5 @@ def test_recipe_takes_its_settings_from_the_config(recipes, tmp_path, caplog):
         run_recipe(
             recipes[0], recipe_config(tmp_path, liger_fx={"linear_cross_entropy": {"tokens": 1}})
         )
-    with pytest.raises(ValueError, match=r"liger_fx\.memory_gib"):
+    with pytest.raises(ValueError, match="memory_gib"):
         run_recipe(recipes[0], recipe_config(tmp_path, liger_fx={"memory_gib": 20}))

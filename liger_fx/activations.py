@@ -9,12 +9,11 @@ only what is cheap: norms, rotations, activations, and what an op of ours comput
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
+import torch.distributed as dist
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -39,43 +38,20 @@ def _policy(ctx: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_keeping = functools.partial(
+# A checkpoint that keeps.
+keeping = functools.partial(
     checkpoint,
     use_reentrant=False,
     context_fn=functools.partial(create_selective_checkpoint_contexts, _policy),
 )
 
 
-def _without_checkpoint(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return layer(*args, **kwargs)
-
-
-def keep(checkpoints: Sequence[CheckpointWrapper], count: int) -> None:
-    """Let the last ``count`` of these checkpointed layers keep, and the others recompute.
-
-    May be called between two steps: a compiled layer is compiled again for the other way, once. A
-    checkpoint around a layer that was compiled without it cannot see the products inside; such a
-    layer keeps by having no checkpoint.
-    """
-    first = len(checkpoints) - count
-    for i, wrapper in enumerate(checkpoints):
-        recomputing = vars(wrapper).setdefault("_recomputing", wrapper.checkpoint_fn)
-        outside = wrapper._checkpoint_wrapped_module._compiled_call_impl is not None
-        keeping: Callable[..., Any] = _without_checkpoint if outside else _keeping
-        wrapper.checkpoint_fn = keeping if i >= first else recomputing  # type: ignore[assignment]
-
-
-def checkpoints_of(model: nn.Module) -> list[CheckpointWrapper]:
-    """The checkpointed layers of ``model``, in their order."""
-    return [module for module in model.modules() if isinstance(module, CheckpointWrapper)]
-
-
 class MemoryBudget:
     """As many layers keep as fit a budget: an optimizer's ``register_step_pre_hook``.
 
-    checkpoints: layers as torchtune wraps them, all of one size. budget: bytes that may be
-    allocated at once. peak: what was allocated at most, so far. say: gets a sentence when the
-    number of layers is settled.
+    keep: ``keep(count)`` lets so many of ``layers`` checkpointed layers, all of one size, keep.
+    budget: bytes that may be allocated at once. peak: what was allocated at most, so far. say: gets
+    a sentence when the number of layers is settled.
 
     After the first step, which has no optimizer state yet, one layer keeps, and from step to step
     up to twice as many, while there is room for what the last ones took: where something else sets
@@ -85,12 +61,14 @@ class MemoryBudget:
 
     def __init__(
         self,
-        checkpoints: Sequence[CheckpointWrapper],
+        keep: Callable[[int], None],
+        layers: int,
         budget: int,
         peak: Callable[[], int],
         say: Callable[[str], None],
     ) -> None:
-        self.checkpoints, self.budget, self.peak, self.say = checkpoints, budget, peak, say
+        self.keep, self.layers = keep, layers
+        self.budget, self.peak, self.say = budget, peak, say
         self.kept = 0
         self._last: tuple[int, int] | None = None  # layers that kept, and the peak with them
         self._of_a_layer = 0  # bytes, the most that any took
@@ -105,11 +83,11 @@ class MemoryBudget:
             self._of_a_layer = max(self._of_a_layer, (peak - before) // (self.kept - kept))
         self._last = self.kept, peak
         room = self.budget - peak
-        fits = room // self._of_a_layer if self._of_a_layer else len(self.checkpoints)
+        fits = room // self._of_a_layer if self._of_a_layer else self.layers
         if room < 0:
             self._settle(max(0, self.kept + fits) if self._of_a_layer else 0, peak)
         elif not self._settled:
-            more = min(fits, max(1, self.kept), len(self.checkpoints) - self.kept)
+            more = min(fits, max(1, self.kept), self.layers - self.kept)
             self._keep(self.kept + more) if more else self._settle(self.kept, peak)
 
     def _settle(self, count: int, peak: int) -> None:
@@ -117,11 +95,50 @@ class MemoryBudget:
         self._keep(count)
         self._settled = True
         self.say(
-            f"{self.kept} of {len(self.checkpoints)} layers keep their activations: a layer takes "
+            f"{self.kept} of {self.layers} layers keep their activations: a layer takes "
             f"{self._of_a_layer / 2**30:.2f} GiB, the peak was {peak / 2**30:.2f} of "
             f"{self.budget / 2**30:.2f} GiB"
         )
 
     def _keep(self, count: int) -> None:
         self.kept = count
-        keep(self.checkpoints, count)
+        self.keep(count)
+
+
+# -- bytes -----------------------------------------------------------------------------------------
+
+
+def bytes_of(gib: float | str) -> int | None:
+    """Of ``memory_gib``; None for "auto". Raises ValueError."""
+    if gib == "auto":
+        return None
+    try:
+        return int(float(gib) * 2**30)
+    except ValueError:
+        raise ValueError(f"memory_gib is {gib!r}, expected a number of GiB or auto") from None
+
+
+def require_gpu(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ValueError("memory_gib needs a GPU: elsewhere memory is not counted")
+
+
+def room_on_all_ranks(device: torch.device) -> int:
+    """Bytes that this process may allocate, on the rank that has least: those of the GPU less what
+    others hold, and a tenth for the allocator's gaps."""
+    free, total = torch.cuda.mem_get_info(device)
+    others = total - free - torch.cuda.memory_reserved(device)
+    return _of_all_ranks(total - others - total // 10, device, dist.ReduceOp.MIN)
+
+
+def peak_of_all_ranks(device: torch.device) -> int:
+    """Bytes allocated at most, on the rank that needs most."""
+    return _of_all_ranks(torch.cuda.max_memory_allocated(device), device, dist.ReduceOp.MAX)
+
+
+def _of_all_ranks(number: int, device: torch.device, reduced: Any) -> int:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return number
+    shared = torch.tensor(number, device=device)
+    dist.all_reduce(shared, reduced)
+    return int(shared)
