@@ -247,8 +247,7 @@ def _memory_budget(model: nn.Module, budget: int | None) -> MemoryBudget:
     if not layers:
         raise ValueError(
             "memory_gib chooses how many checkpointed layers keep their activations, and "
-            f"{type(model).__name__} has none: call model.gradient_checkpointing_enable(), or leave "
-            "memory_gib out"
+            f"{type(model).__name__} has none: call model.gradient_checkpointing_enable()"
         )
     device = next(model.parameters()).device
     require_gpu(device)
