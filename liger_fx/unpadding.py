@@ -127,6 +127,11 @@ def _takes(query: Tensor, value: Tensor) -> bool:
     return query.device.type == "cpu" or (fast and size % 8 == 0)
 
 
+def _has_kernel(device: torch.device) -> bool:
+    """Flash attention takes compute capability 8.0."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def _dense(documents: Tensor, window: int | None) -> Tensor:
     """bool [1, 1, s, s]: which keys a query sees."""
     token = torch.arange(documents.shape[-1], device=documents.device)
@@ -141,20 +146,23 @@ class _Row:
     def __init__(self, config: Any) -> None:
         self.windows = getattr(config, "sliding_window", None) is not None
         self.labels: Tensor | None = None
+        self.is_read = True  # the call of the model that the decoder is called in
         self.kept: Tensor | None = None
         self.shape = torch.Size()
 
     def see_labels(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        self.labels = _named(model, args, kwargs).get("labels")
+        given = _named(model, args, kwargs)
+        self.is_read, self.labels = given is not None, (given or {}).get("labels")
 
     def enter(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        labels, self.labels, self.kept = self.labels, None, None
-        given = _named(decoder, args, kwargs)
-        if torch.compiler.is_compiling() or not _is_padded(given, decoder.config):
+        self.kept, given = None, _named(decoder, args, kwargs)
+        if given is None or not self.is_read or torch.compiler.is_compiling():
+            return args, kwargs
+        if not _is_padded(given, decoder.config):
             return args, kwargs
         self.shape = given["attention_mask"].shape
         valid = given["attention_mask"] != 0
-        reason, tokens = self._read(valid, labels)
+        reason, tokens = self._read(valid, self.labels)
         if reason:
             torch._logging.warning_once(log, f"liger_fx: padding stays in a batch: {reason}")
         elif -(-tokens // UNIT) * UNIT < valid.numel():
@@ -189,10 +197,11 @@ class _Row:
             for name in ("input_ids", "inputs_embeds")
             if given.get(name) is not None
         }
+        if _has_kernel(valid.device):
+            row[PLAN] = ops.document_plan(sequence[None])
         return row | {
             "attention_mask": sequence.view(1, 1, 1, -1),  # transformers passes four dimensions on
             "position_ids": positions.expand(batch, size).flatten()[order][None],
-            PLAN: ops.document_plan(sequence[None]),
         }
 
     def leave(self, decoder: nn.Module, args: Any, output: Any) -> Any:
@@ -205,8 +214,12 @@ class _Row:
         return output
 
 
-def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    return inspect.signature(module.forward).bind_partial(*args).arguments | kwargs
+def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments of a call by their names; None if ``forward`` has no name for one of them."""
+    signature = inspect.signature(module.forward)
+    given = signature.bind_partial(*args).arguments
+    kinds = {signature.parameters[name].kind for name in given}
+    return None if inspect.Parameter.VAR_POSITIONAL in kinds else given | kwargs
 
 
 def _is_padded(given: dict[str, Any], config: Any) -> bool:

@@ -175,6 +175,13 @@ def test_no_mask_of_all_tokens_by_all_tokens(name):
     assert not any(sizes[-2:] == (56, 56) for sizes in shapes)
 
 
+def test_a_mask_where_the_gpu_has_no_kernel(seen, monkeypatch):
+    monkeypatch.setattr(unpadding, "_has_kernel", lambda device: False)
+    given = padded()
+    assert_equal(gradients(unpadded(tiny()), given), gradients(tiny(), given), 1e-5)
+    assert seen == [56]
+
+
 @pytest.mark.parametrize("positions", ["[s]", "[b, s]"])
 def test_positions_that_are_given(positions, seen):
     given = padded("left")
@@ -248,6 +255,21 @@ def test_leaves_a_label_predicted_at_padding(seen):
     given = padded("left")
     given["labels"] = given["input_ids"].masked_fill(given["attention_mask"] == 0, -100)
     leaves(given, seen)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_leaves_labels_that_have_no_name(wrapped, seen):
+    """Given by position; or to a ``forward`` that names nothing."""
+    given, losses = padded(), []
+    for prepare in (lambda model: model, unpadded):
+        model = prepare(tiny())
+        forward = model.forward
+        if wrapped:
+            model.forward = lambda *args, forward=forward: forward(*args)
+        call = [given["input_ids"], given["attention_mask"], None, None, None, given["input_ids"]]
+        losses.append(model(*call).loss)
+    torch.testing.assert_close(*losses)
+    assert seen == []
 
 
 def test_leaves_padding_between_tokens_in_a_window(seen):
