@@ -283,6 +283,7 @@ def test_a_package_that_is_missing_is_named() -> None:
         _measure.needs_package("some_package", "some-package")
 
 
+@pytest.mark.slow
 def test_errors_are_those_of_the_first_shape(run: Run, stand_ins: None) -> None:
     second = ["--shape", "512", "32", "256", "--ignored", "0"]
     _, rows = run(linear_cross_entropy, "--grid", *SHAPE, *second, "--arms", "inductor", "liger_fx")

@@ -137,7 +137,7 @@ def test_every_rewrite_under_inductor(seen):
     assert seen == [56]
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_autocast(name, seen):
     """No less exact than the padded batch."""
     given = padded()
