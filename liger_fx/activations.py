@@ -9,7 +9,7 @@ only what is cheap: norms, rotations, activations, and what an op of ours comput
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,26 @@ keeping = functools.partial(
     use_reentrant=False,
     context_fn=functools.partial(create_selective_checkpoint_contexts, _policy),
 )
+
+
+def without_checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """In the place of a checkpoint."""
+    return function(*args, **kwargs)
+
+
+def keep_last(
+    layers: Sequence[Any], count: int, name: str, kept: Callable[[Any], Callable[..., Any]]
+) -> None:
+    """Let the last ``count`` layers keep, and the others recompute.
+
+    name: the attribute of a layer that holds its checkpoint, a function. kept: the one with which
+    a layer keeps. May be called between two steps: a compiled layer is compiled again for the other
+    way, once.
+    """
+    first = len(layers) - count
+    for i, layer in enumerate(layers):
+        recomputing = vars(layer).setdefault("_recomputing", getattr(layer, name))
+        setattr(layer, name, kept(layer) if i >= first else recomputing)
 
 
 class MemoryBudget:

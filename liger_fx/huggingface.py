@@ -31,10 +31,12 @@ from transformers import Cache, PreTrainedModel, TrainerCallback
 from liger_fx.activations import (
     MemoryBudget,
     bytes_of,
+    keep_last,
     keeping,
     peak_of_all_ranks,
     require_gpu,
     room_on_all_ranks,
+    without_checkpoint,
 )
 from liger_fx.deferred import DeferredLogits, Head
 from liger_fx.dynamo import Backend, backend
@@ -129,18 +131,17 @@ def compile(
             'use model.compile(backend="liger_fx")'
         )
     shared = backend(**options)
+    if memory_gib is not None and offload:
+        raise ValueError("memory_gib keeps activations on the GPU, and offload takes them off it")
+    budget = bytes_of("auto" if memory_gib is None else memory_gib)
+    if unpad:
+        leave_out_padding(model, _language_model(model))
+    if memory_gib is not None:
+        _keep_within(model, budget)
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config.get_text_config().use_cache = False
     shared.publish(_report_on_head(model, shared.options))
-    if memory_gib is not None:
-        if offload:
-            raise ValueError(
-                "memory_gib keeps activations on the GPU, and offload takes them off it"
-            )
-        _keep_within(model, bytes_of(memory_gib))
-    if unpad:
-        leave_out_padding(model, _language_model(model))
     mover = Offload() if offload else None
     for names in regions.values():
         of_region = copy.copy(shared)
@@ -257,20 +258,13 @@ def _memory_budget(model: nn.Module, budget: int | None) -> MemoryBudget:
 
 
 def _keep(layers: Sequence[Any], count: int) -> None:
-    """Let the last ``count`` layers keep, and the others recompute."""
-    first = len(layers) - count
-    for i, layer in enumerate(layers):
-        usual = vars(layer).setdefault("_recomputing", layer._gradient_checkpointing_func)
-        layer._gradient_checkpointing_func = _keeping if i >= first else usual
+    keep_last(layers, count, "_gradient_checkpointing_func", lambda layer: _keeping)
 
 
 def _keeping(function: Callable[..., Any], *args: Any) -> Any:
     """A checkpoint in a graph. Around a region of its own there is none."""
-    return (keeping if torch.compiler.is_compiling() else _called)(function, *args)
-
-
-def _called(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
+    kept = keeping if torch.compiler.is_compiling() else without_checkpoint
+    return kept(function, *args)
 
 
 def _keeps_by_itself(module: nn.Module) -> bool:

@@ -22,13 +22,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from liger_fx import ops
+from liger_fx.ops.attention import MAX_HEAD_SIZE, band
 
 log = logging.getLogger("liger_fx")
 
 PLAN = "liger_fx_plan"  # the keyword that brings a plan of `ops.document_plan` to the attentions
 IMPLEMENTATION = "liger_fx"  # of attention, as transformers names it
 UNIT = 128  # tokens: products of aligned rows are faster, and memory of few sizes is used again
-MAX_HEAD_SIZE = 256  # of PyTorch's flash attention
 KINDS = {"full_attention", "sliding_attention"}  # of layers
 
 _ROWS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}  # what is known of [b, s]
@@ -96,11 +96,11 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it: over documents where it is told of them, else ``sdpa``.
 
-    query, key, value: [b, h, s, d]. attention_mask: int64 [1, 1, 1, s] says which document a token
-    is of. Returns [b, s, h, d].
+    query, key, value: [b, h, s, d]. attention_mask: int64 [1, 1, s, 1] says which document a token
+    is of, others are as for ``sdpa``. Returns [b, s, h, d].
     """
     plan = kwargs.pop(PLAN, None)
-    if attention_mask is not None and attention_mask.dtype == torch.int64:
+    if attention_mask is not None and _tells_documents(attention_mask):
         query, key, value = _as_autocast(query, key, value)
         if plan is not None and dropout == 0.0 and _takes(query, value):
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -109,6 +109,10 @@ def attend(
         attention_mask = _dense(attention_mask, sliding_window)
     kwargs |= {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window}
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _tells_documents(mask: Tensor) -> bool:
+    return mask.dtype == torch.int64 and mask.shape[-1] == 1
 
 
 def _as_autocast(*heads: Tensor) -> Sequence[Tensor]:
@@ -134,10 +138,8 @@ def _has_kernel(device: torch.device) -> bool:
 
 def _dense(documents: Tensor, window: int | None) -> Tensor:
     """bool [1, 1, s, s]: which keys a query sees."""
-    token = torch.arange(documents.shape[-1], device=documents.device)
-    behind = token[:, None] - token
-    near = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-    return (documents == documents.transpose(2, 3)) & near
+    same = documents == documents.transpose(2, 3)
+    return same & band(documents.shape[2], window, documents.device)
 
 
 class _Row:
@@ -200,7 +202,7 @@ class _Row:
         if _has_kernel(valid.device):
             row[PLAN] = ops.document_plan(sequence[None])
         return row | {
-            "attention_mask": sequence.view(1, 1, 1, -1),  # transformers passes four dimensions on
+            "attention_mask": sequence.view(1, 1, -1, 1),  # transformers passes four dimensions on
             "position_ids": positions.expand(batch, size).flatten()[order][None],
         }
 
@@ -246,5 +248,5 @@ def _labelled(valid: Tensor, labels: Tensor | None) -> Tensor:
     """Is a label of a token of padding, or of the token behind one, not ignored?"""
     if labels is None or labels.shape != valid.shape:
         return valid.new_zeros(())
-    read = labels != -100
+    read = labels != -100  # what transformers ignores
     return (read & ~valid).any() | (read[:, 1:] & ~valid[:, :-1]).any()

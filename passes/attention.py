@@ -38,10 +38,10 @@ from liger_fx.canonical import (
 )
 from liger_fx.masks import Mask, Source, Unreadable
 from liger_fx.matcher import Match, Reject, data_inputs
+from liger_fx.ops.attention import MAX_HEAD_SIZE
 from liger_fx.pattern import guard
 from liger_fx.rewrite import Rewrite
 
-MAX_HEAD_SIZE = 256  # of PyTorch's flash attention
 GIVEN = "given mask"  # its values say what it is
 _OPS = [
     f"liger_fx::{op}{part}" for op in ("attention", "masked_attention") for part in ("", "_forward")

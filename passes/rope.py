@@ -20,7 +20,7 @@ from liger_fx.passes._norms import DTYPES
 from torch import fx
 
 from liger_fx import ops
-from liger_fx.canonical import fake, op_name, same_sizes
+from liger_fx.canonical import fake, op_name, positional, same_sizes
 from liger_fx.matcher import Match, Reject
 from liger_fx.rewrite import Rewrite
 
@@ -149,7 +149,6 @@ SPELLED = [pattern for cut in CUTS for turn in TURNS for pattern in _spelled(cut
 ONE_ANGLE = {pattern.__name__ for pattern in SPELLED}
 NEIGHBOURS = ("pairs", "pairs_in_fp32", "pairs_widened", "pairs_partial")
 
-
 OF_A_NORM = "of a norm"
 NORMS = {"rms_norm", "layer_norm", "rsqrt"}
 BEHIND_A_NORM = {"cast", "reshape", "transpose", "mul"}
@@ -163,7 +162,8 @@ def variant(match: Match) -> str:
         if not isinstance(node, fx.Node) or node in seen:
             continue
         seen.add(node)
-        if (name := op_name(node)) in NORMS or (name == "pow" and node.args[1] == -0.5):
+        name = op_name(node)
+        if name in NORMS or (name == "pow" and positional(node)[1] == -0.5):
             return OF_A_NORM
         if name in BEHIND_A_NORM:
             left += node.all_input_nodes

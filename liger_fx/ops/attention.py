@@ -44,6 +44,8 @@ from liger_fx.ops.library import differentiable, kernel, once_differentiable
 
 aten = torch.ops.aten
 
+MAX_HEAD_SIZE = 256  # of PyTorch's flash attention
+
 
 class Kind(enum.IntEnum):
     """Which kernel computes the queries that are no padding at the end of a row."""
@@ -178,11 +180,11 @@ def _fake_plan(tokens: Tensor, of_padding: bool) -> Plan:
 
 def _seen(query: Tensor, plan: Sequence[Tensor | None], window: int | None) -> Tensor:
     """The mask of a plan that tells of no documents: bool, [1 or b, 1, s, s]."""
-    seen, rows = _band(query.shape[2], window, query.device), plan[1]
+    seen, rows = band(query.shape[2], window, query.device), plan[1]
     return seen if rows is None else seen & (rows == Row.VALID)[:, None, None, :]
 
 
-def _band(size: int, window: int | None, device: torch.device) -> Tensor:
+def band(size: int, window: int | None, device: torch.device) -> Tensor:
     """bool [1, 1, size, size]: no later keys, and those of the window."""
     token = torch.arange(size, device=device)
     ahead = token - token.unsqueeze(1)
@@ -202,7 +204,7 @@ def _parts(
         row, first = divmod(start, query.shape[2])
         size = end - start
         at = slice(row, row + 1), slice(None), slice(first, first + size)
-        yield at, _band(size, window, query.device)
+        yield at, band(size, window, query.device)
 
 
 def _window(window: int | None, size: int) -> int:

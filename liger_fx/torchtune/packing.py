@@ -20,8 +20,7 @@ from torchtune.modules import MultiHeadAttention, TransformerDecoder
 from torchtune.modules.attention_utils import _get_document_ids_from_seq_lens
 
 from liger_fx import ops
-
-MAX_HEAD_SIZE = 256  # of PyTorch's flash attention
+from liger_fx.ops.attention import MAX_HEAD_SIZE
 
 
 class Documents(NamedTuple):

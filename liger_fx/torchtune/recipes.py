@@ -208,10 +208,11 @@ class LayersRecipe(abc.ABC):
                 "liger_fx.memory_gib looks at the memory before each optimizer step: it does not "
                 "go with optimizer_in_bwd=True"
             )
+        budget = activations.bytes_of(gib)
         within = activations.MemoryBudget(
             functools.partial(checkpoints.keep, layers),
             len(layers),
-            activations.bytes_of(gib) or activations.room_on_all_ranks(self._device),
+            activations.room_on_all_ranks(self._device) if budget is None else budget,
             functools.partial(activations.peak_of_all_ranks, self._device),
             functools.partial(utils.log_rank_zero, log),
         )

@@ -300,6 +300,14 @@ def test_leaves_a_mask_of_four_dimensions(seen):
     leaves(given, seen)
 
 
+def test_leaves_a_mask_of_integers_to_pytorch():
+    """Which refuses it: int64 tells of documents only where liger_fx has made it."""
+    given = padded()
+    given["attention_mask"] = given["attention_mask"][:1, None, None]
+    with pytest.raises(RuntimeError, match="attn_mask dtype to be bool or float"):
+        gradients(unpadded(tiny()), given)
+
+
 def test_leaves_generation(seen):
     given = {name: padded("left")[name] for name in ("input_ids", "attention_mask")}
     wanted, found = (

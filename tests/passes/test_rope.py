@@ -449,7 +449,7 @@ def test_heads_of_a_norm_have_rows_of_their_own(x):
         return torch.rms_norm(x, (D,), weight, 1e-6).to(x.dtype)
 
     def squared(x):
-        return x**2 * weight
+        return x.pow(exponent=2) * weight
 
     for heads, made in ((powers, OF_A_NORM), (functional, OF_A_NORM), (squared, "")):
         found = capture(lambda x, *cache, f=heads: huggingface(f(x), *cache), x, *halves_cache())

@@ -258,11 +258,12 @@ def test_a_memory_budget_is_a_number_or_auto():
         recipe_on("cuda", checkpointed=True)._keep_within("most")
 
 
-def test_a_memory_budget_looks_before_each_optimizer_step():
+@pytest.mark.parametrize("gib", [20.0, 0])
+def test_a_memory_budget_looks_before_each_optimizer_step(gib):
     recipe = recipe_on("cuda", checkpointed=True)
-    recipe._keep_within(20.0)
+    recipe._keep_within(gib)
     (budget,) = recipe._optimizer._optimizer_step_pre_hooks.values()
-    assert budget.budget == 20 * 2**30 and budget.layers == 2
+    assert budget.budget == gib * 2**30 and budget.layers == 2
 
 
 def test_a_memory_budget_of_what_the_gpu_has(monkeypatch):
