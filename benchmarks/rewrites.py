@@ -2,6 +2,7 @@
 
     python benchmarks/rewrites.py --write
     python benchmarks/rewrites.py --add
+    python benchmarks/rewrites.py --add --rewrites recompute
     python benchmarks/rewrites.py --show sm90
     python benchmarks/rewrites.py --model tiny --device cpu --batch 2 --seq 32 --laps 2
 
@@ -55,6 +56,7 @@ from liger_fx.policy import architecture_of, pays, table
 
 TABLE = Path(__file__).parent.parent / "liger_fx" / "measured.json"
 
+JUDGED = [rewrite.name for rewrite in DEFAULT if rewrite.gain is None]
 NO_RUNS: Row = {"machine": "", "commands": [], "rows": []}
 
 LAYERS, VOCABULARY = 2, 8  # the vocabulary is that of a head and an embedding that nobody calls
@@ -231,14 +233,14 @@ def embedding(args: Args) -> Build:
     return build
 
 
-def possible(build: Build) -> dict[str, str]:
-    """The rewrites that can be made in this case, each on its own, and the spelling they find: one,
-    as a model has its own."""
+def possible(build: Build, asked: Sequence[str]) -> dict[str, str]:
+    """The rewrites of those ``asked`` for that can be made in this case, each on its own, and the
+    spelling they find: one, as a model has its own, or the last of several."""
     found: dict[str, str] = {}
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         for rewrite in DEFAULT:
-            if rewrite.gain is None:
+            if rewrite.name in asked:
                 made = rewrite_graph(copy.deepcopy(gm), [rewrite]).replacements
                 found.update({each.rewrite: each.pattern for each in made})
         return gm.forward
@@ -257,11 +259,11 @@ def measure(args: Args) -> Iterator[Row]:
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64  # each arm is one
     build = {"loss": loss_on_logits, "embedding": embedding}.get(args.form, decoder)(args)
-    arms = {"none": build(compiled_with([], args.inner))}
-    spellings = possible(build)
-    if args.mask:
-        spellings = {name: found for name, found in spellings.items() if name == "attention"}
-    arms |= {name: build(compiled_with([name], args.inner)) for name in spellings}
+    asked = [name for name in args.rewrites if name == "attention" or not args.mask]
+    spellings = possible(build, asked)
+    arms = {name: build(compiled_with([name], args.inner)) for name in spellings}
+    if arms:
+        arms["none"] = build(compiled_with([], args.inner))
     for call in arms.values():
         lap_times(call, args.device, 2)  # compiles the backward, and Triton's kernels
     if args.device.type == "cuda":
@@ -319,8 +321,9 @@ def write_table(rows: Sequence[Row], device: torch.device, before: Row) -> None:
 
 def with_speeds(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
     """``rows`` as the table keeps them, each with the speeds of the same one in ``before``, and
-    those of ``before`` whose case has none this time: it failed, or was not asked for. Several
-    masks of one graph are rows that the table does not tell apart: the first is the first's."""
+    those of ``before`` whose rewrite has none in that case this time: it failed, or was not asked
+    for. Several masks of one graph are rows that the table does not tell apart: the first is the
+    first's."""
     keys = [field.name for field in fields(TableRow) if field.name not in ("speed", "memory")]
     earlier: dict[tuple[Any, ...], list[Row]] = {}
     for row in before:
@@ -339,7 +342,7 @@ def with_speeds(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
 
 
 def case_of(row: Row) -> list[Any]:
-    return [row[key] for key in ("model", "form", "checkpoint", "inner")]
+    return [row[key] for key in ("rewrite", "model", "form", "checkpoint", "inner")]
 
 
 PLACES = {
@@ -413,6 +416,7 @@ BENCHMARK = Benchmark(
         __doc__,
         model=several(MODELS, [name for name in MODELS if name != "tiny"]) | {"dest": "models"},
         inner=several(INNER) | {"help": "compilers"},
+        rewrites=several(JUDGED),
         batch=8,
         seq=2048,
         laps={"type": int, "default": 15, "help": "at least, of each arm"},

@@ -10,6 +10,7 @@ checkpoint, so a selective-checkpointing policy keeps its outputs, by the mechan
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import fx
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
+from torch.fx.passes.utils.fuser_utils import fuse_as_graphmodule
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from liger_fx.canonical import View
@@ -92,6 +94,25 @@ def _overload(name: str) -> torch._ops.OpOverload:
     namespace, op = name.split("::")
     overload: torch._ops.OpOverload = getattr(getattr(torch.ops, namespace), op).default
     return overload
+
+
+def checkpointed(nodes: Sequence[fx.Node], tracer: fx.Tracer) -> fx.Proxy:
+    """A call of a checkpoint whose body computes what these ``nodes`` do, as Dynamo makes them of
+    ``torch.utils.checkpoint``. nodes: in their order, the last of which is read by others."""
+    graph = nodes[-1].graph
+    gm = graph.owning_module
+    body, inputs, outputs = fuse_as_graphmodule(gm, nodes, "Body", always_return_tuple=True)
+    if outputs != (nodes[-1],):
+        raise ValueError(f"expected one output, {nodes[-1].name}, not {outputs}")
+    names = (f"recompute_body_{i}" for i in itertools.count())
+    name = next(name for name in names if not hasattr(gm, name))
+    gm.add_submodule(name, body)
+    operands = tuple(fx.Proxy(node, tracer) for node in inputs)
+    given = (tracer.create_proxy("get_attr", name, (), {}), *operands)
+    call = tracer.create_proxy(
+        "call_function", tag_activation_checkpoint, given, {"use_reentrant": False}
+    )
+    return call[0]
 
 
 def checkpoint_eagerly(gm: fx.GraphModule) -> None:
