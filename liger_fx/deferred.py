@@ -37,7 +37,7 @@ from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from liger_fx.ops.chunked_head import chunk_tokens_for
-from liger_fx.ops.linear_loss import linear_loss_kernel, scaled
+from liger_fx.ops.linear_loss import linear_loss_kernel, scaled_kernel
 
 aten = torch.ops.aten
 _log = logging.getLogger("liger_fx")
@@ -772,7 +772,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         logits, target, *gradients = ctx.saved_tensors
         known = [
-            scaled(gradient, grad) if need else None
+            scaled_kernel(gradient, grad) if need else None
             for gradient, need in zip(gradients, ctx.needs, strict=False)
         ]
         args = _node_of(logits), _Each(target.reshape(-1)), grad, *ctx.settings

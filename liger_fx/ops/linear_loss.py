@@ -153,6 +153,25 @@ def scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     return torch.where(gradient == 0, 0.0, gradient.to(scale.dtype) * scale)
 
 
+def _scale_by_triton(_: Any, gradient: Tensor, upstream: Tensor) -> Tensor:
+    from liger_fx.ops.token_loss_triton import write_scaled
+
+    gradient = gradient.contiguous()
+    made = torch.empty_like(gradient)
+    write_scaled(gradient, upstream, made)
+    return made
+
+
+# `scaled`, in the dtype of the gradient, for whoever has no compiler that makes one kernel of it.
+# Step by step the gradient of a head's weight would be in memory four times over, in fp32.
+scaled_kernel = kernel(
+    "scaled(Tensor gradient, Tensor upstream) -> Tensor",
+    fake=lambda gradient, _: torch.empty_like(gradient),
+    plain=lambda gradient, upstream: scaled(gradient, upstream).to(gradient.dtype),
+    cuda=_scale_by_triton,
+)
+
+
 class _Values(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, mask: Tensor | None, *arguments: Any) -> Tensor:

@@ -1,5 +1,5 @@
 """What a loss takes of each row of logits, and the gradient of a weighted sum of it: one Triton
-kernel.
+kernel. And one that multiplies such gradients by the upstream one.
 
 Liger's cross-entropy kernel knows neither entropy nor temperature, and its gradient is that of the
 plain sum: the weight of a token would have to be multiplied in by a second pass, after the first
@@ -50,6 +50,23 @@ def write_values_triton(
         BLOCK=min(_MAX_BLOCK, triton.next_power_of_2(vocab)),
         num_warps=8,
     )
+
+
+def write_scaled(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
+    """Write ``gradient`` times ``upstream``, of one element; 0 stays 0. gradient, out: contiguous,
+    of one dtype. Computed in fp32."""
+    if out.numel():
+        grid = (triton.cdiv(out.numel(), _MAX_BLOCK),)
+        _scale_kernel[grid](gradient, upstream, out, out.numel(), BLOCK=_MAX_BLOCK, num_warps=8)
+
+
+@triton.jit
+def _scale_kernel(gradient_ptr, upstream_ptr, out_ptr, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    gradient = tl.load(gradient_ptr + at, mask=at < size, other=0.0).to(tl.float32)
+    product = gradient * tl.load(upstream_ptr).to(tl.float32)
+    product = tl.where(gradient == 0.0, 0.0, product)
+    tl.store(out_ptr + at, product.to(out_ptr.dtype.element_ty), mask=at < size)
 
 
 @triton.jit

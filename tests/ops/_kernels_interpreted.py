@@ -325,6 +325,18 @@ def test_nan_stays_in_its_row():
     assert logits.isnan().all(1).tolist() == logits.isnan().any(1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("upstream", [0.37, torch.inf, torch.nan])
+def test_scaled(dtype, upstream):
+    gradient = made(3, 2000).to(dtype)
+    gradient[1] = 0.0
+    upstream, found = torch.tensor(upstream), torch.empty_like(gradient)
+    token_loss_triton.write_scaled(gradient, upstream, found)
+    expected = torch.ops.liger_fx.scaled(gradient, upstream)
+    torch.testing.assert_close(found, expected, atol=0, rtol=0, equal_nan=True)
+    assert not found[1].any()
+
+
 WRITERS = ("write_values_torch", "write_cross_entropy_liger", "write_values_triton")
 
 

@@ -19,6 +19,7 @@ from test_op_rope import TestPairs as Pairs
 from liger_fx.ops import library
 from liger_fx.ops.kl_loss import write_divergences
 from liger_fx.ops.token_loss import TAKES, TokenLoss, write_values
+from liger_fx.ops.token_loss_triton import write_scaled
 
 triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
@@ -126,4 +127,9 @@ def test_kernels_of_heads(loss, differentiate, weighted, compiled):
               differentiate=differentiate)  # fmt: skip
     else:
         write(logits, target, values, loss, weights, differentiate)
+    assert compiled.kernels
+
+
+def test_kernel_of_scaled_gradients(compiled):
+    write_scaled(torch.zeros(7, 53, dtype=torch.bfloat16), torch.ones(()), torch.zeros(7, 53))
     assert compiled.kernels

@@ -19,6 +19,7 @@ from _util import DEVICE, TOLERANCES, relative_error
 
 from liger_fx import ops
 from liger_fx.ops import chunked_head, library
+from liger_fx.ops.linear_loss import scaled_kernel
 from liger_fx.ops.token_loss import TokenLoss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -868,6 +869,17 @@ def test_small_weights_do_not_underflow_in_float16(head, weights):
     scaled = grads(case.total(*tensors), tensors, torch.tensor(1e7, device=DEVICE))
     for a, e in zip(scaled[1:], expected[1:], strict=True):
         assert relative_error(a, e) < 2e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scaled_rounds_once(dtype):
+    """Without a compiler as well."""
+    gradient = torch.randn(37, 157, device=DEVICE).to(dtype)
+    upstream = torch.tensor(1 / 3, device=DEVICE)
+    expected = (gradient.double() * upstream.double()).float().to(dtype)
+    torch.testing.assert_close(scaled_kernel(gradient.mT, upstream).mT, expected, atol=0, rtol=0)
+    torch.library.opcheck(scaled_kernel, (gradient, upstream))
+    assert not scaled_kernel(torch.zeros_like(gradient), upstream / 0).any()
 
 
 # -- logits that are not finite --------------------------------------------------------------------
