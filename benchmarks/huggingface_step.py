@@ -23,7 +23,8 @@ of documents in one row, as by ``DataCollatorWithFlattening``. The arms:
     liger_fx_layers ``liger_fx.huggingface.compile(model)``: equal layers are compiled once
     liger_fx_offload  the same, and what layers save waits in the host's memory
     liger_fx_unpad  that of ``liger_fx_layers``, and layers see no padding
-    liger_fx_budget  that of ``liger_fx_layers``, and layers keep activations, as many as the GPU has room for
+    liger_fx_budget  that of ``liger_fx_layers``, and as many layers as the GPU has room for keep
+                    their activations
 
 Every arm is a process of its own, with empty caches. All arms of a model compile first, ``--jobs``
 at a time; when the last has, they are timed one by one, and each begins with the same weights at

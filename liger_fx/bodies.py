@@ -96,23 +96,21 @@ def _overload(name: str) -> torch._ops.OpOverload:
     return overload
 
 
-def checkpointed(nodes: Sequence[fx.Node], tracer: fx.Tracer) -> fx.Proxy:
-    """A call of a checkpoint whose body computes what these ``nodes`` do, as Dynamo makes them of
+def checkpointed(nodes: Sequence[fx.Node], tracer: fx.proxy.TracerBase) -> fx.Proxy:
+    """A call of a checkpoint whose body computes what these ``nodes`` do, as Dynamo makes one of
     ``torch.utils.checkpoint``. nodes: in their order, the last of which is read by others."""
-    graph = nodes[-1].graph
-    gm = graph.owning_module
-    body, inputs, outputs = fuse_as_graphmodule(gm, nodes, "Body", always_return_tuple=True)
+    gm: Any = nodes[-1].graph.owning_module
+    body, inputs, outputs = fuse_as_graphmodule(gm, [*nodes], "Body", always_return_tuple=True)
     if outputs != (nodes[-1],):
         raise ValueError(f"expected one output, {nodes[-1].name}, not {outputs}")
-    names = (f"recompute_body_{i}" for i in itertools.count())
+    names = (f"recomputed_body_{i}" for i in itertools.count())
     name = next(name for name in names if not hasattr(gm, name))
     gm.add_submodule(name, body)
-    operands = tuple(fx.Proxy(node, tracer) for node in inputs)
-    given = (tracer.create_proxy("get_attr", name, (), {}), *operands)
-    call = tracer.create_proxy(
-        "call_function", tag_activation_checkpoint, given, {"use_reentrant": False}
-    )
-    return call[0]
+    given = tracer.create_proxy("get_attr", name, (), {}), *(fx.Proxy(n, tracer) for n in inputs)
+    how = {"use_reentrant": False}
+    call: Any = tracer.create_proxy("call_function", tag_activation_checkpoint, given, how)
+    made: fx.Proxy = call[0]
+    return made
 
 
 def checkpoint_eagerly(gm: fx.GraphModule) -> None:

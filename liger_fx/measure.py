@@ -126,7 +126,11 @@ def measure_anew(
 ) -> dict[str, Measurement]:
     """As `measure`, with nothing remembered. Raises whatever compiling and running the graph
     raises."""
-    candidates = [rewrite for rewrite in rewrites if rewrite.name not in options.disable]
+    candidates = [
+        replace(rewrite, gain="enabled") if rewrite.name in options.enable else rewrite
+        for rewrite in rewrites
+        if rewrite.name not in options.disable
+    ]
     without, forms = _forms(gm, candidates, options.settings)
     measured: dict[str, Measurement] = {}
     if forms:

@@ -66,6 +66,8 @@ class Rewrite:
     measured_apart: names of variants that do other work than the rest: under ``policy="auto"`` no
         measurement of the others decides about them, nor theirs about the others.
     recomputed: is it looked for in the bodies of activation checkpoints too?
+    near_misses: does a report tell of what its patterns nearly match? Of patterns that are another
+        rewrite's too it would tell twice.
     settings: the options ``<name>.<setting>`` and their defaults.
     gain: why it is worth making on every device, under every inner compiler. Without one,
         ``policy="auto"`` and ``"measure"`` decide from measurements.
@@ -85,6 +87,7 @@ class Rewrite:
     variant: Callable[[Match], str] | None = None
     measured_apart: Sequence[str] = ()
     recomputed: bool = True
+    near_misses: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
     gain: str | None = None
     save_ops: Sequence[str] | Callable[[Mapping[str, Any]], Sequence[str]] = ()
@@ -169,7 +172,8 @@ class _Application:
             if graph.operands != operands:
                 touched.update(call.graph.owning_module for _, call in graph.callers)
         named = {r.rewrite for r in (*self.report.replacements, *self.report.rejections)}
-        if self.best is not None and self.rewrite.name not in named:
+        told = self.rewrite.name in named or not self.rewrite.near_misses
+        if self.best is not None and not told:
             self.report.near_misses.append(self.best)
 
     def _run(self, graph: Legality) -> bool:

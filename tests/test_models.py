@@ -243,11 +243,10 @@ def test_what_auto_decides_on_a_gpu(monkeypatch):
         "\n".join(f"{made}: {', '.join(families)}" for made, families in decided.items()),
         """\
 attention 2, linear_cross_entropy 1, rope 4: llama2, phi3, qwen2, Llama, Mistral, Qwen2, Phi3, Qwen3, GLM, Helium, ERNIE 4.5, OLMo 2, OLMo, Cohere, ModernBERT (decoder), nanochat, DeepSeek-V3, Qwen3-MoE, Llama 4 (text)
-add_rms_norm 4, attention 2, linear_cross_entropy 1, rms_norm 1, rope 4: gemma
-add_rms_norm 4, linear_cross_entropy 1, rms_norm 5, rope 4: gemma2, Gemma2
+add_rms_norm 4, attention 2, linear_cross_entropy 1, rope 4: gemma, Gemma3 (text)
+add_rms_norm 4, linear_cross_entropy 1, rope 4: gemma2, Gemma2
 attention 4, rope 4: llama3_2_vision (decoder)
 nothing: t5 (encoder), clip (text)
-add_rms_norm 4, attention 2, linear_cross_entropy 1, rms_norm 9, rope 4: Gemma3 (text)
 linear_cross_entropy 1, rope 4: GPT-OSS""",
     )
 

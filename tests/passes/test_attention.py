@@ -525,6 +525,12 @@ def forwards(compiled, tensors):
     return found, sum(any("aten::" in part.name for part in e.cpu_children) for e in called)
 
 
+def exact_gradients(spelling, tensors):
+    """In fp64: PyTorch's own of a causal sequence of 5 in bf16 are wrong on an H100 (torch 2.11)."""
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    return gradients(lambda *t: spelling(*t).sin().sum(), *wide)
+
+
 def without_a_mask(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
@@ -538,7 +544,7 @@ def test_a_checkpoint_keeps_the_output_if_told_so(spelling, inner):
     compiled = torch.compile(in_a_checkpoint(spelling), backend="liger_fx", options=options)
     actual, calls = forwards(compiled, tensors)
     assert calls == 1
-    expected = gradients(lambda *t: spelling(*t).sin().sum(), *tensors)
+    expected = exact_gradients(spelling, tensors)
     for a, e in zip(actual, expected, strict=True):
         assert relative_error(a, e) <= TOLERANCES[DTYPES[0]]
     assert liger_fx.reports()[-1].counts == {"attention": 1}
@@ -614,7 +620,7 @@ def test_in_a_checkpoint_no_state_of_a_random_generator_is_put_back(heads):
     with mock.patch("torch._functorch.partitioners.functionalize_rng_ops") as restored:
         actual, calls = forwards(compiled, tensors)
     assert calls == 1 and not restored.called
-    expected = gradients(lambda *t: without_a_mask(*t).sin().sum(), *tensors)
+    expected = exact_gradients(without_a_mask, tensors)
     for a, e in zip(actual, expected, strict=True):
         assert relative_error(a, e) <= TOLERANCES[DTYPES[0]]
 
