@@ -165,13 +165,35 @@ class _Put(_Node):
 
 @dataclass(eq=False)
 class _Known(_Op):
-    """A gradient of logits whose gradients of hidden states [N, H] and parameters are known."""
+    """A gradient of logits whose gradients of hidden states [N, H] and parameters are known.
+
+    steps: what is between these logits and the projection, the outermost first: by each of them the
+    gradient has to come, and by nothing else.
+    """
 
     key: Any = None  # of the projection
     gradients: Sequence[Tensor | None] = ()
+    steps: Sequence[_Op] = ()
 
     def cast(self, dtype: torch.dtype) -> _Node:
-        return replace(self, function=Tensor.to, args=(_Op(self.function, self.args), dtype))
+        before = _Op(self.function, self.args, self.kwargs)
+        return replace(self, function=Tensor.to, args=(before, dtype), kwargs={})
+
+
+def _through_steps(made: _Op) -> _Op:
+    """``made``, known as well if it takes a gradient that is known by its next step."""
+    grad = made.args[0]
+    if not isinstance(grad, _Known) or not grad.steps:
+        return made
+    step, *others = grad.steps
+    _, *operands = made.args
+    if step.function is aten.tanh.default:
+        gone = made.function is aten.tanh_backward.default and operands == [step]
+    else:  # a product or quotient of logits and a number
+        gone = made.function is step.function and operands == [*step.args[1:]]
+    if not gone:
+        return made
+    return _Known(made.function, made.args, made.kwargs, grad.key, grad.gradients, others)
 
 
 class _Projection(_Op):
@@ -253,7 +275,7 @@ class _Project(torch.autograd.Function):
         index = None
         while isinstance(node, _Put):
             node, index = node.source, node.index if index is None else index[node.index]
-        if isinstance(node, _Known) and node.key is ctx.key:
+        if isinstance(node, _Known) and node.key is ctx.key and not node.steps:
             rows, *others = node.gradients
         else:
             with _no_autocast(grad.device.type):
@@ -604,6 +626,7 @@ def _by_rows(func: Any, *args: Any, **kwargs: Any) -> Any:
 
     given = tree_map_only(Tensor, operand, given)
     node = _Op(func, [given.pop(a.name) for a in arguments if not a.kwarg_only], given)
+    node = _through_steps(node)
     if isinstance(like, Tensor) and like.shape == logits.shape:
         return _made(like, node, logits.device)
     outputs = _by_chunks(node, logits)
@@ -750,7 +773,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, logits: DeferredLogits, target: Tensor, grad: bool, *settings: Any
     ) -> Any:
-        projection, index = _plain_projection(logits)
+        projection, index, steps = _plain_projection(logits)
         projection.check()
         hidden, *parameters = projection.tensors
         hidden = hidden if index is None else hidden[index]
@@ -758,12 +781,13 @@ class _CrossEntropy(torch.autograd.Function):
         absent = [None] * (3 - len(given))
         needs = [grad and need for need in projection.needs] + [False] * len(absent)
         others = [None] * 6  # class weights, a teacher, weights of tokens, a mask
-        taken = (["cross_entropy"], *settings, 0.0, 1.0, 0.0)
+        taken = (["cross_entropy"], *settings, *_softcap_and_temperature(steps), 0.0)
         losses, *gradients = linear_loss_kernel(
             *given, *absent, target, *others, *taken, *needs, 0, torch.float32, True, False
         )
         # Not the projection itself: these logits may have been read since.
         ctx.settings, ctx.key, ctx.needs = settings, projection.key, projection.needs
+        ctx.steps = steps
         ctx.save_for_backward(logits, target, *gradients)
         return losses.sum()
 
@@ -776,7 +800,7 @@ class _CrossEntropy(torch.autograd.Function):
             for gradient, need in zip(gradients, ctx.needs, strict=False)
         ]
         args = _node_of(logits), _Each(target.reshape(-1)), grad, *ctx.settings
-        node = _Known(_cross_entropy_gradient, args, {}, ctx.key, known)
+        node = _Known(_cross_entropy_gradient, args, {}, ctx.key, known, ctx.steps)
         return _made(_mirror(logits), node, logits.device), *[None] * 4
 
 
@@ -790,20 +814,41 @@ def _cross_entropy_gradient(
         return torch.autograd.grad(loss, values, grad.to(loss.dtype))[0]
 
 
-def _plain_projection(logits: Any) -> tuple[_Projection, Tensor | None]:
-    """The ``F.linear`` that these logits are, copied or widened at most, and the row of it for each
-    of theirs, None for all in order."""
+def _plain_projection(logits: Any) -> tuple[_Projection, Tensor | None, list[_Op]]:
+    """The ``F.linear`` that these logits are, copied or widened, scaled or capped at most; the row
+    of it for each of theirs, None for all in order; and what scales or caps, the outermost first.
+    """
     node: Any = _rows(logits)
-    index, dtypes = None, {logits.dtype}
+    index, dtypes, steps = None, {logits.dtype}, []
     while not isinstance(node, _Projection):
         if isinstance(node, _Take):
             node, index = node.source, node.index if index is None else node.index[index]
-        else:
-            _unless(isinstance(node, _Op) and node.function is aten._to_copy.default)
+            continue
+        _unless(isinstance(node, _Op))
+        if node.function is aten._to_copy.default:
             dtypes.add(node.kwargs["dtype"])
-            node = node.args[0]
+        else:
+            steps.append(node)
+        node = node.args[0]
     _unless(node.linear is not None and dtypes <= {node.linear, torch.float32})
-    return node, index
+    _softcap_and_temperature(steps)
+    return node, index, steps
+
+
+def _softcap_and_temperature(steps: Sequence[_Op]) -> tuple[float, float]:
+    """Of ``softcap tanh(x / temperature / softcap)``, or with softcap 0 of ``x / temperature``."""
+    softcap, factor, divisor = 0.0, 1.0, 1.0
+    for step in steps:
+        if step.function is aten.tanh.default:
+            _unless(not softcap)
+            softcap, factor, divisor = factor / divisor, 1.0, 1.0
+            continue
+        _unless(step.function in (aten.mul.Tensor, aten.div.Tensor))
+        number = step.args[1]
+        _unless(isinstance(number, int | float) and 0.0 < number < float("inf"))
+        factor *= number if step.function is aten.mul.Tensor else 1.0
+        divisor *= number if step.function is aten.div.Tensor else 1.0
+    return softcap, divisor / factor / (softcap or 1.0)
 
 
 def _cross_entropy(

@@ -10,6 +10,7 @@ import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -795,6 +796,75 @@ def test_a_hook_changes_the_gradient_of_a_fused_loss():
         logits.register_hook(lambda grad: grad * 2)
         loss = F.cross_entropy(logits, labels) + logits.logsumexp(-1).sum()
         return torch.autograd.grad(loss, (hidden, weight))
+
+    kind = dict(classes=V, dtype=torch.float32, requires_grad=True)
+    actual = gradients(DeferredLogits(Head(F.linear, (weight,)), hidden, **kind))
+    torch.testing.assert_close(actual, gradients(F.linear(hidden, weight)))
+
+
+FUSED = {
+    "softcap": lambda x: torch.tanh(x / 30.0) * 30.0,
+    "softcap in fp32": lambda x: 30 * torch.tanh(x.float() / 30),
+    "scale": lambda x: x * 0.0625,
+    "divisor": lambda x: x / 8.0,
+    "scale and softcap": lambda x: torch.tanh(x * 0.5 / 30.0) * 30.0,
+    "scale of a slice": lambda x: x[:, :-1] / 8.0,
+}
+NOT_FUSED = {
+    "two softcaps": lambda x: x.tanh().tanh(),
+    "a negative scale": lambda x: x * -1.0,
+    "a shift": lambda x: x + 1.0,
+    "a scale that is computed": lambda x: x * torch.tensor(2.0),
+    "a factor for each class": lambda x: x * torch.arange(V),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("of", FUSED | NOT_FUSED)
+def test_scaled_and_capped_heads(of, dtype):
+    """Gemma2, Cohere and Granite among them."""
+    shape = (FUSED | NOT_FUSED)[of]
+
+    def loss(head: Callable[..., Any], *leaves: Tensor) -> Tensor:
+        logits = shape(head(leaves[0] * 1, leaves[1]))
+        labels = LABELS[:, : logits.shape[1]].reshape(-1)
+        return F.cross_entropy(logits.float().view(-1, V), labels, label_smoothing=0.1)
+
+    def deferred_logits(hidden: Tensor, weight: Tensor) -> Any:
+        kind = dict(classes=V, dtype=dtype, requires_grad=True)
+        return DeferredLogits(Head(F.linear, (weight,)), hidden, **kind)
+
+    leaves = [torch.randn(*size).to(dtype).requires_grad_() for size in ((B, S, H), (V, H))]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    runs = ((deferred_logits, leaves), (F.linear, leaves), (F.linear, exact))
+    recompute, before = deferred._by_recomputing, materialized()
+    with mock.patch.object(deferred, "_by_recomputing", side_effect=recompute) as recomputed:
+        found = [torch.autograd.grad(loss(head, *given), given) for head, given in runs]
+    assert recomputed.called == (of in NOT_FUSED) and materialized() == before
+    for a, b, e in zip(*found, strict=True):
+        assert relative_error(a, e) <= 1.2 * relative_error(b, e) + TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("factor", [30.0, 1 / 30.0, 1.0])
+@pytest.mark.parametrize("where", ["capped", "between", "logits"])
+@pytest.mark.parametrize("others", [False, True])
+def test_hooks_of_a_capped_head(factor, where, others):
+    """One that multiplies as the next step of the backward does is not taken for it."""
+    hidden, weight = torch.randn(B, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    labels = torch.tensor([1, -100, 3])
+
+    def gradients(logits: Any) -> Any:
+        between = torch.tanh(logits / 30.0)
+        capped = between * 30.0
+        locals()[where].register_hook(lambda grad: grad * factor)
+        capped.retain_grad()
+        loss = F.cross_entropy(capped, labels)
+        if others:
+            loss = loss + capped.logsumexp(-1).sum() + F.cross_entropy(capped, labels.relu())
+        loss.backward()
+        found = hidden.grad, weight.grad, capped.grad + 0
+        hidden.grad = weight.grad = None
+        return found
 
     kind = dict(classes=V, dtype=torch.float32, requires_grad=True)
     actual = gradients(DeferredLogits(Head(F.linear, (weight,)), hidden, **kind))
