@@ -53,22 +53,26 @@ _WITH_A_CACHE = (
 )
 
 
+DEEP = 8  # equal layers: to compile each of them takes longer than all the rest
+
+
 class LigerFxCallback(TrainerCallback):
     """``Trainer(..., callbacks=[LigerFxCallback()])``: compiles the model with liger_fx, in
-    place and as one graph.
+    place: one with 8 equal layers or more by `compile`, others as one graph.
 
     options: as for `liger_fx.backend`. Raises OptionError, a ValueError.
     """
 
     def __init__(self, **options: Any) -> None:
         self._backend = backend(**options)
+        self._options = options
 
     def on_init_end(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
         self._compile(trained["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
         # With ``model_init``, ``train()`` has made a new model.
-        if trained["model"]._compiled_call_impl is None:
+        if all(module._compiled_call_impl is None for module in trained["model"].modules()):
             self._compile(trained["model"])
 
     def _compile(self, model: nn.Module) -> None:
@@ -76,7 +80,10 @@ class LigerFxCallback(TrainerCallback):
             if isinstance(module, PreTrainedModel) and module.loss_type is None:
                 # transformers would take this one, with a log line, at which Dynamo ends the graph.
                 module.loss_type = "ForCausalLM"
-        model.compile(backend=self._backend)
+        if any(len(names) >= DEEP for names in _regions(model).values()):
+            compile(model, **self._options)
+        else:
+            model.compile(backend=self._backend)
 
 
 @dataclass

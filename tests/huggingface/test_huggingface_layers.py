@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import liger_fx
+from liger_fx import deferred
 from liger_fx import offload as module_of_offload
 from liger_fx.deferred import materialized
 from liger_fx.offload import Offload
@@ -61,7 +62,7 @@ TWO_FORMS = {"gemma2", "gemma3_text", "qwen3_moe"}
 def build(name: str = "llama", checkpoints: bool | None = None, **settings: Any) -> Any:
     """checkpoints: whether they are reentrant, None for none."""
     torch.manual_seed(0)
-    sizes = SMALL | dict(num_hidden_layers=4) | MODELS[name] | settings
+    sizes = SMALL | dict(num_hidden_layers=4) | MODELS.get(name, {}) | settings
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).train()
     if checkpoints is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpoints})
@@ -105,6 +106,23 @@ def test_equals_eager_in_one_graph_a_form(name, mode, checkpoints):
     assert sum(len(report.modules) for report in layers) == 4 and len(norm.modules) == 1
     assert counters["stats"]["unique_graphs"] == 1 + len(layers) and not counters["graph_break"]
     assert head.deferred and materialized() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gemma2", dict(final_logit_softcapping=2.0)),
+        ("cohere", dict(logit_scale=0.25)),
+        ("granite", dict(logits_scaling=4.0)),
+    ],
+)
+def test_heads_that_scale_or_cap_are_fused(name, settings, monkeypatch):
+    given, before = batch("padded"), materialized()
+    expected = gradients(build(name, **settings), given)
+    monkeypatch.setattr(deferred, "_by_recomputing", None)
+    actual = gradients(compiled(build(name, **settings)), given)
+    assert_equal(actual, expected, 1e-5)
+    assert materialized() == before
 
 
 @pytest.mark.parametrize("checkpoints", [None, False], ids=["", "checkpoints"])
