@@ -85,6 +85,7 @@ def test_shrinking_keeps_what_fails():
     assert small.inputs == ("x0 = torch.randn(2)",) and len(small.outputs) == 1
 
 
+@pytest.mark.slow  # that a program shrinks is shown by a small one above
 def test_a_wrong_compiler_is_found_and_its_program_shrinks():
     """One that gets every program with a softmax wrong."""
 

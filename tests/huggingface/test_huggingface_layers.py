@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import itertools
 import logging
 import re
 from typing import Any
@@ -94,9 +95,16 @@ def assert_equal(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
             assert relative_error(actual[name], value) <= tolerance, name
 
 
-@pytest.mark.parametrize("checkpoints", [None, False, True], ids=["", "checkpoints", "reentrant"])
-@pytest.mark.parametrize("mode", ["without", "padded", "packed"])
-@pytest.mark.parametrize("name", MODELS)
+def cases():
+    """Llama's all; of the others the rest are slow ones, since what differs lies in the layers."""
+    kinds = {"": None, "checkpoints": False, "reentrant": True}
+    for name, mode, kind in itertools.product(MODELS, ["without", "padded", "packed"], kinds):
+        quick = name == "llama" or (mode, kind) in (("without", ""), ("padded", "checkpoints"))
+        marks = [] if quick else [pytest.mark.slow]
+        yield pytest.param(name, mode, kinds[kind], marks=marks, id=f"{name}-{mode}-{kind}")
+
+
+@pytest.mark.parametrize(("name", "mode", "checkpoints"), cases())
 def test_equals_eager_in_one_graph_a_form(name, mode, checkpoints):
     given, before = batch(mode), materialized()
     actual = gradients(compiled(build(name, checkpoints)), given)
@@ -126,7 +134,7 @@ def test_heads_that_scale_or_cap_are_fused(name, settings, monkeypatch):
 
 
 @pytest.mark.parametrize("checkpoints", [None, False], ids=["", "checkpoints"])
-@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_autocast(name, checkpoints):
     """No less exact than the whole model in one graph."""
     given = batch("padded")
@@ -441,7 +449,10 @@ def test_nothing_is_offloaded_in_other_checkpoints_around_layers(checkpoints, mo
 
 @pytest.mark.parametrize(
     ("name", "checkpoints"),
-    [("llama", None), ("llama", False), ("llama", True), ("gemma3_text", False)],
+    [
+        *(("llama", kind) for kind in (None, False, True)),
+        pytest.param("gemma3_text", False, marks=pytest.mark.slow),
+    ],
 )
 def test_offloading_changes_no_bit(name, checkpoints, monkeypatch):
     monkeypatch.setattr(huggingface, "Offload", functools.partial(Offload, least=1))

@@ -118,7 +118,10 @@ def test_equals_the_padded_batch(name, side, seen):
 
 @pytest.mark.parametrize(
     ("reentrant", "offload"),
-    [(False, True), (True, False), *(pytest.param(x, x, marks=pytest.mark.slow) for x in (0, 1))],
+    [
+        (True, False),
+        *(pytest.param(*both, marks=pytest.mark.slow) for both in ((0, 1), (0, 0), (1, 1))),
+    ],
 )
 def test_checkpoints(reentrant, offload, seen, monkeypatch):
     monkeypatch.setattr(huggingface, "Offload", functools.partial(Offload, least=1))

@@ -276,9 +276,13 @@ def test_takes_of_one_head(takes, literals, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "infinite"), [(torch.float32, False), (torch.float32, True), (torch.float16, False)]
+    ("dtype", "infinite", "temperature", "ignored"),
+    [
+        (torch.float32, False, 1.0, None),
+        (torch.float32, True, 2.0, 3),
+        (torch.float16, False, 2.0, 3),
+    ],
 )
-@pytest.mark.parametrize(("temperature", "ignored"), [(1.0, None), (2.0, 3)])
 @pytest.mark.parametrize(("takes", "beta"), DIVERGED, ids=str)
 def test_takes_of_two_heads(takes, beta, temperature, ignored, infinite, dtype, monkeypatch):
     monkeypatch.setattr(kl_triton, "_BLOCK", 32)

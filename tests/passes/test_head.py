@@ -297,17 +297,22 @@ def two_heads_of_one_weight(h, w, y):
     return z_loss(h, w, y) * 2 + z_loss(h.tanh(), w, y.roll(1)), masked(h.cos(), w, y)
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-@pytest.mark.parametrize(
-    "fn",
-    [
-        added_in_place, added_in_place_to_both, written_after_it_is_logged, masked_in_place,
-        weights_written_before, broadcast_sum, outer_product,
-        summed_in_double, nan_instead, over_its_own_mean, inverse, flag, unweighted_is_logged,
-        logged_with_a_share_of_zero, two_heads_of_one_weight,
-    ],
-    ids=lambda f: f.__name__,
-)  # fmt: skip
+AS_EAGER = [
+    added_in_place, added_in_place_to_both, written_after_it_is_logged, masked_in_place,
+    weights_written_before, broadcast_sum, outer_product,
+    summed_in_double, nan_instead, over_its_own_mean, inverse, flag, unweighted_is_logged,
+    logged_with_a_share_of_zero, two_heads_of_one_weight,
+]  # fmt: skip
+
+
+def cases():
+    for fn in AS_EAGER:
+        yield pytest.param(fn, "aot_eager", id=f"{fn.__name__}-aot_eager")
+        marks = [] if fn in (added_in_place, nan_instead, flag) else [pytest.mark.slow]
+        yield pytest.param(fn, "inductor", marks=marks, id=f"{fn.__name__}-inductor")
+
+
+@pytest.mark.parametrize(("fn", "inner"), cases())
 def test_as_eager(fn, inner, hidden, weight, labels):
     torch._dynamo.reset()
     options = {"inner": inner, "linear_cross_entropy.chunk_tokens": 5}

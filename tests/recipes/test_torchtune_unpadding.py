@@ -75,9 +75,16 @@ LENGTHS = {
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("build", BUILDERS.values(), ids=BUILDERS)
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def cases():
+    """Compiled, lengths that are like others are slow ones."""
+    for (of, lengths), (name, build) in itertools.product(LENGTHS.items(), BUILDERS.items()):
+        yield pytest.param(build, lengths, False, id=f"{of}-{name}-eager")
+        alike = of == "one without a label" or (of == "of several lengths" and name != "phi3")
+        marks = [pytest.mark.slow] if alike else []
+        yield pytest.param(build, lengths, True, marks=marks, id=f"{of}-{name}-compiled")
+
+
+@pytest.mark.parametrize(("build", "lengths", "compiled"), cases())
 def test_equals_the_padded_batch(build, lengths, compiled):
     torch.manual_seed(0)
     stock = build().double()
