@@ -96,13 +96,15 @@ def _overload(name: str) -> torch._ops.OpOverload:
     return overload
 
 
-def checkpointed(nodes: Sequence[fx.Node], tracer: fx.proxy.TracerBase) -> fx.Proxy:
+def checkpointed(
+    nodes: Sequence[fx.Node], output: fx.Node, tracer: fx.proxy.TracerBase
+) -> fx.Proxy:
     """A call of a checkpoint whose body computes what these ``nodes`` do, as Dynamo makes one of
-    ``torch.utils.checkpoint``. nodes: in their order, the last of which is read by others."""
-    gm: Any = nodes[-1].graph.owning_module
+    ``torch.utils.checkpoint``. nodes: in their order. output: the one that others read."""
+    gm: Any = output.graph.owning_module
     body, inputs, outputs = fuse_as_graphmodule(gm, [*nodes], "Body", always_return_tuple=True)
-    if outputs != (nodes[-1],):
-        raise ValueError(f"expected one output, {nodes[-1].name}, not {outputs}")
+    if outputs != (output,):
+        raise ValueError(f"expected one output, {output.name}, not {outputs}")
     names = (f"recomputed_body_{i}" for i in itertools.count())
     name = next(name for name in names if not hasattr(gm, name))
     gm.add_submodule(name, body)

@@ -71,7 +71,7 @@ def _needs_gradient(node: Any) -> bool:
 def replace(match: Match, **given: Any):
     nodes = sorted(match.nodes, key=match.view.position.__getitem__)
     tracer = next(value.tracer for value in given.values() if isinstance(value, fx.Proxy))
-    return checkpointed(nodes, tracer)
+    return checkpointed(nodes, match.root, tracer)
 
 
 def recompute(what: str, patterns: Sequence[Callable[..., Any]]) -> Rewrite:

@@ -146,6 +146,16 @@ def test_each_has_a_checkpoint_of_its_own(x, weights):
     assert bodies == ["recomputed_body_0", "recomputed_body_1", "recomputed_body_2"]
 
 
+def test_a_view_that_nobody_reads_is_no_output(x, weights):
+    def fn(x, gate, up, down):
+        active = F.silu(F.linear(x, gate))
+        product = active * F.linear(x, up)
+        active.view(-1)
+        return F.linear(product, down)
+
+    assert capture(fn, x, *weights).reports[0].counts == {"recompute_activation": 1}
+
+
 # -- what is saved ---------------------------------------------------------------------------------
 
 
