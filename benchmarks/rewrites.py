@@ -10,7 +10,8 @@ Two decoder layers, torchtune's or those of transformers, in the sizes of real m
 backward, with random weights in bf16 and without embedding and head: each layer compiled by itself
 ("layers") or both in one graph ("step"), checkpointed or not, under each inner compiler. And the
 loss on logits, and a trained embedding. Each rewrite is made alone and compared with none: laps in
-turn, in one process, medians.
+turn, in one process, medians. Memory is that of the peak; of layers without checkpoints it is what
+their forward leaves for the backward.
 
 A case is a process of its own. First all compile, ``--jobs`` at a time; when the last has, they
 are timed one by one. ``--write`` puts the rows into liger_fx/measured.json, in the place of what it
@@ -39,7 +40,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _harness import Args, Benchmark, options, several, side_by_side
-from _measure import interleaved, lap_times, padding, run_laps
+from _measure import GIB, interleaved, lap_times, padding, run_laps
 from _output import PACKAGES, Column, Panel, Row, columns, markdown
 from _steps import checkpointed, llama, lora, random_model
 from liger_fx.passes import DEFAULT
@@ -49,6 +50,7 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 from liger_fx import rewrite_graph
+from liger_fx.measure import left_by_forward
 from liger_fx.options import INNER
 from liger_fx.own_table import as_text
 from liger_fx.policy import Row as TableRow
@@ -124,7 +126,7 @@ def _same(documents: Tensor) -> Tensor:
 
 
 Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
-Build = Callable[[Compile], Callable[[], object]]  # a forward and backward, some of it compiled
+Build = Callable[[Compile], "Lap"]  # some of it compiled
 
 
 def case(model: str, form: str, checkpoint: bool, inner: str, mask: str = "") -> Row:
@@ -157,11 +159,24 @@ def cases(models: Sequence[str], inners: Sequence[str]) -> list[Row]:
 # -- a case ----------------------------------------------------------------------------------------
 
 
-def forward_and_backward(
-    run: Callable[..., Tensor], trained: Sequence[Tensor], *inputs: Tensor
-) -> Callable[[], object]:
-    upstream = torch.randn_like(run(*inputs).detach())
-    return lambda: torch.autograd.grad(run(*inputs), trained, upstream)
+class Lap:
+    """A forward and backward of ``run``."""
+
+    def __init__(
+        self, run: Callable[..., Tensor], trained: Sequence[Tensor], *inputs: Tensor
+    ) -> None:
+        self.forward, self.trained = partial(run, *inputs), trained
+        self.upstream = torch.randn_like(self.forward().detach())
+
+    def __call__(self) -> object:
+        return torch.autograd.grad(self.forward(), self.trained, self.upstream)
+
+    def gib(self, args: Args) -> float | None:
+        """At the peak. Of layers without checkpoints what their forward leaves for the backward: a
+        deep model has all of that at its peak. A CPU counts neither."""
+        if args.device.type != "cuda" or args.checkpoint or args.form in ("loss", "embedding"):
+            return run_laps(self, args.device, 1).peak_gib
+        return left_by_forward(self.forward) / GIB
 
 
 def decoder(args: Args) -> Build:
@@ -180,7 +195,7 @@ def decoder(args: Args) -> Build:
 
     outside, whole = angles(hidden), args.form == "step"
 
-    def build(compiled: Compile) -> Callable[[], object]:
+    def build(compiled: Compile) -> Lap:
         each = layers if whole else [compiled(layer) for layer in layers]
 
         def run(x: Tensor) -> Tensor:
@@ -194,7 +209,7 @@ def decoder(args: Args) -> Build:
                 x = layer(x, **given, **found)
             return x
 
-        return forward_and_backward(compiled(run) if whole else run, trained, hidden)
+        return Lap(compiled(run) if whole else run, trained, hidden)
 
     return build
 
@@ -215,8 +230,8 @@ def loss_on_logits(args: Args) -> Build:
     labels = torch.randint(classes, (tokens,), device=args.device)
     loss = CEWithChunkedOutputLoss().compute_cross_entropy
 
-    def build(compiled: Compile) -> Callable[[], object]:
-        return forward_and_backward(compiled(loss), [logits], logits, labels)
+    def build(compiled: Compile) -> Lap:
+        return Lap(compiled(loss), [logits], logits, labels)
 
     return build
 
@@ -227,8 +242,8 @@ def embedding(args: Args) -> Build:
     weight.requires_grad_()
     tokens = torch.randint(len(weight), (args.batch, args.seq), device=args.device)
 
-    def build(compiled: Compile) -> Callable[[], object]:
-        return forward_and_backward(compiled(F.embedding), [weight], tokens, weight)
+    def build(compiled: Compile) -> Lap:
+        return Lap(compiled(F.embedding), [weight], tokens, weight)
 
     return build
 
@@ -270,7 +285,7 @@ def measure(args: Args) -> Iterator[Row]:
         torch.cuda.empty_cache()  # for those that compile now
     yield {"compiled": True}
     sys.stdin.readline()
-    peaks = {name: run_laps(call, args.device, 1).peak_gib for name, call in arms.items()}
+    memory = {name: lap.gib(args) for name, lap in arms.items()}
     laps = interleaved(arms, args.device, args.laps)
     times = {name: statistics.median(found) for name, found in laps.items()}
     for name, spelling in spellings.items():
@@ -280,8 +295,8 @@ def measure(args: Args) -> Iterator[Row]:
             "ms_without": times["none"],
             "ms_with": times[name],
             "speed": times["none"] / times[name],
-            "peak_without_gib": peaks["none"],
-            "memory": peaks[name] and peaks[name] / peaks["none"],
+            "gib_without": memory["none"],
+            "memory": memory[name] and memory[name] / memory["none"],
         }
 
 

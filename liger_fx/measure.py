@@ -123,9 +123,11 @@ def measure_anew(
     example_inputs: Sequence[Any],
     rewrites: Sequence[Rewrite],
     options: Options,
+    one_of_many: bool = False,
 ) -> dict[str, Measurement]:
-    """As `measure`, with nothing remembered. Raises whatever compiling and running the graph
-    raises."""
+    """As `measure`, with nothing remembered. one_of_many: the memory that counts is not the peak of
+    the graph but what its forward leaves for its backward, since a model runs many such graphs
+    before the first backward. Raises whatever compiling and running the graph raises."""
     candidates = [
         replace(rewrite, gain="enabled") if rewrite.name in options.enable else rewrite
         for rewrite in rewrites
@@ -143,7 +145,7 @@ def measure_anew(
 
             base = compiled(without)
             for name, form in forms.items():
-                measured[name] = bench.compare(base, compiled(form))
+                measured[name] = bench.compare(base, compiled(form), one_of_many)
     return measured
 
 
@@ -308,19 +310,21 @@ class _Bench:
         self.allocated = torch.cuda.memory_allocated() if self.on_gpu else 0
         self.data = _Data(example_inputs)
 
-    def compare(self, without: Callable[..., Any], with_it: Callable[..., Any]) -> Measurement:
+    def compare(
+        self, without: Callable[..., Any], with_it: Callable[..., Any], one_of_many: bool
+    ) -> Measurement:
         """Laps of both in turn: what slows the machine down for a while slows both."""
         both = (without, with_it)
         for form in both * WARMUP:
             self.lap(form)()
-        peaks = [self.peak(form) for form in both]
+        memory = [self.left(form) if one_of_many else self.peak(form) for form in both]
         slower = max(self.lap(form)() for form in both)
         laps = min(MOST, max(FEWEST, round(SECONDS / slower)))
         clocks = [[self.lap(form) for form in both] for _ in range(laps)]
         before, after = (
             statistics.median(read() for read in reads) for reads in zip(*clocks, strict=True)
         )
-        return Measurement(before / after, peaks[1] / peaks[0] if self.on_gpu else None)
+        return Measurement(before / after, memory[1] / memory[0] if self.on_gpu else None)
 
     def lap(self, form: Callable[..., Any]) -> Callable[[], float]:
         """Run ``form`` once. What comes back says how many seconds it took, and waits for that: the
@@ -352,3 +356,17 @@ class _Bench:
         torch.cuda.reset_peak_memory_stats()
         self.lap(form)()
         return torch.cuda.max_memory_allocated() - self.allocated
+
+    def left(self, form: Callable[..., Any]) -> int:
+        """Bytes. 0 on a CPU."""
+        self.data.restore()
+        return left_by_forward(lambda: form(*self.data.inputs)) if self.on_gpu else 0
+
+
+def left_by_forward(forward: Callable[[], object]) -> int:
+    """Bytes on the GPU that a forward leaves for its backward, what it returns included."""
+    before = torch.cuda.memory_allocated()
+    outputs = forward()
+    left = torch.cuda.memory_allocated() - before
+    del outputs
+    return left

@@ -211,7 +211,8 @@ def measured(case: Case, batch: int, seq: int, device: torch.device) -> list[Row
             for rewrite in DEFAULT
             for made in rewrite_graph(copied(gm), [rewrite]).replacements
         }
-        for name, found in measure_anew(gm, example_inputs, DEFAULT, options).items():
+        many = case.model in MODELS and not case.checkpoint
+        for name, found in measure_anew(gm, example_inputs, DEFAULT, options, many).items():
             place = (name, patterns[name], case.inner, case.checkpoint, case.model, case.form)
             rows.append(Row(found.speed, found.memory, *place))
         return gm.forward

@@ -639,6 +639,21 @@ def test_layers_of_other_libraries_and_with_adapters(model, spellings, monkeypat
         assert {name: found[name] for name in spellings} == spellings
 
 
+@pytest.mark.parametrize(
+    ("form", "checkpoint", "counted"),
+    [("layers", False, 3.0), ("step", False, 3.0), ("layers", True, 7.0), ("loss", False, 7.0)],
+)
+def test_memory_of_layers_is_what_they_leave(form, checkpoint, counted, monkeypatch):
+    """A model of many layers without checkpoints has all of that at its peak."""
+    x = torch.ones((), requires_grad=True)
+    lap = rewrites.Lap(lambda x: x * 2, [x], x)
+    allocated = iter([5 * rewrites.GIB, 8 * rewrites.GIB])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(allocated))
+    monkeypatch.setattr(rewrites, "run_laps", lambda *args: Namespace(peak_gib=7.0))
+    args = Namespace(form=form, checkpoint=checkpoint, device=torch.device("cuda"))
+    assert lap.gib(args) == counted
+
+
 def test_a_run_is_added_to_those_before():
     """The latest run says which rows a case has; of rows with the same key, for several masks, the
     first is the first's."""

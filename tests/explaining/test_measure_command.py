@@ -85,6 +85,21 @@ def test_a_broken_table_is_made_anew(on_an_l4, tmp_path):
     assert policy.own_table(str(tmp_path / "t")).keys() == {"sm89"}
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_memory_of_layers_is_what_they_leave(checkpoint, on_an_l4, monkeypatch):
+    asked = []
+
+    def compare(bench, base, form, one_of_many):
+        asked.append(one_of_many)
+        return policy.Measurement(1.0, 1.0)
+
+    monkeypatch.setattr("liger_fx.measure._Bench.compare", compare)
+    for form, model in (("layers", "tiny"), ("loss", "logits")):
+        case = own_table.Case(model, form, checkpoint, "eager")
+        own_table.measured(case, 2, 8, torch.device("cpu"))
+    assert asked[:-1] == [not checkpoint] * (len(asked) - 1) and not asked[-1]
+
+
 def test_several_runs_of_a_row_are_its_speeds(on_an_l4, tmp_path):
     measure("--write", str(tmp_path / "t"), "--runs", "3")
     rows = json.loads((tmp_path / "t").read_text())["sm89"]["rows"]
