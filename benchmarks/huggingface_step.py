@@ -20,7 +20,7 @@ of documents in one row, as by ``DataCollatorWithFlattening``. The arms:
     liger_fx        ``model.compile(backend="liger_fx")``
     liger_fx_loss   the function of ``inductor_loss``, with the backend liger_fx
     liger_fx_keep   that of ``liger_fx``, and activation checkpoints keep what attention returns
-    liger_fx_recompute  that of ``liger_fx``, and norms and activations are not saved
+    liger_fx_recompute  that of ``liger_fx``, under torch's own ``activation_memory_budget``
     liger_fx_layers ``liger_fx.huggingface.compile(model)``: equal layers are compiled once
     liger_fx_offload  the same, and what layers save waits in the host's memory
     liger_fx_unpad  that of ``liger_fx_layers``, and layers see no padding
@@ -83,7 +83,6 @@ CONFIGS = {
     "tiny": config(LlamaConfig, 512, 64, 128, 2, 4, 2, 16, 2048),
 }
 
-RECOMPUTED = ["recompute_norm", "recompute_activation"]
 KEEP = "attention.keep_in_checkpoints"
 
 
@@ -123,6 +122,11 @@ def compiled_layers(model: nn.Module, args: Args, **options: Any) -> LossStep:
     return eager(model, args)
 
 
+def under_torchs_budget(model: nn.Module, args: Args) -> LossStep:
+    torch._functorch.config.activation_memory_budget = 0.8
+    return compiled_model("liger_fx", model, args)
+
+
 def liger(model: nn.Module, args: Args) -> LossStep:
     needs_cuda(args.device, "Liger's patch")
     from liger_kernel.transformers import monkey_patch
@@ -145,7 +149,7 @@ ARMS: dict[str, Callable[[nn.Module, Args], LossStep]] = {
     "liger_fx": partial(compiled_model, "liger_fx"),
     "liger_fx_loss": partial(compiled_loss, "liger_fx"),
     "liger_fx_keep": partial(compiled_model, "liger_fx", **{KEEP: True}),
-    "liger_fx_recompute": partial(compiled_model, "liger_fx", enable=RECOMPUTED),
+    "liger_fx_recompute": under_torchs_budget,
     "liger_fx_layers": compiled_layers,
     "liger_fx_offload": partial(compiled_layers, offload=True),
     "liger_fx_unpad": partial(compiled_layers, unpad=True),

@@ -2,7 +2,7 @@
 
     python benchmarks/rewrites.py --write
     python benchmarks/rewrites.py --add
-    python benchmarks/rewrites.py --add --rewrites recompute_norm recompute_activation
+    python benchmarks/rewrites.py --add --rewrites rope add_rms_norm
     python benchmarks/rewrites.py --show sm90
     python benchmarks/rewrites.py --model tiny --device cpu --batch 2 --seq 32 --laps 2
 

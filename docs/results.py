@@ -45,7 +45,7 @@ ARMS = {
     "liger_fx_keep": "**liger_fx, attention kept in checkpoints**",
     "liger_fx_layers": "**liger_fx, layer by layer**",
     "liger_fx_offload": "**liger_fx, offloading**",
-    "liger_fx_recompute": "**liger_fx, norms and activations recomputed**",
+    "liger_fx_recompute": "**liger_fx, torch's budget of 0.8**",
     "liger_fx_unpad": "**liger_fx, padding left out**",
     "liger_fx_recipe": "**liger_fx recipe**",
     "liger_fx recipe": "**liger_fx recipe**",

@@ -10,7 +10,6 @@ checkpoint, so a selective-checkpointing policy keeps its outputs, by the mechan
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ import torch
 from torch import fx
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
-from torch.fx.passes.utils.fuser_utils import fuse_as_graphmodule
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from liger_fx.canonical import View
@@ -94,25 +92,6 @@ def _overload(name: str) -> torch._ops.OpOverload:
     namespace, op = name.split("::")
     overload: torch._ops.OpOverload = getattr(getattr(torch.ops, namespace), op).default
     return overload
-
-
-def checkpointed(
-    nodes: Sequence[fx.Node], output: fx.Node, tracer: fx.proxy.TracerBase
-) -> fx.Proxy:
-    """A call of a checkpoint whose body computes what these ``nodes`` do, as Dynamo makes one of
-    ``torch.utils.checkpoint``. nodes: in their order. output: the one that others read."""
-    gm: Any = output.graph.owning_module
-    body, inputs, outputs = fuse_as_graphmodule(gm, [*nodes], "Body", always_return_tuple=True)
-    if outputs != (output,):
-        raise ValueError(f"expected one output, {output.name}, not {outputs}")
-    names = (f"recomputed_body_{i}" for i in itertools.count())
-    name = next(name for name in names if not hasattr(gm, name))
-    gm.add_submodule(name, body)
-    given = tracer.create_proxy("get_attr", name, (), {}), *(fx.Proxy(n, tracer) for n in inputs)
-    how = {"use_reentrant": False}
-    call: Any = tracer.create_proxy("call_function", tag_activation_checkpoint, given, how)
-    made: fx.Proxy = call[0]
-    return made
 
 
 def checkpoint_eagerly(gm: fx.GraphModule) -> None:

@@ -368,7 +368,7 @@ def _report_on_head(model: nn.Module, options: Options) -> Report:
 
 def _require_chosen(options: Options) -> None:
     name, policy = "linear_cross_entropy", options.policy
-    listed = isinstance(policy, str) or name in (*policy, *options.enable)
+    listed = isinstance(policy, str) or name in policy
     if not listed or name in options.disable or options.logits != "on_demand":
         raise ValueError("the options policy, disable or logits leave the head as it is")
 

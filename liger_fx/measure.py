@@ -128,11 +128,7 @@ def measure_anew(
     """As `measure`, with nothing remembered. one_of_many: the memory that counts is not the peak of
     the graph but what its forward leaves for its backward, since a model runs many such graphs
     before the first backward. Raises whatever compiling and running the graph raises."""
-    candidates = [
-        replace(rewrite, gain="enabled") if rewrite.name in options.enable else rewrite
-        for rewrite in rewrites
-        if rewrite.name not in options.disable
-    ]
+    candidates = [rewrite for rewrite in rewrites if rewrite.name not in options.disable]
     without, forms = _forms(gm, candidates, options.settings)
     measured: dict[str, Measurement] = {}
     if forms:

@@ -34,7 +34,6 @@ class Options:
     policy: "auto" applies what the table of measurements says pays on the device, "measure" what
         pays in this graph, timed at its first compile; "all" every legal rewrite, a list of names
         just these.
-    enable: rewrites to apply wherever they are legal, whatever the policy says.
     disable: rewrites never to apply.
     require: rewrites that must have been applied, in this graph or in an earlier one of the same
         compiled function; else compiling raises. Graphs belong to one function if they are compiled
@@ -54,7 +53,6 @@ class Options:
     """
 
     policy: str | tuple[str, ...] = "auto"
-    enable: tuple[str, ...] = ()
     disable: tuple[str, ...] = ()
     require: tuple[str, ...] = ()
     strict: bool = False
@@ -95,8 +93,6 @@ def parse(
         else:
             inductor[key] = value
     options = Options(**ours, settings=settings, inductor=inductor)
-    if both := set(options.enable) & set(options.disable):
-        raise OptionError(f"enable and disable both name {', '.join(sorted(both))}: leave out one")
     if inductor and options.inner != "inductor":
         raise OptionError(
             f"{', '.join(inductor)} are Inductor options, given by name or by mode=, but "

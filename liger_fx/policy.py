@@ -137,8 +137,6 @@ def policy(options: Options, judge: Judge, judged: Collection[str]) -> Allow:
     def allow(rewrite: Rewrite, match: Match) -> str:
         if rewrite.name in options.disable:
             raise Reject("disabled by option")
-        if rewrite.name in options.enable:
-            return "enabled by option"
         if not isinstance(options.policy, str) and rewrite.name not in options.policy:
             raise Reject("not in the policy's list")
         if not isinstance(options.policy, str) or options.policy == "all":

@@ -65,9 +65,6 @@ class Rewrite:
     variant: ``variant(match)`` tells apart matches of one pattern that become different kernels.
     measured_apart: names of variants that do other work than the rest: under ``policy="auto"`` no
         measurement of the others decides about them, nor theirs about the others.
-    recomputed: is it looked for in the bodies of activation checkpoints too?
-    near_misses: does a report tell of what its patterns nearly match? Of patterns that are another
-        rewrite's too it would tell twice.
     settings: the options ``<name>.<setting>`` and their defaults.
     gain: why it is worth making on every device, under every inner compiler. Without one,
         ``policy="auto"`` and ``"measure"`` decide from measurements.
@@ -86,8 +83,6 @@ class Rewrite:
     saved: Sequence[str] | Callable[[Match], Sequence[str]] | None = None
     variant: Callable[[Match], str] | None = None
     measured_apart: Sequence[str] = ()
-    recomputed: bool = True
-    near_misses: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
     gain: str | None = None
     save_ops: Sequence[str] | Callable[[Mapping[str, Any]], Sequence[str]] = ()
@@ -167,13 +162,12 @@ class _Application:
             if gm in touched:
                 graph = self._changed(gm)
             operands = graph.operands
-            if (self.rewrite.recomputed or not graph.recomputed) and self._run(graph):
+            if self._run(graph):
                 self._changed(gm)
             if graph.operands != operands:
                 touched.update(call.graph.owning_module for _, call in graph.callers)
         named = {r.rewrite for r in (*self.report.replacements, *self.report.rejections)}
-        told = self.rewrite.name in named or not self.rewrite.near_misses
-        if self.best is not None and not told:
+        if self.best is not None and self.rewrite.name not in named:
             self.report.near_misses.append(self.best)
 
     def _run(self, graph: Legality) -> bool:
@@ -343,8 +337,6 @@ class _Recorder(GraphAppendingTracer):
     def _evaluate(self, node: fx.Node) -> Any:
         """A layer may be compiled in its first forward, under the hooks of a checkpoint or of
         offloading: these must not see what is saved here."""
-        if node.op == "get_attr":
-            return getattr(self.graph.owning_module, str(node.target))
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), fake)
         with (
             _disable_saved_tensors_hooks_during_tracing(),

@@ -9,8 +9,6 @@ from liger_fx.passes.layer_norm import layer_norm
 from liger_fx.passes.linear_cross_entropy import linear_cross_entropy
 from liger_fx.passes.linear_kl import linear_kl
 from liger_fx.passes.linear_logprobs import linear_logprobs
-from liger_fx.passes.recompute_activation import recompute_activation
-from liger_fx.passes.recompute_norm import recompute_norm
 from liger_fx.passes.rms_norm import rms_norm
 from liger_fx.passes.rope import rope
 from liger_fx.passes.softmax_attention import softmax_attention
@@ -31,7 +29,5 @@ DEFAULT = [
     tiled_mlp,  # before swiglu and geglu: it takes the activation together with its projections
     swiglu,
     geglu,
-    recompute_norm,  # after all that have a kernel for a norm or an activation
-    recompute_activation,
     embedding,
 ]

@@ -101,7 +101,6 @@ SOFTCAP = "scores are capped: no `scaled_dot_product_attention`"
 NO_GATE = "QuickGELU has no gate"
 RELU_SQUARED = "ReLU² has no gate"
 SINKS = "attention sinks: no `scaled_dot_product_attention`"
-KERNELS = "kernels compute them"
 IN_32_BITS = Refused("the table is torch.float32")  # in 16 bits each is replaced
 FROZEN = Refused("the table gets no gradient")
 AS_MANY = "there are as many key heads as query heads"
@@ -124,8 +123,6 @@ LLAMA: Cells = dict(
     tiled_mlp=n,
     swiglu=WITH_PROJECTIONS,
     geglu=NONE,
-    recompute_norm=KERNELS,
-    recompute_activation=KERNELS,
     embedding=IN_32_BITS,
 )
 ADAPTERS: Cells = LLAMA | dict(embedding=FROZEN)
@@ -540,7 +537,6 @@ FAMILIES = [
             rms_norm=2 * n + 2,
             tiled_mlp=RELU_SQUARED,
             swiglu=RELU_SQUARED,
-            recompute_activation=n,
         ),
     ),
     face(

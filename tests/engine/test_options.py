@@ -71,15 +71,15 @@ def test_other_keys_go_to_inductor():
 def test_errors_list_what_is_known():
     assert_expected_inline(
         error({"polcy": "all"}),
-        """unknown option 'polcy'; liger_fx knows policy, enable, disable, require, strict, inner, logits, table, linear_cross_entropy.chunk_tokens, linear_cross_entropy.accum_dtype, linear_cross_entropy.skip_ignored, and every key of torch._inductor.config""",
+        """unknown option 'polcy'; liger_fx knows policy, disable, require, strict, inner, logits, table, linear_cross_entropy.chunk_tokens, linear_cross_entropy.accum_dtype, linear_cross_entropy.skip_ignored, and every key of torch._inductor.config""",
     )
     assert_expected_inline(
         error({"linear_cross_entropy.chunks": 8}),
-        """unknown option 'linear_cross_entropy.chunks'; liger_fx knows policy, enable, disable, require, strict, inner, logits, table, linear_cross_entropy.chunk_tokens, linear_cross_entropy.accum_dtype, linear_cross_entropy.skip_ignored, and every key of torch._inductor.config""",
+        """unknown option 'linear_cross_entropy.chunks'; liger_fx knows policy, disable, require, strict, inner, logits, table, linear_cross_entropy.chunk_tokens, linear_cross_entropy.accum_dtype, linear_cross_entropy.skip_ignored, and every key of torch._inductor.config""",
     )
     assert_expected_inline(
         error(LIGER_FX_POLCY="all"),
-        """unknown environment variable LIGER_FX_POLCY; known are LIGER_FX_DISABLE, LIGER_FX_ENABLE, LIGER_FX_INNER, LIGER_FX_LINEAR_CROSS_ENTROPY_ACCUM_DTYPE, LIGER_FX_LINEAR_CROSS_ENTROPY_CHUNK_TOKENS, LIGER_FX_LINEAR_CROSS_ENTROPY_SKIP_IGNORED, LIGER_FX_LOGITS, LIGER_FX_POLICY, LIGER_FX_REQUIRE, LIGER_FX_STRICT, LIGER_FX_TABLE""",
+        """unknown environment variable LIGER_FX_POLCY; known are LIGER_FX_DISABLE, LIGER_FX_INNER, LIGER_FX_LINEAR_CROSS_ENTROPY_ACCUM_DTYPE, LIGER_FX_LINEAR_CROSS_ENTROPY_CHUNK_TOKENS, LIGER_FX_LINEAR_CROSS_ENTROPY_SKIP_IGNORED, LIGER_FX_LOGITS, LIGER_FX_POLICY, LIGER_FX_REQUIRE, LIGER_FX_STRICT, LIGER_FX_TABLE""",
     )
     assert_expected_inline(
         error({"disable": "rms_norm"}),

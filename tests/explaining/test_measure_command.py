@@ -16,7 +16,6 @@ from liger_fx.own_table import Sizes
 
 TINY = Sizes(16, 24, 2, 1, 8)
 MADE = {"attention", "rope", "add_rms_norm", "rms_norm", "tiled_mlp", "swiglu"}
-RECOMPUTED = {"recompute_norm", "recompute_activation"}  # where no checkpoint does it
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def test_the_table_is_written_where_auto_reads_it(on_an_l4, capsys):
     assert (found.machine, len(found.commands)) == ("NVIDIA L4", 1)
     for recomputed in (True, False):
         rows = [row for row in found.rows if row.checkpoint == recomputed and row.model == "tiny"]
-        assert {row.rewrite for row in rows} == (MADE if recomputed else MADE | RECOMPUTED)
+        assert {row.rewrite for row in rows} == MADE
         assert {(row.form, row.inner, row.memory) for row in rows} == {("layers", "eager", None)}
     (loss,) = (row for row in found.rows if row.form == "loss")
     assert (loss.rewrite, loss.spelling, loss.model) == ("cross_entropy", "upcast", "logits [4, 8]")
@@ -104,7 +103,7 @@ def test_several_runs_of_a_row_are_its_speeds(on_an_l4, tmp_path):
     measure("--write", str(tmp_path / "t"), "--runs", "3")
     rows = json.loads((tmp_path / "t").read_text())["sm89"]["rows"]
     assert all(len(row["speeds"]) == 3 for row in rows)
-    assert len(rows) == 2 * len(MADE) + len(RECOMPUTED) + 2  # the loss and an embedding
+    assert len(rows) == 2 * len(MADE) + 2  # the loss and an embedding
 
 
 def test_two_layers_are_a_step(on_an_l4):
