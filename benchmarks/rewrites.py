@@ -249,8 +249,8 @@ def embedding(args: Args) -> Build:
 
 
 def possible(build: Build, asked: Sequence[str]) -> dict[str, str]:
-    """The rewrites of those ``asked`` for that can be made in this case, each on its own, and the
-    spelling they find: one, as a model has its own, or the last of several."""
+    """Which of the rewrites ``asked`` for can be made in this case, each on its own, and the
+    spelling that each finds: one, as a model has its own."""
     found: dict[str, str] = {}
 
     def record(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:

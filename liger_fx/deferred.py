@@ -32,7 +32,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
@@ -792,15 +791,17 @@ class _CrossEntropy(torch.autograd.Function):
         return losses.sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
         logits, target, *gradients = ctx.saved_tensors
+        if torch.is_grad_enabled():  # of gradients
+            values = logits.materialize()
+            return _cross_entropy_gradient(values, target, grad, *ctx.settings), *[None] * 4
         known = [
             scaled_kernel(gradient, grad) if need else None
             for gradient, need in zip(gradients, ctx.needs, strict=False)
         ]
         args = _node_of(logits), _Each(target.reshape(-1)), grad, *ctx.settings
-        node = _Known(_cross_entropy_gradient, args, {}, ctx.key, known, ctx.steps)
+        node = _Known(_of_values, args, {}, ctx.key, known, ctx.steps)
         return _made(_mirror(logits), node, logits.device), *[None] * 4
 
 
@@ -808,10 +809,14 @@ def _cross_entropy_gradient(
     values: Tensor, target: Tensor, grad: Tensor, ignore_index: int, label_smoothing: float
 ) -> Tensor:
     settings: Any = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
+    again = torch.is_grad_enabled()
     with torch.enable_grad():
-        values = values.detach().requires_grad_()
         loss = F.cross_entropy(values, target, reduction="sum", **settings)
-        return torch.autograd.grad(loss, values, grad.to(loss.dtype))[0]
+        return torch.autograd.grad(loss, values, grad.to(loss.dtype), create_graph=again)[0]
+
+
+def _of_values(values: Tensor, *args: Any) -> Tensor:
+    return _cross_entropy_gradient(values.detach().requires_grad_(), *args)
 
 
 def _plain_projection(logits: Any) -> tuple[_Projection, Tensor | None, list[_Op]]:

@@ -635,6 +635,7 @@ def test_layers_of_other_libraries_and_with_adapters(model, spellings, monkeypat
     for form in ("layers", "step"):
         of_case = rewrites.case(model, form, True, "inductor") | {"batch": 2, "seq": 8}
         build = rewrites.decoder(Namespace(**of_case, device=torch.device("cpu")))
+        assert rewrites.possible(build, ["embedding"]) == {}
         found = rewrites.possible(build, rewrites.JUDGED)
         assert {name: found[name] for name in spellings} == spellings
 
@@ -658,6 +659,7 @@ def test_a_run_is_added_to_those_before():
     """The latest run says which rows a case has; of rows with the same key, for several masks, the
     first is the first's."""
     before = [ROW | {"speeds": [0.9], "memory": 1.0}, ROW | {"speeds": [1.0], "spelling": "pairs"}]
+    other = ROW | {"speeds": [1.3], "rewrite": "swiglu"}
     others = {"ms_with": 2.0, "arm": "a case"}
     new = [ROW | {"speed": 1.1, "memory": 0.8} | others]
     new.append(ROW | {"speed": 1.2, "memory": None, "inner": "eager"} | others)
@@ -665,9 +667,10 @@ def test_a_run_is_added_to_those_before():
     again = [ROW | {"speed": 0.6, "memory": 1.0}, ROW | {"speed": 0.8, "memory": 1.0}]
     speeds = [row["speeds"] for row in rewrites.with_speeds(masks, again)]
     assert speeds == [[0.5, 0.6], [0.7, 0.8]]
-    assert rewrites.with_speeds(before, new) == [
+    assert rewrites.with_speeds([*before, other], new) == [
         ROW | {"speeds": [0.9, 1.1], "memory": 0.8},
         ROW | {"speeds": [1.2], "memory": None, "inner": "eager"},
+        other,  # a rewrite that was not asked for
     ]
 
 

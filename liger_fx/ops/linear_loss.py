@@ -163,7 +163,8 @@ def _scale_by_triton(_: Any, gradient: Tensor, upstream: Tensor) -> Tensor:
 
 
 # `scaled`, in the dtype of the gradient, for whoever has no compiler that makes one kernel of it.
-# Step by step the gradient of a head's weight would be in memory four times over, in fp32.
+# Step by step the gradient of a head's weight would be in memory four times over, in fp32. Liger's
+# element_mul_kernel writes over its input, which a second backward needs.
 scaled_kernel = kernel(
     "scaled(Tensor gradient, Tensor upstream) -> Tensor",
     fake=lambda gradient, _: torch.empty_like(gradient),

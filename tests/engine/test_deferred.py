@@ -624,7 +624,9 @@ def test_cross_entropy_of_a_projection_is_fused(dtype, reduction, with_bias):
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected, reference = loss(F.linear(*leaves)), F.linear(*exact)
     torch.testing.assert_close(actual, expected)
-    grads = torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves)
+    with Largest() as scaling:
+        grads = torch.autograd.grad(actual, leaves), torch.autograd.grad(expected, leaves)
+    assert torch.ops.liger_fx.scaled.default in scaling.functions  # not step by step
     precise = torch.autograd.grad(
         F.cross_entropy(
             reference[:, :-1].reshape(-1, V),
@@ -865,6 +867,21 @@ def test_hooks_of_a_capped_head(factor, where, others):
         found = hidden.grad, weight.grad, capped.grad + 0
         hidden.grad = weight.grad = None
         return found
+
+    kind = dict(classes=V, dtype=torch.float32, requires_grad=True)
+    actual = gradients(DeferredLogits(Head(F.linear, (weight,)), hidden, **kind))
+    torch.testing.assert_close(actual, gradients(F.linear(hidden, weight)))
+
+
+@pytest.mark.parametrize("shape", [lambda x: x * 1.0, FUSED["softcap"]], ids=["plain", "capped"])
+def test_a_penalty_on_the_gradient_of_a_fused_loss(shape):
+    hidden, weight = torch.randn(B, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    labels = torch.tensor([1, -100, 3])
+
+    def gradients(logits: Any) -> Any:
+        loss = F.cross_entropy(shape(logits), labels)
+        (of_hidden,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        return torch.autograd.grad(of_hidden.square().sum(), (hidden, weight))
 
     kind = dict(classes=V, dtype=torch.float32, requires_grad=True)
     actual = gradients(DeferredLogits(Head(F.linear, (weight,)), hidden, **kind))
