@@ -189,7 +189,8 @@ def _through_steps(made: _Op) -> _Op:
     if step.function is aten.tanh.default:
         gone = made.function is aten.tanh_backward.default and operands == [step]
     else:  # a product or quotient of logits and a number
-        gone = made.function is step.function and operands == [*step.args[1:]]
+        numbers = not any(isinstance(operand, Tensor) for operand in operands)
+        gone = made.function is step.function and numbers and operands == [*step.args[1:]]
     if not gone:
         return made
     return _Known(made.function, made.args, made.kwargs, grad.key, grad.gradients, others)

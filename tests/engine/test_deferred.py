@@ -873,6 +873,31 @@ def test_hooks_of_a_capped_head(factor, where, others):
     torch.testing.assert_close(actual, gradients(F.linear(hidden, weight)))
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda grad: grad,
+        lambda grad: grad * 7 * 7 * 7,
+        lambda grad: grad * 30.0,
+        lambda grad: grad * torch.arange(V),
+    ],
+    ids=["as it is", "by as many steps", "by one step", "by a factor for each class"],
+)
+def test_the_gradient_of_capped_logits_is_none_of_the_logits(given):
+    """Whoever hands it to the logits themselves wants it to be taken as theirs."""
+    hidden, weight = torch.randn(B, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    labels = torch.tensor([1, -100, 3])
+
+    def gradients(logits: Any) -> Any:
+        capped = torch.tanh(logits / 30.0) * 30.0
+        (grad,) = torch.autograd.grad(F.cross_entropy(capped, labels), capped, retain_graph=True)
+        return torch.autograd.grad(logits, (hidden, weight), given(grad))
+
+    kind = dict(classes=V, dtype=torch.float32, requires_grad=True)
+    actual = gradients(DeferredLogits(Head(F.linear, (weight,)), hidden, **kind))
+    torch.testing.assert_close(actual, gradients(F.linear(hidden, weight)))
+
+
 @pytest.mark.parametrize("shape", [lambda x: x * 1.0, FUSED["softcap"]], ids=["plain", "capped"])
 def test_a_penalty_on_the_gradient_of_a_fused_loss(shape):
     hidden, weight = torch.randn(B, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
