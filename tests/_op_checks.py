@@ -340,7 +340,7 @@ class Contract:
         for part in (slice(0, 3), slice(rows - 3, rows)):
             few = [alike(t, t[part]) if r else t for t, r in zip(tensors, of_rows, strict=True)]
             assert_all_close(
-                [t[part] for t in whole],
+                [t[part] if t.shape[0] == rows else t[..., part] for t in whole],
                 run_rows(first_case, few, of_rows),
                 **self.BIG_TOLERANCE,
             )

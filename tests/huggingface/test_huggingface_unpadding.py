@@ -26,7 +26,7 @@ from test_huggingface_layers import assert_equal, compiled, gradients  # noqa: E
 from test_masks_huggingface import SMALL, WINDOW  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from liger_fx import huggingface, unpadding  # noqa: E402
+from liger_fx import huggingface, inner, unpadding  # noqa: E402
 from liger_fx.offload import Offload  # noqa: E402
 
 integrations = pytest.mark.integrations
@@ -151,13 +151,23 @@ def test_autocast(name, seen):
 
 
 def test_one_graph_of_a_form_for_all_numbers_of_tokens(seen, monkeypatch):
+    """A module's floats stay numbers: beside a GPU, Inductor would build C++ kernels of them."""
     monkeypatch.setattr(unpadding, "UNIT", 1)
+    inputs: list[Any] = []
+    compile_rewritten = inner.compile_rewritten
+
+    def spy(gm: Any, example_inputs: Any, *rest: Any) -> Any:
+        inputs.extend(example_inputs)
+        return compile_rewritten(gm, example_inputs, *rest)
+
+    monkeypatch.setattr(inner, "compile_rewritten", spy)
     model = unpadded(tiny())
     for size in (24, 20, 12, 18):
         given = padded(size=size)
         assert_equal(gradients(model, given), gradients(tiny(), given), 1e-5)
     assert seen == [55, 51, 38, 49]
     assert counters["stats"]["unique_graphs"] == 2  # a layer, and the last norm
+    assert all(x.dim() for x in inputs if isinstance(x, Tensor))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
