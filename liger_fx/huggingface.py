@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache, PreTrainedModel, TrainerCallback
 
 from liger_fx.activations import (
@@ -36,11 +37,10 @@ from liger_fx.activations import (
     peak_of_all_ranks,
     require_gpu,
     room_on_all_ranks,
-    without_checkpoint,
 )
 from liger_fx.deferred import DeferredLogits, Head
 from liger_fx.dynamo import Backend, backend
-from liger_fx.offload import Offload, in_checkpoint
+from liger_fx.offload import Offload
 from liger_fx.options import Options
 from liger_fx.report import Place, Rejection, Report
 from liger_fx.unpadding import PLAN, leave_out_padding
@@ -146,6 +146,9 @@ def compile(
     if memory_gib is not None:
         _keep_within(model, budget)
     for module in model.modules():
+        if any(map(_calls_itself, _items(module))):
+            module.register_forward_pre_hook(_hold_checkpoints)
+    for module in model.modules():
         if isinstance(module, PreTrainedModel):
             module.config.get_text_config().use_cache = False
     shared.publish(_report_on_head(model, shared.options))
@@ -172,56 +175,77 @@ class _Form:
     def __call__(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or _fills_a_cache(module, *args, *kwargs.values()):
             return module._call_impl(*args, **kwargs)
-        in_checkpoint = _in_its_checkpoint(module)
-        code = _checkpointed_region if in_checkpoint or _keeps_by_itself(module) else _region
-        hooked = tuple(i for i, part in enumerate(module.modules()) if _has_hooks(part))
+        held = _held_checkpoint(module)
+        code = _region if held is None else _checkpointed_region
         unpadded = kwargs.get(PLAN) is not None
-        key = code, hooked, unpadded
+        key = code, _hooked(module), unpadded
         if key not in self.regions:
             # The number of tokens is another one in each batch without padding.
             dynamic = True if unpadded else self.dynamic
             self.regions[key] = torch.compile(
                 _own_code(code), backend=self.backend, dynamic=dynamic
             )
-        run: Callable[..., Any] = functools.partial(self.regions[key], module)
+        given = (module,) if held is None else (module, held)
+        run: Callable[..., Any] = functools.partial(self.regions[key], *given)
         if self.offload is not None:
             run = self.offload.around(run, module)
-        with contextlib.ExitStack() as stack:
-            if in_checkpoint:
-                stack.enter_context(_without_hooks_of_a_checkpoint())
-            if DistributedDataParallel._get_active_ddp_module() is not None:
-                # Gradients are sent layer by layer without DDPOptimizer, which would cut a layer.
-                stack.enter_context(torch._dynamo.config.patch(optimize_ddp=False))
-            if unpadded or self.dynamic:
-                # Under dynamic=True the floats of a module (epsilon, dropout) become tensors on the
-                # CPU, and Inductor builds C++ kernels for them: 58 of 67 s beside a GPU.
-                stack.enter_context(torch._dynamo.config.patch(specialize_float=True))
+        config: dict[str, Any] = {}
+        if DistributedDataParallel._get_active_ddp_module() is not None:
+            # Gradients are sent layer by layer without DDPOptimizer, which would cut a layer.
+            config["optimize_ddp"] = False
+        if unpadded or self.dynamic:
+            # Under dynamic=True the floats of a module (epsilon, dropout) become tensors on the
+            # CPU, and Inductor builds C++ kernels for them: 58 of 67 s beside a GPU.
+            config["specialize_float"] = True
+        with torch._dynamo.config.patch(config) if config else contextlib.nullcontext():
             return run(*args, **kwargs)
 
 
-def _in_its_checkpoint(module: nn.Module) -> bool:
-    """Has the module's own ``__call__``, as in transformers before 5.23, put a checkpoint around
-    this call?"""
+# -- checkpoints -----------------------------------------------------------------------------------
+
+
+class _Held:
+    """The checkpoint of a layer that puts it around its own call, as those of transformers before
+    5.23. A compiled region holds it, and then there is none around the region."""
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        in_graph = torch.compiler.is_compiling()
+        return self.checkpoint(function, *args) if in_graph else function(*args)
+
+
+def _hold_checkpoints(parent: nn.Module, *_: Any) -> None:
+    """A hook before the forward of a module with lists of layers: somebody may have switched
+    checkpoints on since."""
+    if torch.compiler.is_compiling():
+        return
+    held: _Held | None = None
+    layer: Any
+    for layer in filter(_calls_itself, _items(parent)):
+        around: Any = vars(layer).get("_gradient_checkpointing_func")
+        if getattr(around, "func", None) is checkpoint:  # torch's, with its settings
+            if held is None or held.checkpoint is not around:
+                held = _Held(around)
+            layer._gradient_checkpointing_func = held
+
+
+def _held_checkpoint(module: nn.Module) -> Callable[..., Any] | None:
+    held = vars(module).get("_gradient_checkpointing_func")
+    in_use = module.training and getattr(module, "gradient_checkpointing", False)
+    return held.checkpoint if isinstance(held, _Held) and in_use and _calls_itself(module) else None
+
+
+def _items(module: nn.Module) -> Iterator[nn.Module]:
+    """Of the lists of layers in a module."""
     return (
-        _calls_itself(module)
-        and hasattr(module, "_gradient_checkpointing_func")
-        and in_checkpoint()
+        layer for child in module.children() if isinstance(child, nn.ModuleList) for layer in child
     )
 
 
 def _calls_itself(module: nn.Module) -> bool:
     return type(module).__call__ is not nn.Module.__call__
-
-
-@contextlib.contextmanager
-def _without_hooks_of_a_checkpoint() -> Iterator[None]:
-    """The checkpoint around has nothing to compute again, and its place is in the graph."""
-    pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    torch._C._autograd._pop_saved_tensors_default_hooks()
-    try:
-        yield
-    finally:
-        torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 # -- layers that keep their activations ------------------------------------------------------------
@@ -270,36 +294,38 @@ def _memory_budget(model: nn.Module, budget: int | None) -> MemoryBudget:
 
 
 def _keep(layers: Sequence[Any], count: int) -> None:
-    keep_last(layers, count, "_gradient_checkpointing_func", lambda layer: _keeping)
+    keep_last(layers, count, "_gradient_checkpointing_func", lambda layer: _KEEPING)
 
 
-def _keeping(function: Callable[..., Any], *args: Any) -> Any:
-    """A checkpoint in a graph. Around a region of its own there is none."""
-    kept = keeping if torch.compiler.is_compiling() else without_checkpoint
-    return kept(function, *args)
-
-
-def _keeps_by_itself(module: nn.Module) -> bool:
-    """Has the module's own ``__call__``, as in transformers before 5.23, left a checkpoint that
-    keeps to this call?"""
-    kept = vars(module).get("_gradient_checkpointing_func") is _keeping
-    return kept and module.training and _calls_itself(module)
+_KEEPING = _Held(keeping)
 
 
 # -- hooks and regions -----------------------------------------------------------------------------
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    forward = module._forward_hooks or module._forward_pre_hooks
-    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+def _hooked(module: nn.Module) -> tuple[int, ...]:
+    """Which of a module's parts have hooks, by their place in a walk: it runs at each call, where
+    ``module.modules()`` would cost a layer a tenth of its host time."""
+    found: list[int] = []
+    parts = [module]
+    for i, part in enumerate(parts):
+        if (
+            part._forward_hooks
+            or part._forward_pre_hooks
+            or part._backward_hooks
+            or part._backward_pre_hooks
+        ):
+            found.append(i)
+        parts.extend(child for child in part._modules.values() if child is not None)
+    return tuple(found)
 
 
 def _region(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # `self` is left out of places
     return self._call_impl(*args, **kwargs)
 
 
-def _checkpointed_region(self: Any, *args: Any, **kwargs: Any) -> Any:
-    return self._gradient_checkpointing_func(functools.partial(self._call_impl, **kwargs), *args)
+def _checkpointed_region(self: Any, around: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return around(functools.partial(self._call_impl, **kwargs), *args)
 
 
 def _fills_a_cache(module: nn.Module, *given: Any) -> bool:

@@ -8,6 +8,7 @@ import importlib
 import itertools
 import logging
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -380,10 +381,12 @@ def test_graphs_for_batches_of_several_lengths(dynamic):
 class OwnCheckpoint(nn.Module):
     """A layer whose ``__call__`` puts its checkpoint, as those of transformers before 5.23."""
 
-    def __init__(self) -> None:
+    gradient_checkpointing = True
+
+    def __init__(self, around: Callable[..., Any]) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
-        self._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        self._gradient_checkpointing_func = around
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = functools.partial(super().__call__, **kwargs)
@@ -394,9 +397,10 @@ class OwnCheckpoint(nn.Module):
 
 
 class OwnCheckpoints(nn.Module):
-    def __init__(self, layers: int = 3) -> None:
+    def __init__(self, around: Callable[..., Any] | None = None) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(OwnCheckpoint() for _ in range(layers))
+        around = around or functools.partial(checkpoint, use_reentrant=False)
+        self.layers = nn.ModuleList(OwnCheckpoint(around) for _ in range(3))
 
     def forward(self, hidden: Tensor) -> Tensor:
         for layer in self.layers:
@@ -404,22 +408,24 @@ class OwnCheckpoints(nn.Module):
         return hidden
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("offload", [False, True])
-def test_a_checkpoint_around_layers_goes_into_their_graph(offload, monkeypatch):
+def test_a_checkpoint_around_layers_goes_into_their_graph(offload, reentrant, monkeypatch):
     """The backward does not call a layer again: its graph computes again what the backward needs."""
+    around = functools.partial(checkpoint, use_reentrant=reentrant)
     monkeypatch.setattr(huggingface, "Offload", functools.partial(Offload, least=1))
     calls = []
     run_region = huggingface._Form.__call__
 
     def counted(self, module, *args, **kwargs):
-        calls.append(huggingface._in_its_checkpoint(module))
+        calls.append(huggingface._held_checkpoint(module) is not None)
         return run_region(self, module, *args, **kwargs)
 
     monkeypatch.setattr(huggingface._Form, "__call__", counted)
     hidden, found = torch.randn(4, 16), []
     for compiles in (False, True):
         torch.manual_seed(0)
-        model = OwnCheckpoints()
+        model = OwnCheckpoints(around)
         if compiles:
             by_layers(model, offload=offload, **OPTIONS)
         x = hidden.clone().requires_grad_()
@@ -428,6 +434,32 @@ def test_a_checkpoint_around_layers_goes_into_their_graph(offload, monkeypatch):
     assert calls == [True] * 3
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_layers_that_are_not_compiled_have_their_checkpoints_around():
+    def elements(model: nn.Module) -> int:
+        saved: list[int] = []
+        pack = lambda x: saved.append(x.numel()) or x  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(torch.randn(4, 16, requires_grad=True))
+        return sum(saved)
+
+    model = by_layers(OwnCheckpoints(), **OPTIONS)
+    with torch.compiler.set_stance("force_eager"):
+        assert elements(model) == elements(OwnCheckpoints())
+
+
+def test_a_checkpoint_of_somebody_elses_stays_around_layers():
+    """Nobody knows what else the function does."""
+    calls = []
+
+    def around(function: Callable[..., Any], *args: Any) -> Any:
+        calls.append(function)
+        return checkpoint(function, *args, use_reentrant=False)
+
+    model = by_layers(OwnCheckpoints(around), **OPTIONS)
+    model(torch.randn(4, 16)).sum().backward()
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("checkpoints", [None, False], ids=["", "checkpoints"])
