@@ -140,13 +140,14 @@ class Compared(NamedTuple):
 
 _PATCH = "Liger's patch, eager"
 _TUNED = "torchtune, compiled"
+_ONE_GRAPH = ("huggingface_step_h200", "liger_fx")
 _RECIPE = ("liger_fx_recipe", "torchtune")
 
 SUMMARY = [
-    Compared("Llama-3.2-1B", "Inductor", "huggingface_step_masks", "liger_fx", "inductor", {}),
-    Compared("Llama-3.2-1B", _PATCH, "huggingface_step_masks", "liger_fx", "liger", {}),
-    Compared("Qwen3-0.6B", "Inductor", "huggingface_step_masks_qwen", "liger_fx", "inductor", {}),
-    Compared("Gemma3-1B", _PATCH, "huggingface_step_gemma", "liger_fx", "liger", dict(ignored=0.0)),
+    Compared("Llama-3.2-1B", "Inductor", *_ONE_GRAPH, "inductor", dict(model="llama3_2_1b")),
+    Compared("Llama-3.2-1B", _PATCH, *_ONE_GRAPH, "liger", dict(model="llama3_2_1b")),
+    Compared("Qwen3-0.6B", _PATCH, *_ONE_GRAPH, "liger", dict(model="qwen3_0_6b")),
+    Compared("Gemma3-1B", _PATCH, *_ONE_GRAPH, "liger", dict(model="gemma3_1b")),
     Compared(
         "Llama-3.2-1B, 40 % padding",
         _PATCH,
