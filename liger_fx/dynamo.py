@@ -19,7 +19,7 @@ from liger_fx.frame import graph_break
 from liger_fx.measure import measured
 from liger_fx.options import ForTheUser, parse
 from liger_fx.passes import DEFAULT
-from liger_fx.policy import by_table, device_of, form_of, own_table, policy
+from liger_fx.policy import by_table, device_of, form_of, own_table, policy, too_small
 from liger_fx.report import Rejection, Report, internal_error
 from liger_fx.returned import Deferral, defer, returned_logits, returning
 from liger_fx.rewrite import Allow, Rewrite, rewrite_graph
@@ -124,7 +124,8 @@ class Backend:
 
     def _policy(self, gm: fx.GraphModule, example_inputs: Sequence[Any] | None) -> Allow:
         try:
-            judge = by_table(device_of(gm), self.options.inner, form_of(gm), self.own_table)
+            about = device_of(gm), self.options.inner, form_of(gm)
+            judge = by_table(*about, self.own_table, too_small(gm))
             if self.options.policy == "measure":
                 judge = measured(gm, example_inputs, self.rewrites, self.options, judge)
         except Exception as error:  # such as a broken table

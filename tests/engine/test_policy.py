@@ -43,6 +43,14 @@ def both(*args):
     return layer(checkpointed(*args), *args[1:])
 
 
+BUSY = policy.BUSY
+
+
+@pytest.fixture(autouse=True)
+def no_graph_is_small(monkeypatch):
+    monkeypatch.setattr(policy, "BUSY", 0.0)
+
+
 def tensors():
     return [torch.randn(shape, device=DEVICE).requires_grad_() for shape in SHAPES]
 
@@ -209,6 +217,111 @@ def test_lora_is_measured_apart(monkeypatch):
     assert made("tiled_mlp:swiglu") == [0, 1]
     assert made("tiled_mlp:swiglu, LoRA") == [1, 0]
     assert made("tiled_mlp:geglu, LoRA") == [1, 0]
+
+
+# -- small graphs ----------------------------------------------------------------------------------
+
+
+LARGE = [(16_384, 2048), (2048,), (2048, 2048), (2048, 2048)]  # 137 GFLOP a product
+SMALL = [(4096, 2048), *LARGE[1:]]  # 34
+
+
+def wide_layer(x, weight, gate, up):
+    x = x + torch.rms_norm(x + 1.0, weight.shape, weight, 1e-6)
+    return F.silu(F.linear(x, gate)) * F.linear(x, up)
+
+
+def wide_checkpoint(*args):
+    return checkpoint(wide_layer, *args, use_reentrant=False)
+
+
+@pytest.fixture
+def all_pay(monkeypatch):
+    monkeypatch.setattr(policy, "BUSY", BUSY)
+    monkeypatch.setenv("LIGER_FX_INNER", "inductor")
+    with table(*(("rms_norm", "inductor", inside, 1.1, 1.0) for inside in (False, True))):
+        yield
+
+
+@pytest.mark.parametrize("function", [wide_layer, wide_checkpoint])
+def test_in_a_small_graph_nothing_pays(function, all_pay):
+    assert explained(function, LARGE).counts == {"rms_norm": 1}
+    report = explained(function, SMALL)
+    assert report.counts == {}
+    assert_expected_inline(
+        evidence(report, "rms_norm"),
+        """auto: a matrix product of this graph has 34 GFLOP in the mean; below 53 the GPU waits for the host, and an op takes more of the host's time than it saves (policy='measure' measures it here)""",
+    )
+
+
+def test_heads_are_fused_in_small_graphs(all_pay):
+    def loss(x, w, y):
+        return F.cross_entropy(F.linear(x, w).float(), y)
+
+    with torch.device("meta"):
+        x, w = (torch.empty(n, H, requires_grad=True) for n in (N, 9))
+        given = x, w, torch.empty(N, dtype=torch.int64)
+        assert liger_fx.explain(loss, given).counts == {"linear_cross_entropy": 1}
+
+
+def test_options_decide_about_small_graphs(all_pay, monkeypatch):
+    monkeypatch.setenv("LIGER_FX_POLICY", "rms_norm")
+    assert explained(wide_layer, SMALL).counts == {"rms_norm": 1}
+
+
+def test_a_graph_without_products_is_not_small(all_pay):
+    def norm(x, weight):
+        return x + torch.rms_norm(x * 2, weight.shape, weight, 1e-6)
+
+    assert explained(norm, SMALL[:2]).counts == {"rms_norm": 1}
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, w: F.linear(x, w),
+        lambda x, w: F.linear(input=x, weight=w),
+        lambda x, w: x @ w,
+        lambda x, w: x.mm(w),
+        lambda x, w: torch.addmm(x, x, w),
+        lambda x, w: (x[None] @ w)[0],
+        lambda x, w: torch.bmm(x[None], w[None])[0],
+    ],
+)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_flops_of_a_product(product, dynamic):
+    found = []
+
+    def see(gm, _):
+        found.append(policy._mean_product(gm))
+        return gm.forward
+
+    torch.compile(product, backend=see, dynamic=dynamic)(torch.randn(6, 4), torch.randn(4, 4))
+    assert found == [2 * 6 * 4 * 4]
+
+
+def test_what_is_measured_without_layers_is_made_in_small_graphs(all_pay):
+    """A table or a loss is one a step, whatever its layers are."""
+
+    def embed(indices, weight, projection):
+        return F.linear(F.embedding(indices, weight), projection)
+
+    with torch.device("meta"):
+        rows = torch.empty(50, H, dtype=torch.bfloat16, requires_grad=True)
+        given = torch.empty(N, dtype=torch.int64), rows, torch.empty(H, H, dtype=torch.bfloat16)
+    with table(("embedding", "inductor", False, 1.0, 0.9, "embedding")):
+        assert liger_fx.explain(embed, given).counts == {"embedding": 1}
+
+
+@pytest.mark.parametrize(("multiprocessors", "small"), [(132, True), (58, False)])
+def test_a_gpu_of_fewer_multiprocessors_is_busy_with_less(multiprocessors, small, all_pay):
+    with (
+        on("sm89"),
+        mock.patch.object(policy, "multiprocessors", lambda device: multiprocessors),
+        mock.patch.object(policy, "device_of", lambda gm: torch.device("cuda", 0)),
+        mock.patch.object(policy, "_mean_product", lambda gm: 34e9),
+    ):
+        assert bool(policy.too_small(mock.Mock())) is small
 
 
 # -- another architecture --------------------------------------------------------------------------
