@@ -76,6 +76,9 @@ def cases(device: torch.device) -> dict[str, tuple[tuple[Any, ...], str, tuple[A
     cos, by_halves = rows(1, 4, 16), (False, False, False)
     norm, saved = (weight, 1e-6, 0.0, "gemma"), (weight, rstd, 0.0, "gemma", True)
     layer, saved_layer = (weight, weight, 1e-6), (weight, rstd, rstd, True, True)
+    square, ones = rows(COLUMNS, COLUMNS), [1.0, 1.0, 1.0]
+    mlp: Any = [square, None, None] * 3, ones
+    wanted = [True, *[True, False, False] * 3]
     return {
         "rms_norm": ((x, *norm), "rms_norm_backward", (x, x, *saved)),
         "add_rms_norm": ((x, x, *norm), "add_rms_norm_backward", (x, x, x, *saved)),
@@ -92,11 +95,17 @@ def cases(device: torch.device) -> dict[str, tuple[tuple[Any, ...], str, tuple[A
             "rope_interleaved_forward",
             (heads, angles, True),
         ),
+        "swiglu_mlp": ((x, *mlp, 0), "swiglu_mlp_backward", (x, x, *mlp, wanted, 0, False)),
     }
 
 
+def _mlp(x: torch.Tensor, factors: Any, *_: Any) -> torch.Tensor:
+    return ops.swiglu_mlp(x, *factors[::3])
+
+
 def measure(name: str, arguments: tuple[Any, ...], back: str, given: tuple[Any, ...]) -> Row:
-    op, forward = getattr(ops, name), getattr(torch.ops.liger_fx, f"{name}_forward").default
+    forward = getattr(torch.ops.liger_fx, f"{name}_forward").default
+    op = _mlp if name == "swiglu_mlp" else getattr(ops, name)
     backward = getattr(torch.ops.liger_fx, back).default
     trained = (arguments[0].clone().requires_grad_(), *arguments[1:])
     with torch.no_grad():

@@ -25,7 +25,6 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,6 +35,7 @@ from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from liger_fx.ops.chunked_head import chunk_tokens_for
+from liger_fx.ops.library import without_autocast
 from liger_fx.ops.linear_loss import linear_loss_kernel, scaled_kernel
 
 aten = torch.ops.aten
@@ -278,7 +278,7 @@ class _Project(torch.autograd.Function):
         if isinstance(node, _Known) and node.key is ctx.key and not node.steps:
             rows, *others = node.gradients
         else:
-            with _no_autocast(grad.device.type):
+            with without_autocast(grad.device.type):
                 rows, *others = _by_recomputing(
                     ctx.function, ctx.projection(), inputs, needs, node, index, grad.shape[-1]
                 )
@@ -897,7 +897,7 @@ def _evaluate(node: _Node, chunks: Sequence[slice], device: torch.device) -> lis
         enable_reentrant_dispatch(),
         torch.inference_mode(False),
         torch.no_grad(),  # after the former, which sets the grad mode too
-        _no_autocast(device.type),
+        without_autocast(device.type),
     ):
         parts = [node.at(rows, {}) for rows in chunks]
         columns = zip(*(p if isinstance(p, tuple) else (p,) for p in parts), strict=True)
@@ -910,11 +910,6 @@ def _version(tensor: Tensor) -> int | None:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _no_autocast(kind: str) -> AbstractContextManager[Any]:
-    available = torch.amp.is_autocast_available(kind)  # the meta device has none
-    return torch.autocast(kind, enabled=False) if available else nullcontext()
 
 
 def _under_autocast(function: Callable[..., Tensor], kind: str) -> Callable[..., Tensor]:

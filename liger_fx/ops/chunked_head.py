@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from liger_fx.ops.kl_loss import write_divergences
+from liger_fx.ops.library import without_autocast
 from liger_fx.ops.matmul import accumulate_mm
 from liger_fx.ops.token_loss import TokenLoss, check_labels, loss_dtype, write_values
 from liger_fx.ops.tokens import valid_tokens
@@ -131,7 +132,7 @@ def run(
     if weights is not None:
         weights = weights.expand(-1, x.shape[0])
     # Autocast is still on inside an op that runs eagerly; here every dtype has been decided.
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         for start in range(0, tokens, size):
             part: slice | Tensor = slice(start, min(start + size, tokens))
             rows = part if valid is None else valid[part]

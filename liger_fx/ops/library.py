@@ -219,6 +219,17 @@ def column_sums(partial: Tensor, dtype: torch.dtype) -> Tensor:
     return total if total.dtype == dtype else total.to(dtype)
 
 
+_NO_CONTEXT = contextlib.nullcontext()
+
+
+def without_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
+    """For code in which every dtype has been decided. Where autocast is off, as in a compiled
+    graph, the context is none, which costs the host nothing. kind: a ``device.type``."""
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return _NO_CONTEXT
+
+
 # -- layouts --------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,7 @@ host does not wait.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -38,7 +39,13 @@ from torch import Tensor
 
 from liger_fx.ops.gated import Activation
 from liger_fx.ops.geglu import GELU, GELU_TANH
-from liger_fx.ops.library import differentiable, kernel, multiprocessors, once_differentiable
+from liger_fx.ops.library import (
+    differentiable,
+    kernel,
+    multiprocessors,
+    once_differentiable,
+    without_autocast,
+)
 from liger_fx.ops.matmul import accumulate_mm
 from liger_fx.ops.swiglu import SILU
 from liger_fx.ops.tokens import tokens_with_gradient
@@ -135,18 +142,27 @@ def _tiles(tokens: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, tokens))
 
 
+def _of_tile(tensor: Tensor, part: slice) -> Tensor:
+    """Its tokens of a tile; itself where these are all, since a view costs the host time."""
+    return tensor if part.stop - part.start == tensor.shape[0] else tensor[part]
+
+
 def _tile_size(rows: Tensor, projections: Sequence[Projection], tile_tokens: int) -> int:
     if tile_tokens <= 0:
-        budget = TILE_BUDGET.get(rows.device.type, TILE_BUDGET["cpu"])
         row = projections[0].weight.shape[0] * _bytes_of_buffers(rows.dtype, projections)
-        tile_tokens = tile_tokens_for(row, budget, _unit(rows.device))
+        tile_tokens = _tile_within_budget(row, rows.device)
     return max(1, min(tile_tokens, rows.shape[0]))
+
+
+@functools.cache
+def _tile_within_budget(row: int, device: torch.device) -> int:
+    return tile_tokens_for(row, TILE_BUDGET.get(device.type, TILE_BUDGET["cpu"]), _unit(device))
 
 
 def _bytes_of_buffers(dtype: torch.dtype, projections: Sequence[Projection]) -> int:
     """Of an element: three buffers, and one more in the dtype of adapters that are wider."""
-    dtypes = {p.adapter.a.dtype for p in projections if p.adapter is not None} - {dtype}
-    return 3 * dtype.itemsize + max((wider.itemsize for wider in dtypes), default=0)
+    wider = (p.adapter.a.dtype for p in projections if p.adapter is not None)
+    return 3 * dtype.itemsize + max((w.itemsize for w in wider if w != dtype), default=0)
 
 
 def _buffers(count: int, tokens: int, gate: Projection) -> list[Tensor]:
@@ -161,13 +177,14 @@ def _forward(
     out = rows.new_empty(rows.shape[0], down.weight.shape[0])
     size = _tile_size(rows, projections, tile_tokens)
     buffers = _buffers(2, size, gate)
-    with torch.autocast(x.device.type, enabled=False):  # every dtype has been decided
+    with without_autocast(x.device.type):
         for part in _tiles(rows.shape[0], size):
-            g, u = (b[: part.stop - part.start] for b in buffers)
-            gate.write(rows[part], g)
-            up.write(rows[part], u)
+            x_t, out_t = _of_tile(rows, part), _of_tile(out, part)
+            g, u = (_of_tile(b, slice(0, x_t.shape[0])) for b in buffers)
+            gate.write(x_t, g)
+            up.write(x_t, u)
             product(g, u)
-            down.write(g, out[part])
+            down.write(g, out_t)
     # No view: what a custom function returns may be written in place only if it is none.
     return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], down.weight.shape[0]))
 
@@ -185,26 +202,27 @@ class _Gradients:
         self.sums: list[Tensor | None] = [None] * 3
         for i, (factor, want) in enumerate(zip(factors, wanted, strict=True)):
             if want:
-                wide = torch.promote_types(factor.dtype, torch.float32)
-                dtype = factor.dtype if i == 0 and tiles == 1 else wide
+                dtype = factor.dtype
+                if i or tiles != 1:
+                    dtype = torch.promote_types(dtype, torch.float32)
                 self.sums[i] = _like(factor, dtype, zeros=tiles == 0)
 
     def add(self, x: Tensor, inner: Any, grad: Tensor, inner_grad: Any, first: bool) -> None:
         """A tile's. inner, inner_grad: as `Projection` gives them."""
         for total, a, b in zip(self.sums, (grad, inner_grad, grad), (x, x, inner), strict=True):
             if total is not None:
-                dtype = torch.promote_types(a.dtype, b.dtype)
-                accumulate_mm(total, a.to(dtype).t(), b.to(dtype), first)
+                if a.dtype != b.dtype:
+                    dtype = torch.promote_types(a.dtype, b.dtype)
+                    a, b = a.to(dtype), b.to(dtype)
+                accumulate_mm(total, a.t(), b, first)
 
     def rounded(self, scale: float) -> list[Tensor]:
-        """Empty where they are not wanted."""
+        """Those that are wanted."""
         of_b = self.sums[2]
         if of_b is not None:
             of_b.mul_(scale)
-        return [
-            self.factors[0].new_empty(0) if total is None else total.to(factor.dtype)
-            for total, factor in zip(self.sums, self.factors, strict=True)
-        ]
+        pairs = zip(self.sums, self.factors, strict=True)
+        return [total.to(factor.dtype) for total, factor in pairs if total is not None]
 
 
 def _backward(
@@ -230,11 +248,11 @@ def _backward(
         for i in (0, 3, 6)
     ]
     buffers = _buffers(3, size, gate)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device.type):
         for part in _tiles(tokens, size):
             index, first = None if kept is None else kept[part], part.start == 0
-            x_t, grad_t = (t[part if index is None else index] for t in (rows, grad))
-            g, u, h = (b[: part.stop - part.start] for b in buffers)
+            x_t, grad_t = (_of_tile(t, part) if index is None else t[index] for t in (rows, grad))
+            g, u, h = (_of_tile(b, slice(0, x_t.shape[0])) for b in buffers)
             gate_inner, up_inner = gate.write(x_t, g), up.write(x_t, u)
             down_grad = down.inner_gradient(grad_t)
             down.add_input_gradient(grad_t, down_grad, h, first=True)
@@ -245,14 +263,15 @@ def _backward(
             gradients[2].add(h, down.inner(h), grad_t, down_grad, first)
             if dx is not None:
                 # A tile's own copy of x has been read for the last time.
-                dx_t = dx[part] if index is None else x_t
+                dx_t = _of_tile(dx, part) if index is None else x_t
                 gate.add_input_gradient(g, gate_grad, dx_t, first=True)
                 up.add_input_gradient(u, up_grad, dx_t, first=False)
                 if index is not None:
                     dx.index_copy_(0, index, dx_t)
-    dx = x.new_empty(0) if dx is None else dx.view(x.shape)
-    by_projection = zip(gradients, scales, strict=True)
-    return [dx, *(factor for each, scale in by_projection for factor in each.rounded(scale))]
+    found = [] if dx is None else [dx.view(x.shape)]
+    for each, scale in zip(gradients, scales, strict=True):
+        found += each.rounded(scale)
+    return found
 
 
 def _like(t: Tensor, dtype: torch.dtype, zeros: bool) -> Tensor:
@@ -329,9 +348,8 @@ def tiled_mlp(name: str, activation: Activation) -> torch._ops.OpOverload:
             x, *factors = ctx.saved_tensors
             scales, *literals = ctx.literals
             wanted = list(ctx.needs_input_grad[: 1 + len(factors)])
-            gradients = backward(grad, x, factors, scales, wanted, *literals)
-            kept = (g if want else None for g, want in zip(gradients, wanted, strict=True))
-            return *kept, None, None, None
+            gradients = iter(backward(grad, x, factors, scales, wanted, *literals))
+            return *(next(gradients) if want else None for want in wanted), None, None, None
 
     def op(
         x: Tensor,
@@ -374,10 +392,8 @@ def _fake_gradients(
     tile_tokens: int,
     skip_padding: bool,
 ) -> list[Tensor]:
-    return [
-        t.new_empty(t.shape) if t is not None and want else x.new_empty(0)
-        for t, want in zip((x, *factors), wanted, strict=True)
-    ]
+    """Of those that are wanted."""
+    return [t.new_empty(t.shape) for t, want in zip((x, *factors), wanted, strict=True) if want]
 
 
 swiglu_mlp = tiled_mlp("swiglu_mlp", SILU)

@@ -211,7 +211,7 @@ def test_fake_gradients():
         got = torch.ops.liger_fx.swiglu_mlp_backward(
             torch.empty(2, 3, 24), x, factors, [1.0, 2.0, 1.0], wanted, 0, True
         )
-    assert [tuple(g.shape) for g in got] == [(2, 3, 8), *3 * [(0,)], (40, 8), (3, 8), *4 * [(0,)]]
+    assert [tuple(g.shape) for g in got] == [(2, 3, 8), (40, 8), (3, 8)]  # that are wanted
 
 
 @pytest.mark.parametrize("tile", [0, 16])
