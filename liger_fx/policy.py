@@ -201,24 +201,30 @@ def too_small(gm: fx.GraphModule) -> str:
 
 
 def _mean_product(gm: fx.GraphModule) -> float | None:
-    """FLOPs of a matrix product of the forward; None without one of a known size."""
+    """FLOPs of a matrix product of the forward, without adapters and routers, which are thin; None
+    without one of a known size."""
     nodes = (node for graph, _ in with_bodies(gm) for node in graph.graph.nodes)
-    products = [f for node in nodes if (f := _flops(node))]
-    return statistics.fmean(products) if products else None
+    found = [sizes for node in nodes if (sizes := _sizes_of_product(node))]
+    wide = [sizes for sizes in found if min(sizes[-2:]) >= _THIN] or found
+    return statistics.fmean(2.0 * math.prod(sizes) for sizes in wide) if wide else None
 
 
-def _flops(node: fx.Node) -> float | None:
-    """Of a matrix product, twice its multiplications; None for other nodes."""
+_THIN = 128
+
+
+def _sizes_of_product(node: fx.Node) -> list[float]:
+    """[..., n, k] of a product [..., k] x [k, n], whose result is [..., n]; empty for other nodes,
+    and for sizes that only the data know."""
     name = op_name(node)
     if name not in _PRODUCTS:
-        return None
+        return []
     given = [*node.args, *node.kwargs.values()]
     out, factor = fake(node), fake(given[_PRODUCTS[name]])
     if not isinstance(out, torch.Tensor) or not isinstance(factor, torch.Tensor):
-        return None
-    sizes = (hint(size) for size in (*out.shape, *factor.shape[-1:]))
+        return []
+    sizes = [hint(size) for size in (*out.shape, *factor.shape[-1:])]
     known = [float(size) for size in sizes if size is not None]
-    return 2.0 * math.prod(known) if len(known) == out.dim() + 1 else None
+    return known if len(known) == len(sizes) >= 2 else []
 
 
 # The argument whose last dimension is summed over.

@@ -300,6 +300,18 @@ def test_flops_of_a_product(product, dynamic):
     assert found == [2 * 6 * 4 * 4]
 
 
+def test_adapters_do_not_make_a_graph_small(all_pay):
+    def adapted(x, weight, gate, up, *adapters):
+        for a, b in zip(adapters[::2], adapters[1::2], strict=True):
+            gate = gate + b @ a
+            x = x + F.linear(F.linear(x, a), b)
+        return wide_layer(x, weight, gate, up)
+
+    adapters = 4 * [(16, 2048), (2048, 16)]
+    assert explained(adapted, LARGE + adapters).counts == {"rms_norm": 1}
+    assert explained(adapted, SMALL + adapters).counts == {}
+
+
 def test_what_is_measured_without_layers_is_made_in_small_graphs(all_pay):
     """A table or a loss is one a step, whatever its layers are."""
 
