@@ -19,6 +19,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import itertools
 import logging
 import multiprocessing
@@ -126,6 +127,11 @@ class Arm:
             except Exception as raised:
                 outcome.error = "".join(traceback.format_exception_only(raised)).strip()
                 break
+        if outcome.error is not None:
+            # What torch.func leaves of a trace that raised holds dispatch keys, and takes Autograd
+            # from the program that runs when it is collected: collect it now.
+            with torch._C._PreserveDispatchKeyGuard():
+                gc.collect()
         outcome.graphs = self.graphs
         return outcome
 
