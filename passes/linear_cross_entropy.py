@@ -13,7 +13,8 @@ Leaves alone logits that anybody else sees; two cross-entropies of the same logi
              to the hidden state.
 Numerics     Logits in the projection's dtype; scale, softmax and weights of tokens in fp32; sums of
              parameter gradients in fp32. ``mean`` stays a division in the graph: no valid token
-             gives nan, as in eager.
+             gives nan, as in eager. Ignored tokens are left out: where the hidden state of one is
+             inf or nan, eager's gradient of the weight is nan (0 times nan), and this one is not.
 """
 
 import torch
