@@ -194,22 +194,27 @@ def too_small(gm: fx.GraphModule) -> str:
     if flops is None or flops >= enough:
         return ""
     return (
-        f"a matrix product of this graph has {flops / 1e9:.2g} GFLOP in the mean; below "
-        f"{enough / 1e9:.2g} the GPU waits for the host, and an op takes more of the host's time "
-        "than it saves (policy='measure' measures it here)"
+        f"products of {flops / 1e9:.2g} GFLOP in the mean, below {enough / 1e9:.2g}: an op takes "
+        "more of the host's time than it saves of the GPU's"
     )
 
 
 def _mean_product(gm: fx.GraphModule) -> float | None:
-    """FLOPs of a matrix product of the forward, without adapters and routers, which are thin; None
-    without one of a known size."""
+    """FLOPs of a matrix product of the forward; None without one of a known size. Adapters and
+    routers, which are thin, do not count, nor does the head, which `explain` traces with two layers
+    of all."""
     nodes = (node for graph, _ in with_bodies(gm) for node in graph.graph.nodes)
     found = [sizes for node in nodes if (sizes := _sizes_of_product(node))]
     wide = [sizes for sizes in found if min(sizes[-2:]) >= _THIN] or found
-    return statistics.fmean(2.0 * math.prod(sizes) for sizes in wide) if wide else None
+    flops = [2.0 * math.prod(sizes) for sizes in wide]
+    if not flops:
+        return None
+    most = _HEAD * statistics.median(flops)
+    return statistics.fmean(each for each in flops if each <= most)
 
 
 _THIN = 128
+_HEAD = 16  # times the median product of a step; no layer's is
 
 
 def _sizes_of_product(node: fx.Node) -> list[float]:

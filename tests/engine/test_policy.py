@@ -250,7 +250,7 @@ def test_in_a_small_graph_nothing_pays(function, all_pay):
     assert report.counts == {}
     assert_expected_inline(
         evidence(report, "rms_norm"),
-        """auto: a matrix product of this graph has 34 GFLOP in the mean; below 53 the GPU waits for the host, and an op takes more of the host's time than it saves (policy='measure' measures it here)""",
+        """auto: products of 34 GFLOP in the mean, below 53: an op takes more of the host's time than it saves of the GPU's""",
     )
 
 
@@ -310,6 +310,15 @@ def test_adapters_do_not_make_a_graph_small(all_pay):
     adapters = 4 * [(16, 2048), (2048, 16)]
     assert explained(adapted, LARGE + adapters).counts == {"rms_norm": 1}
     assert explained(adapted, SMALL + adapters).counts == {}
+
+
+def test_the_head_does_not_make_a_graph_large(all_pay):
+    def step(x, head, *layer):
+        return wide_layer(x, *layer) @ head
+
+    head = (2048, 128_256)
+    assert explained(step, [LARGE[0], head, *LARGE[1:]]).counts == {"rms_norm": 1}
+    assert explained(step, [SMALL[0], head, *SMALL[1:]]).counts == {}
 
 
 def test_what_is_measured_without_layers_is_made_in_small_graphs(all_pay):
