@@ -233,6 +233,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_cross_entropy, "ARMS", linear_cross_entropy.ARMS | arms)
 
 
+@pytest.mark.slow
 def test_grid_compares_with_the_fastest_exact_peer(
     run: Run, stand_ins: None, picture: Path
 ) -> None:
@@ -293,6 +294,7 @@ def test_errors_are_those_of_the_first_shape(run: Run, stand_ins: None) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_times_of_several_shares(run: Run, stand_ins: None, picture: Path) -> None:
     printed, rows = run(
         linear_cross_entropy, *SHAPE, "--arms", "inductor", "liger_fp32", "--picture", str(picture)
@@ -431,6 +433,7 @@ def test_a_step_without_memory_while_others_compile() -> None:
     assert seconds > 0 and model.weight.grad is None
 
 
+@pytest.mark.slow
 def test_compile_time_in_two_processes(run: Run) -> None:
     arguments = ["--arms", "liger_fx_step", "--layers", "1", "--batch", "2", "--seq", "16"]
     printed, (row,) = run(compile_time, *TINY, *arguments)
@@ -538,6 +541,7 @@ def test_recipe_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 # -- what is found in the models of transformers ---------------------------------------------------
 
 
+@pytest.mark.slow
 def test_model_coverage(run: Run, picture: Path) -> None:
     pytest.importorskip("transformers")
     printed, (*rows, total) = run(

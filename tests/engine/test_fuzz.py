@@ -190,6 +190,7 @@ def test_the_second_call_has_another_size_where_shapes_are_dynamic():
     assert fuzz.reference(static).run().graphs == 1
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_a_failure_and_no_more():
     found = dict(fuzz.verdicts([1, 2, 3], Dies(2), jobs=2))
     assert found[2].kind == "crash" and {found[1].kind, found[3].kind} == {"ok"}

@@ -84,9 +84,9 @@ QAT = {"baseline": {"compile": False}, "weights_apart": 2e-2}
 # Inductor, which takes as long for its kernels as all else here does, compiles the recipe by name.
 QUICK = [
     *cases("full_finetune_single_device", aot_eager={"inner": "aot_eager"}),
-    *cases("lora_dpo_single_device", aot_eager={"says": LOGPROBS, "inner": "aot_eager"}),
 ]
 REST = [
+    *cases("lora_dpo_single_device", aot_eager={"says": LOGPROBS, "inner": "aot_eager"}),
     *cases(
         "full_finetune_single_device",
         default={},
