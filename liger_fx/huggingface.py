@@ -217,8 +217,8 @@ class _Held:
 
 
 def _hold_checkpoints(parent: nn.Module, *_: Any) -> None:
-    """A hook before the forward of a module with lists of layers: somebody may have switched
-    checkpoints on since."""
+    """Before a forward of the module that has the layers. At each one, since checkpoints may be
+    switched on at any time."""
     if torch.compiler.is_compiling():
         return
     held: _Held | None = None
@@ -304,8 +304,8 @@ _KEEPING = _Held(keeping)
 
 
 def _hooked(module: nn.Module) -> tuple[int, ...]:
-    """Which of a module's parts have hooks, by their place in a walk: it runs at each call, where
-    ``module.modules()`` would cost a layer a tenth of its host time."""
+    """Which of a module's parts have hooks, by their place in a walk. It runs at each call, and
+    ``module.modules()`` puts names together, which takes longer."""
     found: list[int] = []
     parts = [module]
     for i, part in enumerate(parts):

@@ -248,8 +248,8 @@ def by_table(
     form, in the user's ``own`` table and in `table`; else what is measured on the nearest
     architecture, with a margin. Each variant has a kernel, or an eager form, of its own: its rows
     decide, and those of all variants where it has none, but for `Rewrite.measured_apart`. So it is
-    inside and outside of activation checkpoints. small: as `too_small` says: then none is made in
-    layers."""
+    inside and outside of activation checkpoints. small: as `too_small` says: then Inductor's
+    layers are left to it."""
     if device.type not in ("cuda", "meta"):
         machine = "a CPU" if device.type == "cpu" else device.type
         left = f"not measured on {machine}; policy='measure' measures it on this one"
@@ -271,7 +271,8 @@ def by_table(
         ground, rows = min(
             known, key=lambda each: (each[0].distance, each[1][0].spelling != match.spelling)
         )
-        if small and rows[0].form in ("layers", "step"):  # others are made once a step
+        # Other rows are of what is made once a step. Without Inductor an op is fewer launches.
+        if small and inner == "inductor" and rows[0].form in ("layers", "step"):
             return False, small
         margin = MARGIN if ground.distance else 0.0
         guess = _guess(architecture, ground) if ground.distance else ""

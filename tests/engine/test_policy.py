@@ -264,6 +264,12 @@ def test_heads_are_fused_in_small_graphs(all_pay):
         assert liger_fx.explain(loss, given).counts == {"linear_cross_entropy": 1}
 
 
+def test_without_inductor_an_op_is_fewer_launches(all_pay, monkeypatch):
+    monkeypatch.setenv("LIGER_FX_INNER", "aot_eager")
+    with table(("rms_norm", "aot_eager", False, 1.1, 1.0)):
+        assert explained(wide_layer, SMALL).counts == {"rms_norm": 1}
+
+
 def test_options_decide_about_small_graphs(all_pay, monkeypatch):
     monkeypatch.setenv("LIGER_FX_POLICY", "rms_norm")
     assert explained(wide_layer, SMALL).counts == {"rms_norm": 1}
