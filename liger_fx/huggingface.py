@@ -195,7 +195,7 @@ class _Form:
             config["optimize_ddp"] = False
         if unpadded or self.dynamic:
             # Under dynamic=True the floats of a module (epsilon, dropout) become tensors on the
-            # CPU, and Inductor builds C++ kernels for them: 58 of 67 s beside a GPU.
+            # CPU, and Inductor builds C++ kernels for them: 58 of 78 s beside an H200.
             config["specialize_float"] = True
         with torch._dynamo.config.patch(config) if config else contextlib.nullcontext():
             return run(*args, **kwargs)
@@ -205,15 +205,24 @@ class _Form:
 
 
 class _Held:
-    """The checkpoint of a layer that puts it around its own call, as those of transformers before
-    5.23. A compiled region holds it, and then there is none around the region."""
+    """The checkpoint of a compiled layer that puts it around its own call, as those of transformers
+    before 5.23. The layer's region holds it, and then there is none around the region.
+
+    asked: the layer that runs now wants it.
+    """
 
     def __init__(self, checkpoint: Callable[..., Any]) -> None:
         self.checkpoint = checkpoint
+        self.asked = False
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
-        in_graph = torch.compiler.is_compiling()
-        return self.checkpoint(function, *args) if in_graph else function(*args)
+        if torch.compiler.is_compiling():
+            return self.checkpoint(function, *args)
+        self.asked = True
+        try:
+            return function(*args)
+        finally:
+            self.asked = False
 
 
 def _hold_checkpoints(parent: nn.Module, *_: Any) -> None:
@@ -223,7 +232,9 @@ def _hold_checkpoints(parent: nn.Module, *_: Any) -> None:
         return
     held: _Held | None = None
     layer: Any
-    for layer in filter(_calls_itself, _items(parent)):
+    for layer in _items(parent):
+        if layer._compiled_call_impl is None or not _calls_itself(layer):
+            continue
         around: Any = vars(layer).get("_gradient_checkpointing_func")
         if getattr(around, "func", None) is checkpoint:  # torch's, with its settings
             if held is None or held.checkpoint is not around:
@@ -233,8 +244,7 @@ def _hold_checkpoints(parent: nn.Module, *_: Any) -> None:
 
 def _held_checkpoint(module: nn.Module) -> Callable[..., Any] | None:
     held = vars(module).get("_gradient_checkpointing_func")
-    in_use = module.training and getattr(module, "gradient_checkpointing", False)
-    return held.checkpoint if isinstance(held, _Held) and in_use and _calls_itself(module) else None
+    return held.checkpoint if isinstance(held, _Held) and held.asked else None
 
 
 def _items(module: nn.Module) -> Iterator[nn.Module]:

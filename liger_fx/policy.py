@@ -131,7 +131,9 @@ def pays(measurements: Sequence[Measurement], margin: float = 0.0) -> bool:
 # GPU waits for the host, and an op that is called from Python costs the host more than a kernel of
 # the compiler's. Layer by layer, with checkpoints, on one H200 (ms, least of 9 laps): 2,048 tokens
 # of Qwen3-0.6B (70e6) 72 without rewrites, 124 with those that pay at 16,384; 8,192 (280e6) 96 and
-# 128; 16,384 (560e6) 180 and 182; of Llama-3.2-1B 4,096 (540e6) 72 and 72, 8,192 148 and 141.
+# 128; 16,384 (560e6) 180 and 182; of Llama-3.2-1B 4,096 (540e6) 72 and 72, 8,192 148 and 141:
+# huggingface_step.py --arms liger_fx_layers --batch 1, under LIGER_FX_POLICY=linear_cross_entropy,
+# without and with ",attention,add_rms_norm,tiled_mlp".
 BUSY = 400e6
 _H100 = 132  # its multiprocessors
 

@@ -381,8 +381,6 @@ def test_graphs_for_batches_of_several_lengths(dynamic):
 class OwnCheckpoint(nn.Module):
     """A layer whose ``__call__`` puts its checkpoint, as those of transformers before 5.23."""
 
-    gradient_checkpointing = True
-
     def __init__(self, around: Callable[..., Any]) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
@@ -436,17 +434,25 @@ def test_a_checkpoint_around_layers_goes_into_their_graph(offload, reentrant, mo
         torch.testing.assert_close(one, other)
 
 
-def test_layers_that_are_not_compiled_have_their_checkpoints_around():
-    def elements(model: nn.Module) -> int:
-        saved: list[int] = []
-        pack = lambda x: saved.append(x.numel()) or x  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            model(torch.randn(4, 16, requires_grad=True))
-        return sum(saved)
+def saved_elements(model: nn.Module) -> int:
+    saved: list[int] = []
+    pack = lambda x: saved.append(x.numel()) or x  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model(torch.randn(4, 16, requires_grad=True))
+    return sum(saved)
 
+
+def test_under_force_eager_checkpoints_are_around_layers():
     model = by_layers(OwnCheckpoints(), **OPTIONS)
     with torch.compiler.set_stance("force_eager"):
-        assert elements(model) == elements(OwnCheckpoints())
+        assert saved_elements(model) == saved_elements(OwnCheckpoints())
+
+
+def test_layers_that_are_not_compiled_have_their_checkpoints_around():
+    model = by_layers(OwnCheckpoints(), **OPTIONS)
+    for layer in model.layers:
+        layer._compiled_call_impl = None
+    assert saved_elements(model) == saved_elements(OwnCheckpoints())
 
 
 def test_a_checkpoint_of_somebody_elses_stays_around_layers():
