@@ -91,22 +91,21 @@ def stock_layers(model: TransformerDecoder, args: Args) -> None:
 
 
 def fused_layers(
-    model: TransformerDecoder, args: Args, *, of_labels: bool = False, offload: bool = False
+    model: TransformerDecoder, args: Args, *, unpad: bool = False, offload: bool = False
 ) -> None:
     """Layers as liger_fx's recipes prepare them: the checkpoint inside of what is compiled.
-    of_labels: a loss reads the hidden states of labelled tokens alone, so that padding may be left
-    out; the model needs `unpadded_mask` then. offload: as with enable_activation_offloading."""
+    unpad: a loss reads the hidden states of labelled tokens alone, so others may be left out; the
+    model needs `unpadded_mask` then. offload: as with enable_activation_offloading."""
     from liger_fx.offload import Offload
     from liger_fx.torchtune import compile_layers
     from liger_fx.torchtune.unpadding import leave_out_padding
 
     if args.checkpoint:
         checkpointed(model)
-    leaves_out = args.padded and of_labels
-    reason = leave_out_padding([model], [], torch.bfloat16) if leaves_out else ""
+    reason = leave_out_padding([model], [], torch.bfloat16) if unpad else ""
     if reason:
         raise RuntimeError(f"padding goes through the layers: {reason}")
-    settings = {} if leaves_out else padded_batches(args)
+    settings = {} if unpad else padded_batches(args)
     compile_layers(model, settings, offload=Offload() if offload else None)
 
 
@@ -116,11 +115,12 @@ def padded_batches(args: Args) -> dict[str, Any]:
 
 
 @cache
-def unpadded_mask(labels: Tensor) -> Tensor:
+def unpadded_mask(tokens: Tensor, labels: Tensor) -> dict[str, Tensor] | None:
     """The mask that the recipes' loaders make of a batch: once, since its making is not timed."""
-    from liger_fx.torchtune.unpadding import tokens_before_last_label
+    from liger_fx.torchtune.unpadding import mask_of
 
-    return tokens_before_last_label(labels.cpu(), IGNORE).to(labels.device)
+    made = mask_of(tokens.cpu(), labels.cpu(), IGNORE, shares=True) or {}
+    return {name: tensor.to(tokens.device) for name, tensor in made.items()} or None
 
 
 def hidden_states(model: TransformerDecoder, args: Args) -> TransformerDecoder:
@@ -134,15 +134,18 @@ def hidden_states(model: TransformerDecoder, args: Args) -> TransformerDecoder:
 
 
 def recipe_loss(
-    model: TransformerDecoder, loss_fn: Loss, rows: int, mask: Callable[[Tensor], Any] | None = None
+    model: TransformerDecoder,
+    loss_fn: Loss,
+    rows: int,
+    mask: Callable[[Tensor, Tensor], Any] = lambda tokens, labels: None,
 ) -> LossStep:
     """``_loss_step`` of torchtune's recipes; the column of ignored labels outlives the step there
-    as well. mask: makes the model's of the labels."""
+    as well. mask: makes the model's of tokens and labels."""
     device = next(model.parameters()).device
     ignored_column = torch.full((rows, 1), IGNORE, device=device)
 
     def step(tokens: Tensor, labels: Tensor) -> Tensor:
-        logits = model(tokens, mask=mask(labels) if mask else None)
+        logits = model(tokens, mask=mask(tokens, labels))
         labels = torch.hstack((labels[..., 1:], ignored_column[: labels.shape[0]]))
         if not isinstance(logits, list):
             labels = labels.reshape(-1)

@@ -4,13 +4,15 @@ r"""A whole training step of a Hugging Face decoder: forward, loss, backward, fu
     python benchmarks/huggingface_step.py --models qwen3_0_6b --no-checkpoint --jobs 2
     python benchmarks/huggingface_step.py --models llama3_2_1b --padded 0.4
     python benchmarks/huggingface_step.py --models llama3_2_1b --packed 512
+    python benchmarks/huggingface_step.py --models llama3_2_1b --answers 8 --ignored 0.5
     python benchmarks/huggingface_step.py --models tiny --layers 28 --device cpu \
         --batch 2 --seq 64 --jobs 1 --arms inductor liger_fx liger_fx_layers
 
 Models are built from their configurations, in bf16, with random weights and tokens. The first part
 of a sequence is the prompt, whose labels are ignored. With ``--padded`` the model is given an
 attention mask, as by Trainer's collators, and padding on the right; with ``--packed`` the positions
-of documents in one row, as by ``DataCollatorWithFlattening``. The arms:
+of documents in one row, as by ``DataCollatorWithFlattening``. With ``--answers 8`` eight sequences
+one after the other have the same prompt, as in GRPO, with 2 as a pair of preference. The arms:
 
     eager           the model as it is
     liger           Liger's own patch of the model, eager
@@ -23,7 +25,7 @@ of documents in one row, as by ``DataCollatorWithFlattening``. The arms:
     liger_fx_recompute  that of ``liger_fx``, under torch's own ``activation_memory_budget``
     liger_fx_layers ``liger_fx.huggingface.compile(model)``: equal layers are compiled once
     liger_fx_offload  the same, and what layers save waits in the host's memory
-    liger_fx_unpad  that of ``liger_fx_layers``, and layers see no padding
+    liger_fx_unpad  that of ``liger_fx_layers``, and layers see no padding, and a prompt once
     liger_fx_budget  that of ``liger_fx_layers``, and as many layers as the GPU has room for keep
                     their activations
 
@@ -172,6 +174,16 @@ def build_model(args: Args) -> nn.Module:
     return model.train()
 
 
+def tokens_of(args: Args, ignored: float) -> Tensor:
+    """int64 [batch, seq]"""
+    torch.manual_seed(0)
+    tokens = steps.random_tokens(CONFIGS[args.model].vocab_size, args)
+    prompt = slice(round(ignored * args.seq))
+    for group in tokens.split(args.answers):
+        group[1:, prompt] = group[0, prompt]
+    return tokens
+
+
 def compile_step(
     model: nn.Module, call: Callable[[], Tensor], device: torch.device
 ) -> float | None:
@@ -189,9 +201,9 @@ def measure(args: Args) -> Iterator[Row]:
     model = build_model(args)
     step = ARMS[args.arm](model, args)
     initial = [parameter.detach().to("cpu", copy=True) for parameter in model.parameters()]
-    tokens = steps.random_tokens(CONFIGS[args.model].vocab_size, args)
     first = None
     if args.arm not in UNCOMPILED:
+        tokens = tokens_of(args, args.ignored[0])
         labels = steps.labels_of(tokens, args.ignored[0], args)
         first = compile_step(model, partial(step, tokens, labels), args.device)
     if args.device.type == "cuda":
@@ -203,6 +215,7 @@ def measure(args: Args) -> Iterator[Row]:
             for parameter, value in zip(model.parameters(), initial, strict=True):
                 parameter.copy_(value)
         optimizer = steps.adamw(model, args)
+        tokens = tokens_of(args, ignored)
         labels = steps.labels_of(tokens, ignored, args)
         train = partial(steps.training_step(step, optimizer), tokens, labels)
         losses = [train().item() for _ in range(args.warmup)]
@@ -213,6 +226,7 @@ def measure(args: Args) -> Iterator[Row]:
             "ignored": ignored,
             "padded": args.padded,
             "packed": args.packed,
+            "answers": args.answers,
             **row,
             "compile_s": first and first - row["ms"] / 1e3,
             "graphs": counters["stats"]["unique_graphs"],
@@ -242,6 +256,7 @@ OPTIONS = options(
     batch=8,
     seq=2048,
     layers={"type": int, "help": "instead of the model's own number"},
+    answers={"type": int, "default": 1, "help": "sequences with one prompt"},
     jobs=3,
     **steps.STEP,
 )

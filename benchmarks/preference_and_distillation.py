@@ -1,17 +1,21 @@
-"""Steps of preference and RL training (DPO, GRPO) and of distillation: two models make logits.
+r"""Steps of preference and RL training (DPO, GRPO) and of distillation: two models make logits.
 
     python benchmarks/preference_and_distillation.py
     python benchmarks/preference_and_distillation.py --layers 0     # heads and losses alone
     python benchmarks/preference_and_distillation.py --losses dpo --ignored 0 0.5
     python benchmarks/preference_and_distillation.py --losses dpo --padded 0.4
+    python benchmarks/preference_and_distillation.py --losses dpo --ignored 0.5 \
+        --arms torchtune liger_by_hand liger_fx_recipe liger_fx_unpad
 
 DPO and GRPO train Llama-3.2-1B against a frozen copy of it, distillation Qwen2.5-0.5B on
 Qwen2.5-1.5B: random weights and tokens, bf16, fused AdamW, each arm in a process of its own.
 ``torchtune`` is the stock recipe with ``compile=True``, ``inductor`` the same with heads and loss
 compiled as one region by Inductor alone, ``liger_by_hand`` Liger's chunked losses on hidden states,
-``liger_fx_recipe`` what ``liger_fx/recipes/*`` make. Of the sequences of a DPO batch the first half
-are chosen, the others rejected. GRPO takes the log-probabilities as the PPO recipes do, of the
-second half of each sequence, which is the answer; it has no model of values, as PPO has.
+``liger_fx_recipe`` what ``liger_fx/recipes/*`` make, ``liger_fx_unpad`` the same of DPO with
+``liger_fx.unpad=True``. Of the sequences of a DPO batch the first half are chosen, the others
+rejected; a pair has one prompt, whose labels are ignored. GRPO takes the log-probabilities as the
+PPO recipes do, of the second half of each sequence, which is the answer; it has no model of values,
+as PPO has.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ BETA, RATIO = 0.1, 0.5  # of torchtune's configs
 DPO = DPOLoss(beta=BETA)
 KL_COEFFICIENT, CLIP = 0.04, 0.2  # of GRPO, as in Liger
 ARMS = ["torchtune", "inductor", "liger_by_hand", "liger_fx_recipe"]
+UNPAD = "liger_fx_unpad"  # of DPO alone
 
 Build = Callable[[], TransformerDecoder]
 
@@ -82,9 +87,11 @@ def stock_scores(model: TransformerDecoder, args: Args) -> Output:
 
 
 def fused_scores(model: TransformerDecoder, args: Args) -> Output:
-    prepare_layers(model, args)
+    unpad = args.arm == UNPAD
+    prepare_layers(model, args, unpad=unpad)
     head = of_arm(fuse_log_probs(model, require("linear_logprobs", args)), args)
-    return lambda tokens, labels: head(model(tokens), labels)
+    output = outputs_of(model, unpad)
+    return lambda tokens, labels: head(output(tokens, labels), labels)
 
 
 def dpo_loss(policy: Scores, frozen: Scores, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -145,7 +152,7 @@ def distillation(model: TransformerDecoder, teacher: TransformerDecoder, args: A
         if args.arm == "torchtune":
             steps.stock_layers(decoder, args)
         else:
-            prepare_layers(decoder, args, of_labels=True)
+            prepare_layers(decoder, args, unpad=bool(args.padded))
     if args.arm == "torchtune":
         of_classes, of_teacher = (training.compile_loss(f, verbose=False) for f in loss_fns)
 
@@ -160,12 +167,14 @@ def distillation(model: TransformerDecoder, teacher: TransformerDecoder, args: A
         class_loss, kd_loss = losses(hidden, taught, shifted(labels))
         return (1 - RATIO) * class_loss + RATIO * kd_loss
 
-    mask = steps.unpadded_mask if args.padded and args.arm == "liger_fx_recipe" else None
-    return joint_step(outputs_of(model, mask), outputs_of(teacher, mask), loss)
+    unpad = bool(args.padded) and args.arm == "liger_fx_recipe"
+    return joint_step(outputs_of(model, unpad), outputs_of(teacher, unpad), loss)
 
 
-def outputs_of(model: TransformerDecoder, mask: Callable[[Tensor], Any] | None = None) -> Output:
-    return lambda tokens, labels: model(tokens, mask=mask(labels) if mask else None)
+def outputs_of(model: TransformerDecoder, unpad: bool = False) -> Output:
+    if unpad:
+        return lambda tokens, labels: model(tokens, mask=steps.unpadded_mask(tokens, labels))
+    return lambda tokens, labels: model(tokens)
 
 
 def shifted(labels: Tensor) -> Tensor:
@@ -230,12 +239,12 @@ LIGER = {"dpo": dpo_by_liger, "grpo": grpo_by_liger, "distillation": distillatio
 # -- arms ------------------------------------------------------------------------------------------
 
 
-def prepare_layers(model: TransformerDecoder, args: Args, *, of_labels: bool = False) -> None:
+def prepare_layers(model: TransformerDecoder, args: Args, *, unpad: bool = False) -> None:
     """As a fused recipe prepares them, or as a stock one."""
     if args.arm == "inductor":
         steps.stock_layers(model, args)
     else:
-        steps.fused_layers(model, args, of_labels=of_labels)
+        steps.fused_layers(model, args, unpad=unpad)
 
 
 def of_arm(head: Head, args: Args) -> Any:
@@ -247,7 +256,7 @@ def of_arm(head: Head, args: Args) -> Any:
 
 def require(rewrite: str, args: Args) -> dict[str, Any]:
     """An arm that did not fuse must fail."""
-    return {"require": rewrite} if args.arm == "liger_fx_recipe" else {}
+    return {"require": rewrite} if args.arm.startswith("liger_fx") else {}
 
 
 # What a stock recipe and a fused one take of both models, and the loss of these.
@@ -292,17 +301,25 @@ def prepare(args: Args) -> tuple[LossStep, Tensor]:
     return train, steps.random_tokens(trained.tok_embeddings.num_embeddings, args)
 
 
+def pairs(tokens: Tensor, ignored: float) -> Tensor:
+    """Chosen and rejected, of one prompt."""
+    chosen, rejected = tokens.chunk(2)
+    prompt = round(ignored * tokens.shape[1])
+    return torch.cat((chosen, torch.cat((chosen[:, :prompt], rejected[:, prompt:]), 1)))
+
+
 def measure(args: Args) -> Iterator[Row]:
     """One row for each share of ignored labels; only the first one compiles."""
     train, tokens = prepare(args)
     for ignored in args.ignored:
-        call = partial(train, tokens, steps.labels_of(tokens, ignored, args))
+        given = pairs(tokens, ignored) if args.loss == "dpo" else tokens
+        call = partial(train, given, steps.labels_of(given, ignored, args))
         first = call().item()  # of the weights that all arms begin with, at the first share
         yield {
             "ignored": ignored,
             **steps.time_and_memory(call, tokens.numel(), args),
             "first_loss": first,
-            "rewrites": steps.rewrites() if args.arm == "liger_fx_recipe" else None,
+            "rewrites": steps.rewrites() if args.arm.startswith("liger_fx") else None,
         }
 
 
@@ -310,7 +327,7 @@ BENCHMARK = Benchmark(
     options(
         __doc__,
         losses=several(LIGER),
-        arms=several(ARMS),
+        arms=several([*ARMS, UNPAD], ARMS),
         model={"choices": ["tiny"], "help": "instead of those of the loss"},
         layers={"type": int, "help": "of each model, if not all"},
         batch=16,

@@ -71,19 +71,21 @@ def liger_fx_recipe(model: TransformerDecoder, args: Args, offload: bool = False
     """What ``liger_fx/recipes/*`` make of the stock recipe."""
     from liger_fx.torchtune import fuse_head
 
-    steps.fused_layers(model, args, of_labels=True, offload=offload)
+    steps.fused_layers(model, args, unpad=bool(args.padded), offload=offload)
     head = fuse_head(model, chunked_loss(model), fused(args))
-    mask = steps.unpadded_mask if args.padded else None
-    return steps.recipe_loss(model, head, args.batch, mask)
+    mask = {"mask": steps.unpadded_mask} if args.padded else {}
+    return steps.recipe_loss(model, head, args.batch, **mask)
 
 
 def spend(model: TransformerDecoder, optimizer: torch.optim.Optimizer, args: Args) -> None:
     """As the recipes' ``liger_fx.memory_gib``."""
     needs_cuda(args.device, "a memory budget")
-    from liger_fx.torchtune.activations import MemoryBudget, checkpoints_of
+    from liger_fx.activations import MemoryBudget
+    from liger_fx.torchtune import checkpoints
 
-    layers, peak = checkpoints_of(model), torch.cuda.max_memory_allocated
-    budget = MemoryBudget(layers, int(args.gib * GIB), peak, progress)
+    layers, peak = checkpoints.checkpoints_of(model), torch.cuda.max_memory_allocated
+    keep = partial(checkpoints.keep, layers)
+    budget = MemoryBudget(keep, len(layers), int(args.gib * GIB), peak, progress)
     optimizer.register_step_pre_hook(budget)
 
 

@@ -269,9 +269,12 @@ def _huggingface_step(name: str) -> str:
 
 
 def _length(name: str) -> str:
-    """Of the sequences, where the command asks for another one than 2048."""
-    asked = re.search(r"--seq (\d+)", results.origin(name))
-    return f", sequences of {int(asked[1]):,} tokens" if asked else ""
+    """Of the sequences, where the command asks for others than 8 of 2048 tokens."""
+    command = results.origin(name)
+    asked = re.search(r"--seq (\d+)", command)
+    number = re.search(r"--batch (\d+)", command)
+    length = f", sequences of {int(asked[1]):,} tokens" if asked else ""
+    return length or (f", {number[1]} x 2048" if number else "")
 
 
 def _data(found: list[results.Row]) -> str:
@@ -281,6 +284,8 @@ def _data(found: list[results.Row]) -> str:
         data = f"{row['padded']:.0%} padding on the right"
     if row.get("packed"):
         data = f"documents of {row['packed']} tokens, packed"
+    if row.get("answers", 1) > 1:
+        data = f"{row['answers']} answers to each prompt"
     data += ", before the rewrite `attention`" if _is_old(found) else ""
     return data + ("" if row["checkpoint"] else ", no activation checkpoints")
 

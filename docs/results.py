@@ -46,7 +46,7 @@ ARMS = {
     "liger_fx_layers": "**liger_fx, layer by layer**",
     "liger_fx_offload": "**liger_fx, offloading**",
     "liger_fx_recompute": "**liger_fx, torch's budget of 0.8**",
-    "liger_fx_unpad": "**liger_fx, padding left out**",
+    "liger_fx_unpad": "**liger_fx, `unpad=True`**",
     "liger_fx_recipe": "**liger_fx recipe**",
     "liger_fx recipe": "**liger_fx recipe**",
     "liger_fx_budget": "**liger_fx, memory budget**",
@@ -147,7 +147,6 @@ SUMMARY = [
     Compared("Llama-3.2-1B", "Inductor", *_ONE_GRAPH, "inductor", dict(model="llama3_2_1b")),
     Compared("Llama-3.2-1B", _PATCH, *_ONE_GRAPH, "liger", dict(model="llama3_2_1b")),
     Compared("Qwen3-0.6B", _PATCH, *_ONE_GRAPH, "liger", dict(model="qwen3_0_6b")),
-    Compared("Gemma3-1B", _PATCH, *_ONE_GRAPH, "liger", dict(model="gemma3_1b")),
     Compared(
         "Llama-3.2-1B, 40 % padding",
         _PATCH,
@@ -156,12 +155,20 @@ SUMMARY = [
         "liger",
         {},
     ),
+    Compared(
+        "Llama-3.2-1B, 8 answers to a prompt",
+        _PATCH,
+        "huggingface_step_answers",
+        "liger_fx_unpad",
+        "liger",
+        dict(model="llama3_2_1b"),
+    ),
     Compared("torchtune recipe", _TUNED, "training_step", *_RECIPE, dict(ignored=0.0)),
     Compared(
         *("FSDP2, two GPUs, packed", _TUNED, "recipe_packed_two_gpus"),
         *("liger_fx recipe", "torchtune", {}),
     ),
-    Compared("DPO", _TUNED, "preference_and_distillation", *_RECIPE, dict(loss="dpo")),
+    Compared("DPO, prompts once", _TUNED, "preference_pairs", "liger_fx_unpad", "torchtune", {}),
 ]
 
 

@@ -123,8 +123,8 @@ def compile(
     them then, where otherwise the first batch has one of its own.
     offload: what a layer saves for its backward waits in the host's memory. With checkpoints this
     is little more than its input.
-    unpad: the layers run without the padding of a batch (`liger_fx.unpadding`); what the model says
-    of padding is of zeros.
+    unpad: the layers run without the padding of a batch, and once over tokens that several of its
+    sequences begin with (`liger_fx.unpadding`); what the model says of padding is of zeros.
     memory_gib: how many GiB of a GPU may be allocated, or "auto" for what is free at the second
     step of an optimizer: as many checkpointed layers as fit keep the outputs of their matrix
     products and of attention (`liger_fx.activations`). For batches of one size.

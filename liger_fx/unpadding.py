@@ -1,10 +1,11 @@
-"""A causal language model of transformers without the padding of its batches.
+"""A causal language model of transformers whose layers see no padding, and shared beginnings once.
 
-A batch of [b, s] with an attention mask goes through the layers as one row of its valid tokens, one
-sequence behind the other, each attending to its own by ``liger_fx::attention``. Behind the last
+A batch of [b, s] goes through the layers as one row of its valid tokens, one sequence behind the
+other, each attending to its own by ``liger_fx::attention``. Where sequences begin with the same
+tokens, as the answers to one prompt, these are in the row once (`liger_fx.rows`). Behind the last
 layer the hidden states are [b, s, d] again, with zeros for padding. So values and gradients are
-those of the padded batch wherever nothing reads what the model says of padding; sums over tokens
-may be in another order.
+those of the batch wherever nothing reads what the model says of padding; sums over tokens may be in
+another order.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from liger_fx import ops
-from liger_fx.ops.attention import MAX_HEAD_SIZE, band
+from liger_fx.ops.attention import MAX_HEAD_SIZE
+from liger_fx.rows import Row, first_rows, own_rows, why_not_shared
 
 log = logging.getLogger("liger_fx")
 
-PLAN = "liger_fx_plan"  # the keyword that brings a plan of `ops.document_plan` to the attentions
+PLAN = "liger_fx_plan"  # the keyword that brings a plan of `ops.sequence_plan` to the attentions
 IMPLEMENTATION = "liger_fx"  # of attention, as transformers names it
-UNIT = 128  # tokens: products of aligned rows are faster, and memory of few sizes is used again
 KINDS = {"full_attention", "sliding_attention"}  # of layers
 
 _ROWS = {"input_ids", "inputs_embeds", "attention_mask", "position_ids"}  # what is known of [b, s]
@@ -51,10 +52,10 @@ def leave_out_padding(model: nn.Module, language_model: PreTrainedModel) -> None
     AttentionInterface.register(IMPLEMENTATION, attend)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
     decoder.config._attn_implementation = IMPLEMENTATION
-    row = _Row(decoder.config)
-    model.register_forward_pre_hook(row.see_labels, with_kwargs=True)
-    decoder.register_forward_pre_hook(row.enter, with_kwargs=True)
-    decoder.register_forward_hook(row.leave)
+    hooks = _Hooks(decoder.config)
+    model.register_forward_pre_hook(hooks.see_labels, with_kwargs=True)
+    decoder.register_forward_pre_hook(hooks.enter, with_kwargs=True)
+    decoder.register_forward_hook(hooks.leave)
 
 
 def _unfit(model: Any, decoder: Any) -> str:
@@ -94,13 +95,13 @@ def attend(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: over documents where it is told of them, else ``sdpa``.
+    """Attention as transformers calls it: over sequences where it is told of them, else ``sdpa``.
 
-    query, key, value: [b, h, s, d]. attention_mask: int64 [1, 1, s, 1] says which document a token
-    is of, others are as for ``sdpa``. Returns [b, s, h, d].
+    query, key, value: [b, h, s, d]. attention_mask: int8 [1, 1, s, sequences] says in which
+    sequences a token is, others are as for ``sdpa``. Returns [b, s, h, d].
     """
     plan = kwargs.pop(PLAN, None)
-    if attention_mask is not None and _tells_documents(attention_mask):
+    if attention_mask is not None and _tells_sequences(attention_mask, query):
         query, key, value = _as_autocast(query, key, value)
         if plan is not None and dropout == 0.0 and _takes(query, value):
             scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -111,8 +112,9 @@ def attend(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def _tells_documents(mask: Tensor) -> bool:
-    return mask.dtype == torch.int64 and mask.shape[-1] == 1
+def _tells_sequences(mask: Tensor, query: Tensor) -> bool:
+    """No mask of transformers is of this dtype, and PyTorch takes none."""
+    return mask.dtype == torch.int8 and mask.shape[:3] == (1, 1, query.shape[2])
 
 
 def _as_autocast(*heads: Tensor) -> Sequence[Tensor]:
@@ -123,7 +125,7 @@ def _as_autocast(*heads: Tensor) -> Sequence[Tensor]:
 
 
 def _takes(query: Tensor, value: Tensor) -> bool:
-    """Is there a kernel of documents for these?"""
+    """Is there a kernel of sequences for these?"""
     size = query.shape[-1]
     if size != value.shape[-1]:
         return False
@@ -136,84 +138,114 @@ def _has_kernel(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _dense(documents: Tensor, window: int | None) -> Tensor:
-    """bool [1, 1, s, s]: which keys a query sees."""
-    same = documents == documents.transpose(2, 3)
-    return same & band(documents.shape[2], window, documents.device)
+def _dense(members: Tensor, window: int | None) -> Tensor:
+    """bool [1, 1, s, s]: which keys a query sees. members: int8 [1, 1, s, sequences]."""
+    inside = members[0, 0].T != 0
+    of_query = inside.byte().argmax(0)
+    place = inside.cumsum(1)[of_query]  # of each key in the query's sequence
+    ahead = place - place.diagonal().unsqueeze(1)
+    seen = inside[of_query] & (ahead <= 0)
+    return (seen if window is None else seen & (ahead > -window))[None, None]
 
 
-class _Row:
-    """Hooks of a decoder: its valid tokens as one row, and [b, s] afterwards."""
+class _Hooks:
+    """Of a decoder: the tokens it has to see as one row, and [b, s] afterwards."""
 
     def __init__(self, config: Any) -> None:
         self.windows = getattr(config, "sliding_window", None) is not None
         self.labels: Tensor | None = None
         self.is_read = True  # the call of the model that the decoder is called in
-        self.kept: Tensor | None = None
-        self.shape = torch.Size()
+        self.row: Row | None = None
 
     def see_labels(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         given = _named(model, args, kwargs)
         self.is_read, self.labels = given is not None, (given or {}).get("labels")
 
     def enter(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        self.kept, given = None, _named(decoder, args, kwargs)
+        self.row, given = None, _named(decoder, args, kwargs)
         if given is None or not self.is_read or torch.compiler.is_compiling():
             return args, kwargs
-        if not _is_padded(given, decoder.config):
+        shape = _shape_of_batch(given, decoder.config)
+        if shape is None:
             return args, kwargs
-        self.shape = given["attention_mask"].shape
-        valid = given["attention_mask"] != 0
-        reason, tokens = self._read(valid, self.labels)
+        valid = _valid(given, shape)
+        reason = self._why_padded(valid) or _noise(decoder)
         if reason:
             torch._logging.warning_once(log, f"liger_fx: padding stays in a batch: {reason}")
-        elif -(-tokens // UNIT) * UNIT < valid.numel():
-            log.debug("liger_fx: layers see %d of %d tokens", tokens, valid.numel())
-            return (), given | self._as_row(valid, tokens, given)
-        return args, kwargs
+            return args, kwargs
+        self.row = Row.if_worth(valid, _first_rows(valid, given, decoder))
+        if self.row is None:
+            return args, kwargs
+        log.debug("liger_fx: layers see %d of %d tokens", len(self.row.tokens), valid.numel())
+        return (), given | self._as_row(self.row, given)
 
-    def _read(self, valid: Tensor, labels: Tensor | None) -> tuple[str, int]:
-        """Why padding stays, or how many tokens are valid. Waits for the device, once."""
-        starts = F.pad(valid[:, 1:] & ~valid[:, :-1], (1, 0)).sum(1) + valid[:, 0]
-        facts = [valid.sum(), starts.amax(), _labelled(valid, labels)]
-        tokens, runs, labelled = torch.stack([fact.long() for fact in facts]).tolist()
+    def _why_padded(self, valid: Tensor) -> str:
+        """Why padding stays, or "". Waits for the device."""
+        runs = F.pad(valid[:, 1:] & ~valid[:, :-1], (1, 0)).sum(1) + valid[:, 0]
+        facts = torch.stack((runs.amax() > 1, _labelled(valid, self.labels)))
+        holes, labelled = facts.tolist()
         if labelled:
-            return "labels that are not ignored are of padding, or predicted at padding", 0
-        if runs > 1 and self.windows:
-            return "attention is in a window, and padding is between valid tokens", 0
-        return "", max(tokens, 1)
+            return "labels that are not ignored are of padding, or predicted at padding"
+        if holes and self.windows:
+            return "attention is in a window, and padding is between valid tokens"
+        return ""
 
-    def _as_row(self, valid: Tensor, tokens: int, given: dict[str, Any]) -> dict[str, Any]:
-        """Valid tokens, and behind them, as a document of its own, as much padding as makes a
-        multiple of `UNIT`."""
-        batch, size = valid.shape
-        valid = valid.flatten()
-        order = torch.argsort(~valid, stable=True)[: -(-tokens // UNIT) * UNIT]
-        sequence = torch.where(valid[order], order // size, batch)
-        self.kept = order[:tokens]
-        positions = given.get("position_ids")
-        if positions is None:
-            positions = torch.arange(size, device=valid.device)
-        row = {
-            name: given[name].flatten(0, 1)[order][None]
-            for name in ("input_ids", "inputs_embeds")
-            if given.get(name) is not None
-        }
-        if _has_kernel(valid.device):
-            row[PLAN] = ops.document_plan(sequence[None])
-        return row | {
-            "attention_mask": sequence.view(1, 1, -1, 1),  # transformers passes four dimensions on
-            "position_ids": positions.expand(batch, size).flatten()[order][None],
+    def _as_row(self, row: Row, given: dict[str, Any]) -> dict[str, Any]:
+        names = ("input_ids", "inputs_embeds")
+        made: dict[str, Any] = {n: row.select(given[n]) for n in names if given.get(n) is not None}
+        members = row.members()
+        if _has_kernel(row.tokens.device):
+            made[PLAN] = ops.sequence_plan(members)
+        return made | {
+            # transformers passes four dimensions on.
+            "attention_mask": members.T[None, None].to(torch.int8),
+            "position_ids": row.select(_positions(given, row.first.shape)),
         }
 
     def leave(self, decoder: nn.Module, args: Any, output: Any) -> Any:
-        kept, self.kept = self.kept, None
-        if kept is not None:
-            hidden = output.last_hidden_state
-            rows = hidden.new_zeros(self.shape.numel(), hidden.shape[-1])
-            rows = rows.index_copy(0, kept, hidden[0, : len(kept)])
-            output["last_hidden_state"] = rows.view(*self.shape, -1)
+        row, self.row = self.row, None
+        if row is not None:
+            output["last_hidden_state"] = row.spread(output.last_hidden_state)
         return output
+
+
+def _valid(given: dict[str, Any], shape: torch.Size) -> Tensor:
+    """bool [b, s]"""
+    mask, inputs = given.get("attention_mask"), _inputs(given)
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=inputs.device)
+    return mask != 0
+
+
+def _inputs(given: dict[str, Any]) -> Tensor:
+    return given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
+
+
+def _positions(given: dict[str, Any], shape: torch.Size) -> Tensor:
+    """int64 [b, s]"""
+    positions = given.get("position_ids")
+    if positions is None:
+        positions = torch.arange(shape[1], device=_inputs(given).device)
+    return positions.expand(shape)
+
+
+def _first_rows(valid: Tensor, given: dict[str, Any], decoder: nn.Module) -> Tensor:
+    if len(valid) == 1 or given.get("inputs_embeds") is not None:  # nobody knows which are equal
+        return own_rows(valid)
+    first = first_rows(valid, given["input_ids"], _positions(given, valid.shape))
+    reason = why_not_shared(decoder)
+    if reason and not torch.equal(first, own_rows(valid)):
+        text = f"liger_fx: sequences do not share the tokens that they begin with: {reason}"
+        torch._logging.warning_once(log, text)
+        return own_rows(valid)
+    return first
+
+
+def _noise(decoder: Any) -> str:
+    """Why the embeddings of a token depend on the size of a batch, or ""."""
+    if decoder.training and hasattr(decoder.get_input_embeddings(), "neftune_noise_alpha"):
+        return "NEFTune scales its noise by the size of a batch"
+    return ""
 
 
 def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -224,24 +256,25 @@ def _named(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> dict[str, An
     return None if inspect.Parameter.VAR_POSITIONAL in kinds else given | kwargs
 
 
-def _is_padded(given: dict[str, Any], config: Any) -> bool:
-    """Is it a batch with a mask of its tokens, and with nothing else of [b, s] but known things?"""
-    mask = given.get("attention_mask")
-    inputs = (
-        given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
-    )
-    positions = given.get("position_ids")
-    return (
-        isinstance(mask, Tensor)
-        and mask.dim() == 2
-        and inputs is not None
-        and inputs.shape[:2] == mask.shape
+def _shape_of_batch(given: dict[str, Any], config: Any) -> torch.Size | None:
+    """[b, s] of a batch that has nothing else of that size but known things; else None."""
+    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    if given.get("inputs_embeds") is None and given.get("input_ids") is None:
+        return None
+    shape = _inputs(given).shape[:2]
+    known = (
+        shape.numel() > 0
+        # Without a mask positions may tell of several sequences in a row.
+        and (
+            positions is None if mask is None else isinstance(mask, Tensor) and mask.shape == shape
+        )
         and (positions is None or positions.dim() <= 2)
         and given.get("past_key_values") is None
         and given.get("return_dict") is not False
         and not any(given.get(name, getattr(config, name, False)) for name in _RETURNED)
         and not any(isinstance(v, Tensor) and v.dim() and k not in _ROWS for k, v in given.items())
     )
+    return shape if known else None
 
 
 def _labelled(valid: Tensor, labels: Tensor | None) -> Tensor:

@@ -4,7 +4,13 @@ Each is registered with `torch.library` under ``liger_fx::``.
 """
 
 from liger_fx.ops.add_rms_norm import add_rms_norm
-from liger_fx.ops.attention import attention, document_plan, masked_attention, padding_plan
+from liger_fx.ops.attention import (
+    attention,
+    document_plan,
+    masked_attention,
+    padding_plan,
+    sequence_plan,
+)
 from liger_fx.ops.chunked_head import fits_one_chunk
 from liger_fx.ops.clamped_swiglu import clamped_swiglu
 from liger_fx.ops.cross_entropy import cross_entropy
@@ -42,6 +48,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_interleaved",
+    "sequence_plan",
     "swiglu",
     "swiglu_gate_up",
     "swiglu_mlp",

@@ -1,13 +1,15 @@
 """``liger_fx::attention``: causal attention in a window, over documents or beside padding.
 
 The mask is not a tensor of [s, s] but what it says. A *plan*, made once for all layers by
-`document_plan` or `padding_plan`, tells which of PyTorch's kernels computes it:
+`document_plan`, `padding_plan` or `sequence_plan`, tells which of PyTorch's kernels computes it:
 
 ==============  ===================================================================================
 every token     cuDNN or flash attention, as PyTorch chooses; in a window flash. Padding at the end
                 of a row hides no key from a valid query, which sees none that is later
 segments        flash attention over sequences of several lengths ("varlen"): documents, or the runs
                 of valid tokens and the padding before them
+shared          the same over sequences that have tokens in common. A token is a query once. Each of
+                its sequences has a copy of its key and value, whose gradients are summed in fp32
 dense           the mask itself, as PyTorch would run it: padding between valid tokens, or after
                 valid tokens in a window
 ==============  ===================================================================================
@@ -53,6 +55,7 @@ class Kind(enum.IntEnum):
     EVERY_TOKEN = 0
     SEGMENTS = 1
     DENSE = 2
+    SHARED = 3
 
 
 class Row(enum.IntEnum):
@@ -66,9 +69,12 @@ class Row(enum.IntEnum):
 # -- plans -----------------------------------------------------------------------------------------
 
 
-# A plan is four tensors. segments: int32 [1 or 3, n], where segments start and where the last
-# ends; with padding also those of the queries and of the keys of the second call. rows: int8
-# [b, s], of `Row`. after: int64, the tokens of the second call. facts: int64 [4] on the host.
+# A plan is four tensors. segments: int32 [1, 2 or 3, n], where segments start and where the last
+# ends; if they share tokens, those of the queries, then those of the keys; with padding also those
+# of the queries and of the keys of the second call. rows: int8 [b, s], of `Row`. after: int64, the
+# tokens of the second call; or for keys that are copies int64 [3, copies]: the token of each, the
+# copies in the order of their tokens, and where in this order those of a token start. facts: int64
+# [4] on the host.
 Plan = tuple[Tensor, Tensor, Tensor, Tensor]
 # A kernel takes the four, or None for each, then the window and the scale; or a mask and the scale.
 # Both return these.
@@ -123,6 +129,31 @@ def _plan_padding(valid: Tensor) -> Plan:
     holes, before, longest, tokens = torch.stack([fact.long() for fact in facts]).tolist()
     kind = Kind.DENSE if holes else Kind.SEGMENTS if before else Kind.EVERY_TOKEN
     return segments, rows.to(torch.int8), after, _facts(kind, 3 * batch, longest, tokens)
+
+
+def sequence_plan(members: Tensor) -> Plan:
+    """The plan of sequences that may have tokens in common, as rows that begin with one prompt.
+
+    members: bool [sequences, b * s], which tokens a sequence consists of, in their order. A token
+    is a query in the first of its sequences, and has one at least; there it stands behind the
+    tokens that are in an earlier one as well. Outside of a graph only, since the number of keys
+    depends on values. Waits for the device.
+    """
+    tokens = members.shape[1]
+    queries = torch.zeros_like(members[:, 0], dtype=torch.int64)
+    first = members.byte().argmax(0)
+    queries = queries.index_add_(0, first, torch.ones_like(first))
+    members, queries = members[queries > 0], queries[queries > 0]  # of others nothing is asked
+    keys = members.sum(1)
+    segments = F.pad(torch.stack((queries, keys)).cumsum(1), (1, 0)).int()
+    copies, longest = torch.stack((keys.sum(), keys.amax())).tolist()
+    rows = torch.zeros_like(first[None], dtype=torch.int8)
+    if copies == tokens:
+        return segments[:1], rows, first[:0], _facts(Kind.SEGMENTS, len(members), longest, 0)
+    token = members.nonzero()[:, 1]
+    starts = F.pad(members.sum(0).cumsum(0), (1, copies - tokens - 1))
+    after = torch.stack((token, torch.argsort(token, stable=True), starts))
+    return segments, rows, after, _facts(Kind.SHARED, len(members), longest, 0)
 
 
 # Layers share a mask, and reading it waits for the device. By memory, since autograd hands another
@@ -193,18 +224,26 @@ def band(size: int, window: int | None, device: torch.device) -> Tensor:
 
 def _parts(
     query: Tensor, plan: Sequence[Tensor | None], window: int | None
-) -> Iterator[tuple[Any, Tensor]]:
-    """What sees one another, as an index of [b, h, s, d], and the mask in it: each document by
-    itself, or else everything."""
-    segments, _, _, facts = plan
-    if segments is None or facts is None or len(segments) > 1:
-        yield ..., _seen(query, plan, window)
+) -> Iterator[tuple[Any, Any, Tensor]]:
+    """What sees one another, as indices of queries and of keys in [b, h, s, d], and the mask of the
+    two: each sequence by itself, or else everything."""
+    segments, _, after, facts = plan
+    if segments is None or after is None or facts is None or len(segments) > 2:
+        yield ..., ..., _seen(query, plan, window)
         return
-    for start, end in itertools.pairwise(segments[0, : facts[1] + 1].tolist()):
-        row, first = divmod(start, query.shape[2])
-        size = end - start
-        at = slice(row, row + 1), slice(None), slice(first, first + size)
-        yield at, band(size, window, query.device)
+    size, shared = query.shape[2], facts[0] == Kind.SHARED
+    bounds = (itertools.pairwise(of[: facts[1] + 1].tolist()) for of in segments)
+    for (start, end), *of_keys in zip(*bounds, strict=True):
+        if start == end:
+            continue
+        row, first = divmod(start, size)
+        queries = keys = slice(row, row + 1), slice(None), slice(first, first + end - start)
+        seen = band(end - start, window, query.device)
+        if shared:
+            ((first, last),) = of_keys
+            keys = *queries[:2], after[0, first:last] - row * size
+            seen = band(last - first, window, query.device)[..., start - end :, :]
+        yield queries, keys, seen
 
 
 def _window(window: int | None, size: int) -> int:
@@ -214,8 +253,8 @@ def _window(window: int | None, size: int) -> int:
 def _forward_torch(query: Tensor, key: Tensor, value: Tensor, *given: Any) -> Forward:
     *plan, window, scale = given
     out = _empty_heads(query)
-    for at, seen in _parts(query, plan, window):
-        out[at] = _attend(query[at], key[at], value[at], seen, scale)
+    for at, keys, seen in _parts(query, plan, window):
+        out[at] = _attend(query[at], key[keys], value[keys], seen, scale)
     return out, _empty_logsumexp(query, plan)
 
 
@@ -235,12 +274,12 @@ def _backward_torch(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *given: Any
 ) -> Gradients:
     *plan, window, scale = given
-    grads = tuple(map(_empty_heads, (query, key, value)))
-    for at, seen in _parts(query, plan, window):
-        found = _attend_backward(grad[at], query[at], key[at], value[at], seen, scale)
-        for into, made in zip(grads, found, strict=True):
-            into[at] = made
-    return grads  # type: ignore[return-value]
+    grads = [_empty_heads(x).zero_() for x in (query, key, value)]
+    for at, keys, seen in _parts(query, plan, window):
+        found = _attend_backward(grad[at], query[at], key[keys], value[keys], seen, scale)
+        for into, where, made in zip(grads, (at, keys, keys), found, strict=True):
+            into[where] += made
+    return tuple(grads)  # type: ignore[return-value]
 
 
 def _masked_backward_torch(
@@ -363,7 +402,8 @@ def _backward_of(
 class _Call:
     """A plan, as the host sees it.
 
-    after: the tokens of the second call, None without one. rows: [b, 1, s, 1], to broadcast.
+    after: the tokens of the second call, None without one. copies: of keys and values, None where
+    each is there once. rows: [b, 1, s, 1], to broadcast.
     hides_rows: there are queries that see no key, and the kernel does not know. mask: the one that
     was given.
     """
@@ -401,6 +441,7 @@ class _Call:
             self.longest = max(longest, 2)
             self.hides_rows = self.kind == Kind.SEGMENTS and len(segments) > 1
             self.after = after[:tokens] if tokens and self.kind != Kind.DENSE else None
+            self.copies = after if self.kind == Kind.SHARED else None
         self.take(self.kind)
 
     def take(self, kind: Kind) -> None:
@@ -462,9 +503,12 @@ def _is_cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float) -> bool:
 
 def _segments_forward(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Forward:
     q, k, v = map(_as_tokens, (query, key, value))
-    bounds, longest = call.segments[0], call.longest
+    if call.copies is not None:
+        k, v = k[call.copies[0]], v[call.copies[0]]
+    of_queries, longest = call.segments[0], call.longest
+    of_keys = of_queries if call.copies is None else call.segments[1]
     out, lse, *_ = aten._flash_attention_forward(
-        *(q, k, v, bounds, bounds, longest, longest, 0.0, True, False),
+        *(q, k, v, of_queries, of_keys, longest, longest, 0.0, True, False),
         scale=call.scale,
         **call.window_sizes,
     )
@@ -476,14 +520,30 @@ def _segments_backward(
     call: _Call, grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor
 ) -> Gradients:
     g, q, k, v, o = map(_as_tokens, (grad, query, key, value, out))
-    bounds, longest, seed = call.segments[0], call.longest, _no_seed(query)
-    of_rows = lse.transpose(0, 1).reshape(query.shape[1], -1)
-    found = aten._flash_attention_backward(
-        *(g, q, k, v, o, of_rows, bounds, bounds, longest, longest, 0.0, True, seed, seed),
+    if call.copies is not None:
+        k, v = k[call.copies[0]], v[call.copies[0]]
+    of_queries, longest = call.segments[0], call.longest
+    of_keys = of_queries if call.copies is None else call.segments[1]
+    # Rows of one token are a view that the kernel would misread.
+    of_rows = lse.transpose(0, 1).reshape(query.shape[1], -1).contiguous()
+    seed = _no_seed(query)
+    of_query, *others = aten._flash_attention_backward(
+        *(g, q, k, v, o, of_rows, of_queries, of_keys, longest, longest, 0.0, True, seed, seed),
         scale=call.scale,
         **call.window_sizes,
     )
-    return tuple(_as_heads(x, query) for x in found)  # type: ignore[return-value]
+    if call.copies is not None:
+        others = [_summed(x, call.copies, len(q)) for x in others]
+    return tuple(_as_heads(x, query) for x in (of_query, *others))  # type: ignore[return-value]
+
+
+def _summed(of_copies: Tensor, copies: Tensor, tokens: int) -> Tensor:
+    """The gradients of copies, [copies, h, d], summed for each token, [tokens, h, d]: in fp32 and
+    always in the same order, as PyTorch sums the rows of a bag of embeddings."""
+    _, order, starts = copies
+    bags = order, starts[: tokens + 1], False, 0, False, None, True
+    total, *_ = aten._embedding_bag_forward_only(of_copies.flatten(1), *bags)
+    return total.view(tokens, *of_copies.shape[1:])
 
 
 def _after_forward(call: _Call, query: Tensor, key: Tensor, value: Tensor) -> Forward:
@@ -564,6 +624,7 @@ _KERNELS: dict[Kind, tuple[Callable[..., Any], Callable[..., Any]]] = {
     Kind.EVERY_TOKEN: (_every_token_forward, _every_token_backward),
     Kind.SEGMENTS: (_segments_forward, _segments_backward),
     Kind.DENSE: (_dense_forward, _dense_backward),
+    Kind.SHARED: (_segments_forward, _segments_backward),
 }
 
 # -- the ops ---------------------------------------------------------------------------------------
@@ -670,8 +731,9 @@ def _attention(
 
     query: [b, h, s, d], bfloat16 or float16, d a multiple of 8 and at most 256; elsewhere than on
     CUDA any floating dtype. key, value: [b, h / r, s, d], each head for r queries in a row.
-    segments, rows, after, facts: of `document_plan` or `padding_plan`; None where every token is
-    valid and of one document. window: a query sees so many keys, its own included; None for all.
+    segments, rows, after, facts: of `document_plan`, `padding_plan` or `sequence_plan`; None where
+    every token is valid and of one document. window: a query sees so many keys, its own included;
+    None for all.
     scale: of the scores. Returns [b, h, s, d], in memory as [b, s, h, d]; zeros for a query that
     sees no key.
     """

@@ -24,7 +24,7 @@ from liger_fx.ops.attention import MAX_HEAD_SIZE
 
 
 class Documents(NamedTuple):
-    """What `liger_fx.ops.document_plan` returns, in the place of a mask."""
+    """What `document_plan` and `sequence_plan` of `liger_fx.ops` return, in the place of a mask."""
 
     segments: Tensor
     rows: Tensor

@@ -44,7 +44,7 @@ from liger_fx.torchtune.heads import (
 )
 from liger_fx.torchtune.packing import attend_over_documents
 from liger_fx.torchtune.parts import compile_layers, compile_loss, layers_of
-from liger_fx.torchtune.unpadding import leave_out_padding, tokens_before_last_label
+from liger_fx.torchtune.unpadding import leave_out_padding, mask_of, may_share
 
 log = utils.get_logger("INFO")  # torchtune's: what a recipe says, its user sees
 
@@ -177,9 +177,12 @@ class LayersRecipe(abc.ABC):
         if cfg.get("tensor_parallel_dim", 1) > 1:
             reason = "the layers are parallel over their tensors"
         else:
+            self._shares = may_share(models)
             reason = leave_out_padding(models, self._loaders(), self._dtype)
         kept = f"padding goes through the layers: {reason}"
         left_out = "the layers leave out what follows the last label of a sequence"
+        if not reason and self._shares:
+            left_out += ", and tokens that sequences begin with in common are there once"
         utils.log_rank_zero(log, kept if reason else left_out)
         return not reason
 
@@ -279,13 +282,17 @@ class FusedDPORecipe(LayersRecipe):
         head = self._heads.get(model) if self._compiles else None
 
         def scores(tokens: Tensor) -> Scores:
-            kept = None
+            mask, read = None, None
             if self._unpads:
-                kept = tokens_before_last_label(batch[1].cpu(), CROSS_ENTROPY_IGNORE_IDX)
-            hidden = model(tokens, mask=None if kept is None else kept.to(tokens.device))
+                on_host = batch[0].cpu(), batch[1].cpu()
+                mask = mask_of(*on_host, CROSS_ENTROPY_IGNORE_IDX, self._shares)
+            if mask is not None:
+                read = mask["places"]
+                utils.batch_to_device(mask, tokens.device)
+            hidden = model(tokens, mask=mask)
             found = head(hidden, batch[1].to(hidden.device))  # type: ignore[misc]
-            if kept is not None:
-                found = found.of_tokens(kept, tokens.shape)
+            if read is not None:
+                found = found.of_tokens(read, tokens.shape)
             if isinstance(model, FSDPModule) and model is not self._model:
                 model.reshard()  # a reference on its own: no backward will do it
             return found

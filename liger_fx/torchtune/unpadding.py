@@ -1,11 +1,12 @@
-"""Layers without the padding of a batch: one row of tokens in the place of [b, s].
+"""Layers without the padding of a batch, and with shared beginnings once, as one row of tokens.
 
 torchtune pads the sequences of a batch to the length of the longest. No token attends to a later
-one, so tokens behind the last label of a sequence, padding or not, influence no loss. Here the
-``mask`` of a batch is the places of all other tokens. Only these go through the layers, one
-sequence behind the other in a single row, each attending to its own, as in packed data
-(`liger_fx.torchtune.packing`). Behind the layers zeros stand for the tokens that were left out: the
-loss gets hidden states of [b, s, d], and ignores their labels as before.
+one, so tokens behind the last label of a sequence, padding or not, influence no loss. Tokens that
+sequences begin with in common, as a pair of answers with its prompt, have the same hidden states in
+each (`liger_fx.rows`). Here the ``mask`` of a batch says which tokens are left. Only these go
+through the layers, one sequence behind the other in a single row, each attending to its own, as in
+packed data (`liger_fx.torchtune.packing`). Behind the layers hidden states are [b, s, d] again,
+with zeros for tokens that no loss reads, whose labels it ignores as before.
 
 Values and gradients are those of the padded batch; sums over tokens may be in another order. Where
 a token that is left out would become inf or nan, the padded batch is nan, and this one may not be.
@@ -25,10 +26,8 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_dpo, padded_
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 
 from liger_fx import ops
+from liger_fx.rows import Row, first_rows, own_rows, why_not_shared
 from liger_fx.torchtune.packing import Documents, let_attend
-
-# Tokens. Matrix products of aligned rows are faster, and memory of few sizes is used again.
-UNIT = 128
 
 
 def leave_out_padding(
@@ -37,9 +36,9 @@ def leave_out_padding(
     """Let the layers of ``models`` run without padding, on batches that ``loaders`` prepare so.
 
     models: they return hidden states, of which a loss reads the rows of labelled tokens only.
-    dtype: of their parameters. Returns why nothing was changed, or "". A batch's ``mask`` is int64
-    [n] afterwards, of `tokens_before_last_label`; a batch without padding has none. Of preference
-    data the recipe makes the mask.
+    dtype: of their parameters. Returns why nothing was changed, or "". A batch's ``mask`` is of
+    `mask_of` afterwards; a batch that is as fast as it is has none. Of preference data the recipe
+    makes the mask.
     """
     reason = next(filter(None, map(_unfit_loader, loaders)), "")
     reason = reason or next(filter(None, map(_unfit_model, models)), "")
@@ -47,13 +46,14 @@ def leave_out_padding(
     if reason:
         return reason
     for model in models:
-        _Row(model)
+        _Hooks(model)
+    shares = may_share(models)
     for loader in loaders:
         collate: Any = loader.collate_fn
         if collate.func is padded_collate_dpo:  # its batches have no place for a mask
             continue
         ignored = collate.keywords.get("ignore_idx", CROSS_ENTROPY_IGNORE_IDX)
-        loader.collate_fn = _Collate(collate, ignored)
+        loader.collate_fn = _Collate(collate, ignored, shares)
     return ""
 
 
@@ -79,35 +79,40 @@ def _unfit_model(model: nn.Module) -> str:
 class _Collate:
     collate: Callable[[Sequence[Any]], dict[str, Tensor]]
     ignore_index: int
+    shares: bool
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = self.collate(samples)
-        tokens = tokens_before_last_label(batch["labels"], self.ignore_index)
-        return batch if tokens.numel() == batch["labels"].numel() else batch | {"mask": tokens}
+        mask = mask_of(batch["tokens"], batch["labels"], self.ignore_index, self.shares)
+        return batch if mask is None else batch | {"mask": mask}
 
 
-def tokens_before_last_label(labels: Tensor, ignore_index: int) -> Tensor:
-    """The tokens that may influence a loss, where each label is predicted at the token before it.
+def may_share(models: Sequence[nn.Module]) -> bool:
+    """Have equal tokens the same hidden states in all of ``models``?"""
+    return not any(map(why_not_shared, models))
 
-    labels: int64 [b, s], not shifted. Returns int64 [n], ascending: places in the flattened
-    [b * s]. As many tokens behind the last labels are among them as make n a multiple of `UNIT`, if
-    there are so many.
+
+def mask_of(
+    tokens: Tensor, labels: Tensor, ignore_index: int, shares: bool
+) -> dict[str, Tensor] | None:
+    """What a decoder with the hooks of `leave_out_padding` takes for the ``mask`` of a batch: the
+    fields of a `Row`, or None where the batch goes through the layers as it is.
+
+    tokens, labels: int64 [b, s] on the host, labels not shifted: each is predicted at the token
+    before it. shares: may sequences share the tokens that they begin with?
     """
-    size = labels.shape[1]
-    token = torch.arange(size)
-    lengths = torch.where(labels != ignore_index, token, 0).amax(1)
-    room = size - lengths
-    wanted = max(UNIT, -(-int(lengths.sum()) // UNIT) * UNIT) - lengths.sum()
-    lengths += torch.minimum((wanted - (room.cumsum(0) - room)).clamp(min=0), room)
-    return (token < lengths.unsqueeze(1)).flatten().nonzero().squeeze(1)
+    token = torch.arange(labels.shape[1])
+    read = token < torch.where(labels != ignore_index, token, 0).amax(1, keepdim=True)
+    first = first_rows(read, tokens) if shares else own_rows(read)
+    row = Row.if_worth(read, first)
+    return None if row is None else row._asdict()
 
 
-class _Row:
-    """Hooks of a decoder: its tokens as one row where a batch says so, and [b, s] afterwards."""
+class _Hooks:
+    """Of a decoder: its tokens as one row where a batch says so, and [b, s] afterwards."""
 
     def __init__(self, decoder: Any) -> None:
-        self.kept: Tensor | None = None
-        self.shape: torch.Size | None = None
+        self.row: Row | None = None
         decoder.register_forward_pre_hook(self._enter, with_kwargs=True)
         decoder.tok_embeddings.register_forward_pre_hook(self._select)
         decoder.tok_embeddings.register_forward_hook(self._mark)
@@ -115,33 +120,30 @@ class _Row:
 
     def _enter(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         mask = kwargs.get("mask")
-        self.kept = mask if isinstance(mask, Tensor) and mask.dim() == 1 else None
-        if self.kept is not None:
-            self.shape = (args[0] if args else kwargs["tokens"]).shape
-            sequence, position = self.kept // self.shape[1], self.kept % self.shape[1]
-            plan, position = Documents(*ops.document_plan(sequence[None])), position[None]
-            _mark_number(plan.segments, plan.rows, position)
+        self.row = Row(**mask) if isinstance(mask, dict) else None
+        if self.row is not None:
+            plan = Documents(*ops.sequence_plan(self.row.members()))
+            position = (self.row.tokens % self.row.first.shape[1])[None]
+            _mark_number(1, plan.segments, plan.rows, position)
+            _mark_number(plan.after.dim() - 1, plan.after)
             kwargs = kwargs | {"mask": plan, "input_pos": position}
         return args, kwargs
 
     def _select(self, embedding: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return args if self.kept is None else (args[0].flatten()[self.kept][None],)
+        return args if self.row is None else (self.row.select(args[0]),)
 
     def _mark(self, embedding: nn.Module, args: Any, hidden: Tensor) -> None:
-        if self.kept is not None:
-            _mark_number(hidden)
+        if self.row is not None:
+            _mark_number(1, hidden)
 
     def _leave(self, decoder: nn.Module, args: Any, hidden: Tensor) -> Tensor:
         # A tied embedding is called again by the loss, whose head it is.
-        kept, self.kept = self.kept, None
-        if kept is None or self.shape is None:
-            return hidden
-        rows = hidden.new_zeros(self.shape.numel(), hidden.shape[-1])
-        return rows.index_copy_(0, kept, hidden[0]).view(*self.shape, -1)
+        row, self.row = self.row, None
+        return hidden if row is None else row.spread(hidden)
 
 
-def _mark_number(*rows: Tensor) -> None:
-    """Dimension 1 is the number of tokens, which is another one in each batch. One graph is for all
-    batches then; otherwise the first batch would get a graph of its own."""
+def _mark_number(dimension: int, *rows: Tensor) -> None:
+    """The dimension is the number of tokens, which is another one in each batch. One graph is for
+    all batches then; otherwise the first batch would get a graph of its own."""
     for tensor in rows:
-        torch._dynamo.maybe_mark_dynamic(tensor, 1)
+        torch._dynamo.maybe_mark_dynamic(tensor, dimension)

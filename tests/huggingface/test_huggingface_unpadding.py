@@ -26,7 +26,7 @@ from test_huggingface_layers import assert_equal, compiled, gradients  # noqa: E
 from test_masks_huggingface import SMALL, WINDOW  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
-from liger_fx import huggingface, inner, unpadding  # noqa: E402
+from liger_fx import huggingface, inner, rows, unpadding  # noqa: E402
 from liger_fx.offload import Offload  # noqa: E402
 
 integrations = pytest.mark.integrations
@@ -51,21 +51,21 @@ LENGTHS = torch.tensor([24, 3, 11, 17])
 
 @pytest.fixture(autouse=True)
 def small_unit(monkeypatch):
-    monkeypatch.setattr(unpadding, "UNIT", 8)
+    monkeypatch.setattr(rows, "UNIT", 8)
 
 
 @pytest.fixture
 def seen(monkeypatch):
     """How many tokens each batch has in the layers."""
     found = []
-    as_row = unpadding._Row._as_row
+    as_row = unpadding._Hooks._as_row
 
     def counted(self: Any, *args: Any) -> Any:
         row = as_row(self, *args)
         found.append(row["position_ids"].numel())
         return row
 
-    monkeypatch.setattr(unpadding._Row, "_as_row", counted)
+    monkeypatch.setattr(unpadding._Hooks, "_as_row", counted)
     return found
 
 
@@ -152,7 +152,7 @@ def test_autocast(name, seen):
 
 def test_one_graph_of_a_form_for_all_numbers_of_tokens(seen, monkeypatch):
     """A module's floats stay numbers: beside a GPU, Inductor would build C++ kernels of them."""
-    monkeypatch.setattr(unpadding, "UNIT", 1)
+    monkeypatch.setattr(rows, "UNIT", 1)
     inputs: list[Any] = []
     compile_rewritten = inner.compile_rewritten
 
@@ -247,6 +247,131 @@ def test_a_copy_has_hooks_of_its_own(seen):
     assert seen == [56, 56]
 
 
+# -- beginnings that sequences share ---------------------------------------------------------------
+
+
+def answers(side: str = "right", *, prompts: bool = True) -> dict[str, Any]:
+    """Three answers to each of two prompts, one of the answers twice. prompts: have labels too."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(1, 64, (6, SIZE), generator=generator)
+    tokens[1, :10] = tokens[2, :10] = tokens[0, :10]  # the prompt
+    tokens[2, :14] = tokens[1, :14]
+    tokens[4, :5] = tokens[3, :5]
+    tokens[5] = tokens[4]
+    lengths = torch.tensor([24, 18, 20, 16, 12, 12])
+    mask = (torch.arange(SIZE) < lengths[:, None]).long()
+    if side == "left":  # as long before a prompt as the longest answer makes it
+        tokens = torch.cat((torch.zeros(6, 4, dtype=torch.int64), tokens), 1)
+        mask = torch.cat((torch.zeros(6, 4, dtype=torch.int64), mask), 1)
+    labels = tokens.masked_fill(mask == 0, -100)
+    labels[:, 1:][mask[:, :-1] == 0] = -100
+    if not prompts:
+        labels[:3, :10] = labels[3:, :5] = -100
+    given = {"input_ids": tokens.masked_fill(mask == 0, 0), "attention_mask": mask}
+    return given | {"labels": labels, "use_cache": False}
+
+
+DIFFERENT = 24 + 8 + 6 + 16 + 7  # of 102 tokens
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "prompts"),
+    [
+        ("llama", "right", True),
+        ("llama", "left", False),
+        ("mistral", "right", True),
+        ("nemotron", "right", True),
+        *(
+            pytest.param(name, side, True, marks=pytest.mark.slow)
+            for name in MODELS
+            for side in ("right", "left")
+        ),
+    ],
+)
+def test_a_prompt_goes_through_the_layers_once(name, side, prompts, seen):
+    given = answers(side, prompts=prompts)
+    actual = gradients(unpadded(tiny(name)), given)
+    assert_equal(actual, gradients(tiny(name), given), 1e-4)
+    assert seen == [-(-DIFFERENT // 8) * 8]
+    assert not counters["graph_break"]
+
+
+def test_prompts_without_a_mask(seen):
+    given = answers() | {"attention_mask": None}
+    given["labels"] = given["input_ids"]
+    assert_equal(gradients(unpadded(tiny()), given), gradients(tiny(), given), 1e-5)
+    assert seen == [96]  # zeros behind an answer are tokens: 24 + 14 + 10 + 24 + 19
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_prompts_in_checkpoints_under_inductor(reentrant, seen):
+    given = answers()
+    model = tiny("mistral")
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model = unpadded(model, inner="inductor", policy="all")
+    assert_equal(gradients(model, given), gradients(tiny("mistral"), given), 1e-5)
+    assert seen == [64]
+
+
+def test_one_graph_for_all_numbers_of_answers(seen):
+    model = unpadded(tiny())
+    for rows_of_batch in (5, 3, 6):
+        given = {n: x[:rows_of_batch] for n, x in answers().items() if isinstance(x, Tensor)}
+        assert_equal(gradients(model, given), gradients(tiny(), given), 1e-5)
+    assert seen == [64, 40, 64]
+    assert counters["stats"]["unique_graphs"] == 2  # a layer, and the last norm
+
+
+def test_equal_tokens_at_other_positions_are_others(seen):
+    given = answers()
+    given["position_ids"] = torch.arange(SIZE).repeat(6, 1)
+    given["position_ids"][1:3] += 7
+    assert_equal(gradients(unpadded(tiny()), given), gradients(tiny(), given), 1e-5)
+    assert seen == [-(-(DIFFERENT + 10) // 8) * 8]
+
+
+@pytest.mark.parametrize("drops", ["module", "attention"])
+def test_what_drops_at_random_drops_in_each_sequence(drops, seen, caplog):
+    model = tiny(**{"attention_dropout": 0.5} if drops == "attention" else {})
+    if drops == "module":
+        model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp, nn.Dropout(0.5))
+    model = unpadded(model)
+    torch._logging.warning_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "liger_fx"):
+        gradients(model, answers())
+    assert seen == [104]
+    assert "sequences do not share the tokens that they begin with" in caplog.text
+    model.eval()(**answers())
+    assert seen == [104, 64]
+
+
+def test_embeddings_that_are_given_are_not_shared(seen):
+    model, given = unpadded(tiny()), answers()
+    given["inputs_embeds"] = model.get_input_embeddings()(given.pop("input_ids"))
+    model(**given)
+    assert seen == [104]
+
+
+def test_a_few_equal_tokens_are_not_worth_it(seen):
+    given = padded()
+    given["input_ids"][:, 0] = 1
+    gradients(unpadded(tiny()), given)
+    assert seen == [56]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_sequences(seed, seen):
+    """Of an alphabet of two tokens: beginnings of all lengths, sequences within others."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, 3, (8, 12), generator=generator)
+    lengths = torch.randint(0, 13, (8, 1), generator=generator)
+    mask = (torch.arange(12) < lengths).long()
+    labels = tokens.masked_fill(mask == 0, -100)
+    given = {"input_ids": tokens, "attention_mask": mask, "labels": labels, "use_cache": False}
+    assert_equal(gradients(unpadded(tiny()), given), gradients(tiny(), given), 1e-5)
+    assert seen
+
+
 # -- leaves alone ----------------------------------------------------------------------------------
 
 
@@ -304,6 +429,19 @@ def test_leaves_batches_without_padding(seen):
 )
 def test_leaves_what_each_layer_returns(wanted, seen):
     leaves(padded() | wanted, seen)
+
+
+def test_leaves_noise_that_depends_on_the_size_of_a_batch(seen):
+    model = unpadded(tiny())
+    model.get_input_embeddings().neftune_noise_alpha = 5.0
+    assert_equal(gradients(model, padded()), gradients(tiny(), padded()), 1e-5)
+    assert seen == []
+
+
+def test_leaves_packed_sequences_that_positions_tell_of(seen):
+    given = answers() | {"attention_mask": None}
+    given["position_ids"] = torch.arange(SIZE).remainder(8).repeat(6, 1)
+    leaves(given, seen)
 
 
 def test_leaves_a_mask_of_four_dimensions(seen):
@@ -385,7 +523,7 @@ def test_refuses_a_convolution_and_what_is_not_causal():
 @integrations
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}], ids=str)
 def test_trainer(settings, tmp_path, seen, monkeypatch):
-    monkeypatch.setattr(unpadding, "UNIT", 1)
+    monkeypatch.setattr(rows, "UNIT", 1)
     lengths = (16, 14, 12, 9)
     eager, fused = (
         run(tmp_path, by_layers=on, unpad=on, lengths=lengths, **settings) for on in (False, True)
@@ -421,7 +559,7 @@ def test_adapters(seen, monkeypatch):
 def test_trl(kind, tmp_path, seen, monkeypatch):
     """Losses, and what a trainer logs of logits."""
     trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    monkeypatch.setattr(unpadding, "UNIT", 1)
+    monkeypatch.setattr(rows, "UNIT", 1)
     generator = torch.Generator().manual_seed(0)
 
     def words(count: int) -> str:
@@ -494,10 +632,10 @@ def test_every_architecture(seen):
         try:
             torch.manual_seed(0)
             model = narrow(name)
-            given = {side: padded(side) for side in ("right", "left")}
+            given = {side: padded(side) for side in ("right", "left")} | {"answers": answers()}
             expected = {side: gradients(model, given[side]) for side in given}
-            again = gradients(model, given["right"])
-            assert_equal(again, expected["right"], 1e-5)
+            for side in given:
+                assert_equal(gradients(model, given[side]), expected[side], 1e-5)
             unpadding.leave_out_padding(model, model)
         except Exception:
             continue
@@ -505,7 +643,7 @@ def test_every_architecture(seen):
         try:
             for side in given:
                 assert_equal(gradients(model, given[side]), expected[side], 1e-3)
-            assert seen == [56, 56]
+            assert seen == [56, 56, 64]
             same.append(name)
         except Exception as error:
             wrong.append((name, str(error)))

@@ -100,7 +100,44 @@ PLANS = [
     Plan("padding in between", ops.padding_plan, holes),
 ]
 WITH_PLAN = [plan for plan in PLANS if plan.make]
-each_plan = pytest.mark.parametrize("plan", PLANS, ids=str)
+
+
+class Shared(Plan):
+    """Sequences with tokens in common, in each row of a batch."""
+
+    # Of each sequence the parts of a row. The second begins as the first, the third as the second.
+    # The fourth has no query of its own, and the fifth shares nothing.
+    parts = (
+        [(0, 0.4)],
+        [(0, 0.2), (0.4, 0.6)],
+        [(0, 0.2), (0.4, 0.5), (0.6, 0.8)],
+        [(0, 0.3)],
+        [(0.8, 1)],
+    )
+
+    def members(self, size: int) -> Tensor:
+        token = torch.arange(size)
+        bounds = [[(round(a * size), round(b * size)) for a, b in parts] for parts in self.parts]
+        inside = [[(token >= a) & (token < b) for a, b in of] for of in bounds]
+        return torch.stack([torch.stack(of).any(0) for of in inside])
+
+    def of(self, batch: int, size: int) -> tuple[Tensor, ...]:
+        members = self.members(size)
+        return ops.sequence_plan(torch.block_diag(*[members] * batch).bool().to(DEVICE))
+
+    def mask(self, batch: int, size: int) -> Tensor:
+        members = self.members(size)
+        place, query = members.cumsum(1), members.byte().argmax(0)
+        ahead = place[query] - place[query].gather(1, torch.arange(size)[:, None])
+        seen = members[query] & (ahead <= 0) & (ahead > -(self.window or size))
+        return seen.expand(batch, 1, size, size).to(DEVICE)
+
+
+SHARED = [
+    Shared("sequences that begin alike", ops.sequence_plan),
+    Shared("sequences that begin alike, in a window", ops.sequence_plan, window=4),
+]
+each_plan = pytest.mark.parametrize("plan", [*PLANS, *SHARED], ids=str)
 
 
 def operands(dtype=DTYPES[0], batch=B, heads=HEADS, keys=KEYS, size=S, elements=D, grad=True):
@@ -192,7 +229,7 @@ def test_values_of_a_mask_are_a_plan(plan, size):
     assert found is not None
     query = torch.empty(B, 1, size, 8, device=DEVICE)
     seen = torch.zeros_like(mask)
-    for at, within in implementation._parts(query, found, window):
+    for at, _, within in implementation._parts(query, found, window):
         if at is ...:
             seen |= within
         else:
@@ -300,7 +337,7 @@ def test_opcheck(plan):
     torch.library.opcheck(ops.attention, arguments)
     with KernelCalls() as kernels:
         run(fused, plan, tensors)
-    assert len(kernels.calls) == (2 if plan.make is None else 3)
+    assert len(kernels.calls) == 2 + (plan.make in (ops.document_plan, ops.padding_plan))
     for kernel, given in kernels.calls:
         torch.library.opcheck(kernel, given, test_utils=("test_schema", "test_faketensor"))
 
@@ -342,7 +379,7 @@ def test_under_a_mask_as_an_operator(plan):
                 torch.testing.assert_close(a, e)
 
 
-@pytest.mark.parametrize("plan", [PLANS[1], PLANS[4], PLANS[10]], ids=str)
+@pytest.mark.parametrize("plan", [PLANS[1], PLANS[4], PLANS[10], SHARED[1]], ids=str)
 def test_compiled_by_inductor(plan):
     tensors, attend = operands(), planned(plan.of(B, S))
     with no_compile_caches():
@@ -373,6 +410,13 @@ def test_a_plan_keeps_no_tokens(plan):
     assert all(torch.equal(a, b) for a, b in zip(made, before, strict=True))
 
 
+def test_sequences_with_no_token_in_common_are_segments():
+    members = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 1, 1, 1]]).bool()
+    segments, _, keys, facts = ops.sequence_plan(members)
+    assert segments.tolist() == [[0, 2, 5]] and not keys.numel()
+    assert facts.tolist() == [implementation.Kind.SEGMENTS, 2, 3, 0]
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64])
 def test_padding_of_any_dtype(dtype):
     wanted, made = (ops.padding_plan(RIGHT(B, S).to(d)) for d in (torch.int64, dtype))
@@ -390,7 +434,7 @@ def test_flops_are_counted():
     assert counted[0] > 0 and (not CUDA or counted[0] == counted[1])
 
 
-@each_plan
+@pytest.mark.parametrize("plan", PLANS, ids=str)
 def test_rows_of_padding_without_a_gradient(plan):
     """As where they have no labels: the second call has nothing to do in its backward."""
     tensors = operands()
@@ -406,7 +450,7 @@ def test_rows_of_padding_without_a_gradient(plan):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@each_plan
 def test_no_memory_is_read_before_it_is_written(plan):
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
     try:
@@ -416,7 +460,7 @@ def test_no_memory_is_read_before_it_is_written(plan):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@each_plan
 def test_only_the_plan_waits_for_the_gpu(plan):
     tensors, given = operands(), plan.of(B, S)
     arguments = (*given, plan.window, D**-0.5)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_op_attention import OTHERS, PLANS, B, D, S, check, operands, under_mask
+from test_op_attention import OTHERS, PLANS, SHARED, B, D, S, check, operands, under_mask
 
 launcher = importlib.import_module("liger_fx.ops.attention")  # the package has the op by that name
 
@@ -138,6 +138,7 @@ KERNELS = SimpleNamespace(
     _scaled_dot_product_flash_attention=flash_of_heads,
     _scaled_dot_product_efficient_attention=efficient_forward,
     _scaled_dot_product_efficient_attention_backward=efficient_backward,
+    _embedding_bag_forward_only=torch.ops.aten._embedding_bag_forward_only,
 )
 
 
@@ -152,20 +153,20 @@ def on_cuda(request, monkeypatch):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_op_attention.py runs the kernels")
 @pytest.mark.parametrize("shape", [{}, {"size": 1}, {"size": 37, "keys": 1}, {"batch": 1}], ids=str)
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("plan", [*PLANS, *SHARED], ids=str)
 def test_equals_the_dense_mask(plan, shape, on_cuda):
     check(plan, operands(torch.float32, **shape), slack=2e-6)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_op_attention.py runs the kernels")
 @pytest.mark.parametrize("shape", [{}, {"size": 1}, {"size": 37, "keys": 1}], ids=str)
-@pytest.mark.parametrize("plan", [*PLANS, *OTHERS], ids=str)
+@pytest.mark.parametrize("plan", [*PLANS, *SHARED, *OTHERS], ids=str)
 def test_equals_the_mask_that_is_given(plan, shape, on_cuda):
     check(plan, operands(torch.float32, **shape), slack=2e-6, function=under_mask)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_op_attention.py runs the kernels")
-@pytest.mark.parametrize("plan", PLANS, ids=str)
+@pytest.mark.parametrize("plan", [*PLANS, *SHARED], ids=str)
 def test_what_the_fake_says(plan, on_cuda):
     """Strides and dtypes are those that the compiler counts on."""
     given = (*operands(torch.float32, grad=False), *plan.of(B, S), plan.window, D**-0.5)

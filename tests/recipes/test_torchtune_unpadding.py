@@ -25,7 +25,7 @@ from torchtune.rlhf.loss import DPOLoss
 
 import liger_fx
 from liger_fx.torchtune import compile_layers, fuse_head, load_recipe
-from liger_fx.torchtune.unpadding import UNIT, leave_out_padding, tokens_before_last_label
+from liger_fx.torchtune.unpadding import leave_out_padding, mask_of, may_share
 
 SMALL = dict(vocab_size=64, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32)
 SMALL |= dict(max_seq_len=128, intermediate_dim=48)
@@ -40,11 +40,13 @@ BUILDERS = {
 COLLATE = partial(padded_collate_sft, padding_idx=7, ignore_idx=-100)
 
 
-def samples(lengths, unlabelled=0):
-    """Sequences with a prompt of two tokens, and ends without labels."""
+def samples(lengths, unlabelled=0, template=0):
+    """Sequences with a prompt of two tokens, and ends without labels; all begin with a template."""
     generator = torch.Generator().manual_seed(0)
+    beginning = torch.randint(64, (template,), generator=generator)
     for length in lengths:
         tokens = torch.randint(64, (length,), generator=generator)
+        tokens[:template] = beginning[:length]
         labels = tokens.clone()
         labels[:2] = -100
         labels[length - unlabelled :] = -100
@@ -72,6 +74,7 @@ LENGTHS = {
     "with ends without labels": ([90, 30, 64, 17], 12),
     "one without a label": ([100, 1, 64], 0),
     "fewer than a unit": ([20, 60, 20], 3),
+    "with a template": ([100, 30, 64, 90, 64], 0, 60),
 }
 
 
@@ -89,7 +92,7 @@ def test_equals_the_padded_batch(build, lengths, compiled):
     torch.manual_seed(0)
     stock = build().double()
     ours = copy.deepcopy(stock)
-    batches = [[*samples(*lengths)], [*samples([n + 1 for n in lengths[0]], lengths[1])]]
+    batches = [[*samples(*lengths)], [*samples([n + 1 for n in lengths[0]], *lengths[1:])]]
     loader = DataLoader(list(itertools.chain(*batches)), len(batches[0]), collate_fn=COLLATE)
     padded = [*loader]
     loss_fn = nn.CrossEntropyLoss(ignore_index=-100)
@@ -102,7 +105,7 @@ def test_equals_the_padded_batch(build, lengths, compiled):
     if compiled:
         compile_layers(ours, {"inner": "aot_eager", "policy": "all"})
     for given, batch in zip(padded, loader, strict=True):
-        assert batch["mask"].numel() < given["tokens"].numel()
+        assert len(batch["mask"]["tokens"]) < given["tokens"].numel()
         expected = value_and_gradients(stock, loss_fn, given)
         value, gradients = value_and_gradients(ours, head, batch)
         torch.testing.assert_close(value, expected[0])
@@ -139,6 +142,22 @@ def test_one_graph_of_a_layer_is_for_batches_of_any_length():
     assert made == [0, 1, 1]
 
 
+def test_tokens_that_all_begin_with_are_there_once():
+    batch = COLLATE([*samples([100, 30, 64, 90, 64], template=60)])
+    mask = mask_of(batch["tokens"], batch["labels"], -100, shares=True)
+    places, source = mask["places"], mask["source"]
+    assert len(places) == 343 and len(mask["tokens"]) == 256
+    assert len(source.unique()) == 343 - 29 - 3 * 60
+    alone = mask_of(batch["tokens"], batch["labels"], -100, shares=False)
+    assert len(alone["tokens"]) == 384 and not alone["source"].numel()
+
+
+def test_dropout_is_of_each_sequence():
+    models = [build() for build in BUILDERS.values()]
+    assert may_share(models)
+    assert not may_share([*models, lora_qwen2(**LORA, **SMALL, lora_dropout=0.1)])
+
+
 def test_a_batch_without_padding_has_no_mask():
     loader = DataLoader([*samples([128, 128])], 2, collate_fn=COLLATE)
     model = llama3_2(**SMALL)
@@ -154,19 +173,19 @@ def test_every_token_that_a_label_follows_is_kept(seed):
     generator = torch.Generator().manual_seed(seed)
     rows, size = torch.randint(1, 9, (2,), generator=generator).tolist()
     size *= 40
+    tokens = torch.randint(64, (rows, size), generator=generator)
     labels = torch.full((rows, size), -100)
     share = torch.rand(rows, 1, generator=generator) ** 8
     labels[torch.rand(rows, size, generator=generator) < share] = 1
-    kept = torch.zeros(rows * size, dtype=torch.bool)
-    places = tokens_before_last_label(labels, -100)
-    kept[places] = True
-    kept = kept.view(rows, size)
-    assert torch.equal(places, places.unique())
-    assert (kept.int().diff(dim=1) <= 0).all()  # a beginning of each row
-    for row, label in (labels != -100).nonzero().tolist():
-        assert kept[row, :label].all()
-    needed = (labels != -100).int().flip(1).cummax(1)[0].flip(1)[:, 1:].sum()
-    assert places.numel() == min(rows * size, max(1, -(-int(needed) // UNIT)) * UNIT)
+    mask = mask_of(tokens, labels, -100, shares=False)
+    needed = (labels != -100).flip(1).int().cummax(1)[0].flip(1)[:, 1:]
+    needed = torch.nn.functional.pad(needed, (0, 1)).bool()
+    least = -(-max(1, int(needed.sum())) // 128) * 128
+    if mask is None:
+        assert least >= (1 - size / 2**15) * labels.numel()
+    else:
+        assert torch.equal(mask["places"], needed.flatten().nonzero()[:, 0])
+        assert len(mask["tokens"]) == min(least, labels.numel())
 
 
 def with_fusion_layer(model):
@@ -258,12 +277,12 @@ def set_up(kind, model):
 def pairs(lengths):
     """Of a prompt, a chosen and a rejected answer."""
     generator = torch.Generator().manual_seed(1)
-    for prompt, *answers in lengths:
-        sample = {}
+    for size, *answers in lengths:
+        sample, prompt = {}, torch.randint(64, (size,), generator=generator)
         for name, answer in zip(("chosen", "rejected"), answers, strict=True):
-            tokens = torch.randint(64, (prompt + answer,), generator=generator)
+            tokens = torch.cat((prompt, torch.randint(64, (answer,), generator=generator)))
             labels = tokens.clone()
-            labels[:prompt] = -100
+            labels[:size] = -100
             sample |= {f"{name}_input_ids": tokens.tolist(), f"{name}_labels": labels.tolist()}
         yield sample
 
@@ -273,14 +292,14 @@ def test_preference_data(unpads):
     torch.manual_seed(0)
     stock = llama3_2(**SMALL)
     ours, seen = copy.deepcopy(stock), []
-    tokens, labels = batch = padded_collate_dpo([*pairs([(20, 70, 5), (10, 20, 100)])])
+    tokens, labels = batch = padded_collate_dpo([*pairs([(60, 60, 30), (55, 20, 60)])])
     recipe = set_up(FUSED, ours)
     models = recipe._compile_losses()
     recipe._unpads = unpads and recipe._leaves_out_padding({}, models)
     ours.layers[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
     found = recipe.concatenated_forward(ours, batch)
     expected = set_up(STOCK, stock).concatenated_forward(stock, batch)
-    assert models == [ours] and seen == [(1, 256, 32) if unpads else (4, 110, 32)]
+    assert models == [ours] and seen == [(1, 384, 32) if unpads else (4, 120, 32)]
     for f, e in zip(found[:2], expected[:2], strict=True):
         torch.testing.assert_close(f, e)
     trained = [*ours.parameters()], [*stock.parameters()]
@@ -290,7 +309,7 @@ def test_preference_data(unpads):
     kept = torch.ones(tokens.numel(), dtype=torch.bool)
     if unpads:
         kept[:] = False
-        kept[tokens_before_last_label(labels, -100)] = True
+        kept[mask_of(tokens, labels, -100, shares=True)["places"]] = True
     rows = zip(kept.view(labels.shape).split(2), expected[2:], found[2:], strict=True)
     for kept_rows, logits, logged in rows:
         means = [row[keep].mean() for row, keep in zip(logits, kept_rows, strict=True)]
