@@ -187,7 +187,10 @@ class WithLabels(Layers):
         return [self._model]
 
 
-LEFT_OUT = "the layers leave out what follows the last label of a sequence"
+LEFT_OUT = (
+    "the layers leave out what follows the last label of a sequence, and tokens that sequences "
+    "begin with in common are there once"
+)
 
 
 @pytest.mark.parametrize(

@@ -79,11 +79,10 @@ LENGTHS = {
 
 
 def cases():
-    """Compiled, lengths that are like others are slow ones."""
+    """Of compiled ones all but those with a template are slow."""
     for (of, lengths), (name, build) in itertools.product(LENGTHS.items(), BUILDERS.items()):
         yield pytest.param(build, lengths, False, id=f"{of}-{name}-eager")
-        alike = of == "one without a label" or (of == "of several lengths" and name != "phi3")
-        marks = [pytest.mark.slow] if alike else []
+        marks = [] if of == "with a template" else [pytest.mark.slow]
         yield pytest.param(build, lengths, True, marks=marks, id=f"{of}-{name}-compiled")
 
 
