@@ -52,18 +52,20 @@ _WITH_A_CACHE = (
     "for training call the model with use_cache=False"
 )
 
-
 DEEP = 8  # equal layers: to compile each of them takes longer than all the rest
+OF_LAYERS = {"dynamic", "offload", "unpad", "memory_gib"}  # options of `compile` alone
 
 
 class LigerFxCallback(TrainerCallback):
     """``Trainer(..., callbacks=[LigerFxCallback()])``: compiles the model with liger_fx, in
     place: one with 8 equal layers or more by `compile`, others as one graph.
 
-    options: as for `liger_fx.backend`. Raises OptionError, a ValueError.
+    options: as for `compile`, by which every model is compiled if one of them is not an option of
+    `liger_fx.backend`: ``LigerFxCallback(unpad=True)``. Raises OptionError, a ValueError.
     """
 
     def __init__(self, **options: Any) -> None:
+        self._of_layers = {name: options.pop(name) for name in OF_LAYERS & options.keys()}
         self._backend = backend(**options)
         self._options = options
 
@@ -80,8 +82,8 @@ class LigerFxCallback(TrainerCallback):
             if isinstance(module, PreTrainedModel) and module.loss_type is None:
                 # transformers would take this one, with a log line, at which Dynamo ends the graph.
                 module.loss_type = "ForCausalLM"
-        if any(len(names) >= DEEP for names in _regions(model).values()):
-            compile(model, **self._options)
+        if self._of_layers or any(len(names) >= DEEP for names in _regions(model).values()):
+            compile(model, **self._of_layers, **self._options)
         else:
             model.compile(backend=self._backend)
 

@@ -82,7 +82,7 @@ class Row(NamedTuple):
         if self.source.numel():
             read = F.embedding(self.source, hidden[0])  # whose gradient is summed in fp32, in order
         rows = hidden.new_zeros(self.first.numel(), hidden.shape[-1])
-        return rows.index_copy(0, self.places, read).view(*self.first.shape, -1)
+        return rows.index_copy_(0, self.places, read).view(*self.first.shape, -1)
 
 
 def own_rows(read: Tensor) -> Tensor:
@@ -118,9 +118,9 @@ def number_of_different(first: Tensor) -> Tensor:
 
 def why_not_shared(decoder: nn.Module) -> str:
     """Why two equal tokens of ``decoder`` may differ in their hidden states, or ""."""
-    if not decoder.training:
-        return ""
     for name, module in decoder.named_modules():
+        if not module.training:
+            continue
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p:
             return f"{name} drops at random"
         for attribute, value in _numbers_of(module):

@@ -232,7 +232,10 @@ def _positions(given: dict[str, Any], shape: torch.Size) -> Tensor:
 def _first_rows(valid: Tensor, given: dict[str, Any], decoder: nn.Module) -> Tensor:
     if len(valid) == 1 or given.get("inputs_embeds") is not None:  # nobody knows which are equal
         return own_rows(valid)
-    first = first_rows(valid, given["input_ids"], _positions(given, valid.shape))
+    alike, positions = [given["input_ids"]], given.get("position_ids")
+    if positions is not None and positions.shape == valid.shape:
+        alike.append(positions)
+    first = first_rows(valid, *alike)
     reason = why_not_shared(decoder)
     if reason and not torch.equal(first, own_rows(valid)):
         text = f"liger_fx: sequences do not share the tokens that they begin with: {reason}"

@@ -4,7 +4,7 @@ gradients, graphs, breaks and recompiles stay as they are without liger_fx."""
 from __future__ import annotations
 
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -169,13 +169,27 @@ SLOW = [
     "torchtune-phi3-second_length",
     "transformers-Llama-second_length",
 ]
+# Their whole steps in fp32 are run; head and loss are those of Llama.
+HEAD_OF_LLAMA = {
+    "Mistral",
+    "Qwen2",
+    "Phi3",
+    "Qwen3",
+    "GLM",
+    "Helium",
+    "ERNIE 4.5",
+    "OLMo",
+    "OLMo 2",
+}
 
 
-def marked(row: Row):
-    return pytest.param(row, id=str(row), marks=[pytest.mark.slow] if str(row) in SLOW else [])
+def marked(row: Row, *slow_modes: Any):
+    alike = row.family in HEAD_OF_LLAMA and row.mode in slow_modes
+    marks = [pytest.mark.slow] if alike or str(row) in SLOW else []
+    return pytest.param(row, id=str(row), marks=marks)
 
 
-@pytest.mark.parametrize("row", map(marked, ROWS))
+@pytest.mark.parametrize("row", [marked(row, model_in_place) for row in ROWS])
 def test_step(row, monkeypatch):
     monkeypatch.setenv("LIGER_FX_INNER", row.inner)
     expected = run_eagerly(row, layers=2)
@@ -192,7 +206,7 @@ def test_step(row, monkeypatch):
         assert actual.compiled == run(row, 2, "eager").compiled
 
 
-@pytest.mark.parametrize("row", FAMILIES, ids=str)
+@pytest.mark.parametrize("row", [marked(row, whole_step) for row in FAMILIES])
 def test_one_layer_in_bf16(row):
     actual = run(row, 1, "liger_fx", torch.bfloat16)
     found = counts(actual)
@@ -220,8 +234,9 @@ def test_step_under_inductor(monkeypatch):
     assert_same(actual, run_eagerly(row, 1), row.tolerance)
 
 
-# What the builder of another family makes, in other sizes.
-BUILT_ALIKE = {"llama3", "llama3_1", "llama3_2", "mistral", "phi4", "qwen2_5", "qwen2_5 (tied)"}
+# What others have as well.
+ALIKE = {"llama3", "llama3_1", "llama3_2", "mistral", "phi3", "phi4", "qwen2"}
+ALIKE |= {"qwen2_5", "qwen2_5 (tied)", "Gemma2"} | HEAD_OF_LLAMA - {"Qwen3", "GLM", "OLMo 2"}
 
 
 def test_what_auto_decides_on_a_gpu(monkeypatch):
@@ -235,7 +250,7 @@ def test_what_auto_decides_on_a_gpu(monkeypatch):
     monkeypatch.setattr(liger_fx.inner, "compile_rewritten", lambda gm, *_: gm.forward)
     decided: dict[str, list[str]] = {}
     for row in FAMILIES:
-        if row.family in BUILT_ALIKE:
+        if row.family in ALIKE:
             continue
         found = run(row, 2, "liger_fx").report.counts
         made = ", ".join(f"{name} {n}" for name, n in sorted(found.items()))
@@ -243,9 +258,9 @@ def test_what_auto_decides_on_a_gpu(monkeypatch):
     assert_expected_inline(
         "\n".join(f"{made}: {', '.join(families)}" for made, families in decided.items()),
         """\
-attention 2, linear_cross_entropy 1, rope 4: llama2, phi3, qwen2, Llama, Mistral, Qwen2, Phi3, Qwen3, GLM, Helium, ERNIE 4.5, OLMo 2, OLMo, Cohere, ModernBERT (decoder), nanochat, DeepSeek-V3, Qwen3-MoE, Llama 4 (text)
+attention 2, linear_cross_entropy 1, rope 4: llama2, Llama, Qwen3, GLM, OLMo 2, Cohere, ModernBERT (decoder), nanochat, DeepSeek-V3, Qwen3-MoE, Llama 4 (text)
 add_rms_norm 4, attention 2, linear_cross_entropy 1, rope 4: gemma, Gemma3 (text)
-add_rms_norm 4, linear_cross_entropy 1, rope 4: gemma2, Gemma2
+add_rms_norm 4, linear_cross_entropy 1, rope 4: gemma2
 attention 4, rope 4: llama3_2_vision (decoder)
 nothing: t5 (encoder), clip (text)
 linear_cross_entropy 1, rope 4: GPT-OSS""",

@@ -9,8 +9,8 @@ import pytest
 from _fuzz_menu import MOTIFS, Program
 from _repairs import REPAIRS
 
-DEFAULT = [range(start, start + 10) for start in range(0, 20, 10)]
-MORE = [range(start, start + 100) for start in range(20, 2020, 100)]
+DEFAULT = [range(start, start + 5) for start in range(0, 10, 5)]
+MORE = [range(start, start + 100) for start in range(10, 2010, 100)]
 
 
 @pytest.fixture(autouse=True)

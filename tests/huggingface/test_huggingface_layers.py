@@ -134,7 +134,11 @@ def test_heads_that_scale_or_cap_are_fused(name, settings, monkeypatch):
     assert materialized() == before
 
 
-@pytest.mark.parametrize("checkpoints", [None, False], ids=["", "checkpoints"])
+@pytest.mark.parametrize(
+    "checkpoints",
+    [pytest.param(None, marks=pytest.mark.slow), False],
+    ids=["", "checkpoints"],
+)
 @pytest.mark.parametrize("name", ["llama", pytest.param("gemma3_text", marks=pytest.mark.slow)])
 def test_autocast(name, checkpoints):
     """No less exact than the whole model in one graph."""

@@ -296,6 +296,15 @@ def test_a_prompt_goes_through_the_layers_once(name, side, prompts, seen):
     assert not counters["graph_break"]
 
 
+def test_trainers_callback(seen):
+    """By layers, few as they are."""
+    model = tiny()
+    callback = huggingface.LigerFxCallback(unpad=True, inner="aot_eager")
+    callback.on_init_end(None, None, None, model=model)
+    assert_equal(gradients(model, answers()), gradients(tiny(), answers()), 1e-5)
+    assert seen == [64]
+
+
 def test_prompts_without_a_mask(seen):
     given = answers() | {"attention_mask": None}
     given["labels"] = given["input_ids"]
@@ -343,6 +352,9 @@ def test_what_drops_at_random_drops_in_each_sequence(drops, seen, caplog):
     assert "sequences do not share the tokens that they begin with" in caplog.text
     model.eval()(**answers())
     assert seen == [104, 64]
+    model.model.layers[0].train()  # alone
+    model(**answers())
+    assert seen == [104, 64, 104]
 
 
 def test_embeddings_that_are_given_are_not_shared(seen):

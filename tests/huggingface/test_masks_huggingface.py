@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -73,8 +75,15 @@ def read(report):
     return {pattern.split(", ", 1)[1] for pattern in found}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", MODELS)
+def models_in_modes():
+    """Of those that read a mask as another does, one mode; the other two are slow."""
+    for name, mode in itertools.product(MODELS, MODES):
+        alike = name in ("qwen2", "phi3", "smollm3", "mistral without a window")
+        marks = [pytest.mark.slow] if alike and mode != "padded" else []
+        yield pytest.param(name, mode, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "mode"), models_in_modes())
 def test_is_read(name, mode):
     report = liger_fx.explain(build(name), kwargs=batch(mode), options={"policy": ["attention"]})
     assert report.counts == {"attention": len(MODELS[name][1])}
@@ -83,7 +92,12 @@ def test_is_read(name, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("name", "checkpoints"), [("llama", False), ("gemma3_text", False), ("gemma3_text", True)]
+    ("name", "checkpoints"),
+    [
+        ("llama", False),
+        pytest.param("gemma3_text", False, marks=pytest.mark.slow),
+        ("gemma3_text", True),
+    ],
 )
 def test_equals_eager(name, mode, checkpoints):
     torch._dynamo.reset()

@@ -67,6 +67,7 @@ def flash_backward(
     offset, *, scale, window_size_left=None, window_size_right=None,
 ):  # fmt: skip
     g, q, k, v, o = map(flat, (grad, query, key, value, out))
+    assert of_queries is None or lse.is_contiguous()  # else the kernel reads other numbers
     lse = lse.transpose(0, 1).flatten(1) if lse.dim() == 3 else lse
     found = [torch.full(x.shape, math.nan) for x in (q, k, v)]
     groups = q.shape[1] // k.shape[1]

@@ -238,7 +238,7 @@ BY_NAME = [
 ]
 
 
-@parameters(QUICK[:1], BY_NAME)
+@parameters([], [*QUICK[:1], *BY_NAME])  # test_examples.py runs one
 def test_stock_recipe_with_the_backend_by_name(case, recipes):
     ours = recipes.run(case, {"compile": True}, backend="liger_fx", env=EVERY_REWRITE)
     # lora_dpo_distributed does not look at `compile`.

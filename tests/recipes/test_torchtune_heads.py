@@ -92,7 +92,8 @@ def test_whole_step_of_every_family(family, batch):
     ("variant", "family"),
     [
         *itertools.product(["checkpointed", "bf16"], ["llama3_2", "gemma2", "phi3", "qwen2"]),
-        ("dynamic", "gemma2"),  # test_models.py has it for each rewrite and more models
+        # test_models.py has it for each rewrite and more models
+        pytest.param("dynamic", "gemma2", marks=pytest.mark.slow),
     ],
 )
 def test_whole_step_variants(variant, family, batch):
