@@ -119,8 +119,8 @@ def unpadded_mask(tokens: Tensor, labels: Tensor) -> dict[str, Tensor] | None:
     """The mask that the recipes' loaders make of a batch: once, since its making is not timed."""
     from liger_fx.torchtune.unpadding import mask_of
 
-    made = mask_of(tokens.cpu(), labels.cpu(), IGNORE, shares=True) or {}
-    return {name: tensor.to(tokens.device) for name, tensor in made.items()} or None
+    mask = mask_of(tokens.cpu(), labels.cpu(), IGNORE, shares=True)
+    return mask and mask.to(tokens.device)
 
 
 def hidden_states(model: TransformerDecoder, args: Args) -> TransformerDecoder:

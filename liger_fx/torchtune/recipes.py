@@ -287,8 +287,7 @@ class FusedDPORecipe(LayersRecipe):
                 on_host = batch[0].cpu(), batch[1].cpu()
                 mask = mask_of(*on_host, CROSS_ENTROPY_IGNORE_IDX, self._shares)
             if mask is not None:
-                read = mask["places"]
-                utils.batch_to_device(mask, tokens.device)
+                read, mask = mask["places"], mask.to(tokens.device)
             hidden = model(tokens, mask=mask)
             found = head(hidden, batch[1].to(hidden.device))  # type: ignore[misc]
             if read is not None:

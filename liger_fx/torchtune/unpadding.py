@@ -92,11 +92,17 @@ def may_share(models: Sequence[nn.Module]) -> bool:
     return not any(map(why_not_shared, models))
 
 
-def mask_of(
-    tokens: Tensor, labels: Tensor, ignore_index: int, shares: bool
-) -> dict[str, Tensor] | None:
-    """What a decoder with the hooks of `leave_out_padding` takes for the ``mask`` of a batch: the
-    fields of a `Row`, or None where the batch goes through the layers as it is.
+class RowMask(dict[str, Tensor]):
+    """The fields of a `Row`, as the ``mask`` of a batch: torchtune's recipes move a batch by
+    ``batch_to_device``, which takes dicts, or call ``to`` of each of its values."""
+
+    def to(self, device: torch.device | str) -> RowMask:
+        return RowMask({name: tensor.to(device) for name, tensor in self.items()})
+
+
+def mask_of(tokens: Tensor, labels: Tensor, ignore_index: int, shares: bool) -> RowMask | None:
+    """What a decoder with the hooks of `leave_out_padding` takes for the ``mask`` of a batch; None
+    where the batch goes through the layers as it is.
 
     tokens, labels: int64 [b, s] on the host, labels not shifted: each is predicted at the token
     before it. shares: may sequences share the tokens that they begin with?
@@ -105,7 +111,7 @@ def mask_of(
     read = token < torch.where(labels != ignore_index, token, 0).amax(1, keepdim=True)
     first = first_rows(read, tokens) if shares else own_rows(read)
     row = Row.if_worth(read, first)
-    return None if row is None else row._asdict()
+    return None if row is None else RowMask(row._asdict())
 
 
 class _Hooks:
@@ -120,7 +126,7 @@ class _Hooks:
 
     def _enter(self, decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, Any]:
         mask = kwargs.get("mask")
-        self.row = Row(**mask) if isinstance(mask, dict) else None
+        self.row = Row(**mask) if isinstance(mask, RowMask) else None
         if self.row is not None:
             plan = Documents(*ops.sequence_plan(self.row.members()))
             position = (self.row.tokens % self.row.first.shape[1])[None]

@@ -22,10 +22,11 @@ from torchtune.models.qwen2 import lora_qwen2
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.model_fusion import FusionLayer
 from torchtune.rlhf.loss import DPOLoss
+from torchtune.utils import batch_to_device
 
 import liger_fx
 from liger_fx.torchtune import compile_layers, fuse_head, load_recipe
-from liger_fx.torchtune.unpadding import leave_out_padding, mask_of, may_share
+from liger_fx.torchtune.unpadding import RowMask, leave_out_padding, mask_of, may_share
 
 SMALL = dict(vocab_size=64, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32)
 SMALL |= dict(max_seq_len=128, intermediate_dim=48)
@@ -149,6 +150,17 @@ def test_tokens_that_all_begin_with_are_there_once():
     assert len(source.unique()) == 343 - 29 - 3 * 60
     alone = mask_of(batch["tokens"], batch["labels"], -100, shares=False)
     assert len(alone["tokens"]) == 384 and not alone["source"].numel()
+
+
+def test_a_mask_moves_as_recipes_move_it():
+    """By ``batch_to_device``, or as those of distillation."""
+    batch = COLLATE([*samples([100, 30, 64, 90, 64])])
+    batch["mask"] = mask_of(batch["tokens"], batch["labels"], -100, shares=True)
+    moved = [{name: value.to("meta") for name, value in batch.items()}, batch]
+    batch_to_device(batch, torch.device("meta"))
+    for each in moved:
+        assert isinstance(each["mask"], RowMask)
+        assert all(tensor.is_meta for tensor in each["mask"].values())
 
 
 def test_dropout_is_of_each_sequence():
