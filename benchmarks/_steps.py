@@ -137,7 +137,7 @@ def recipe_loss(
     model: TransformerDecoder,
     loss_fn: Loss,
     rows: int,
-    mask: Callable[[Tensor, Tensor], Any] = lambda tokens, labels: None,
+    mask: Callable[[Tensor, Tensor], Any] | None = None,
 ) -> LossStep:
     """``_loss_step`` of torchtune's recipes; the column of ignored labels outlives the step there
     as well. mask: makes the model's of tokens and labels."""
@@ -145,7 +145,7 @@ def recipe_loss(
     ignored_column = torch.full((rows, 1), IGNORE, device=device)
 
     def step(tokens: Tensor, labels: Tensor) -> Tensor:
-        logits = model(tokens, mask=mask(tokens, labels))
+        logits = model(tokens, mask=mask(tokens, labels) if mask else None)
         labels = torch.hstack((labels[..., 1:], ignored_column[: labels.shape[0]]))
         if not isinstance(logits, list):
             labels = labels.reshape(-1)

@@ -267,6 +267,8 @@ HEADS: dict[str, tuple[Any, Any, Joint]] = {
 
 
 def loss_step(model: TransformerDecoder, frozen: TransformerDecoder, args: Args) -> LossStep:
+    if args.arm == UNPAD and args.loss != "dpo":
+        raise ValueError(f"{UNPAD} is an arm of dpo, not of {args.loss}")
     if args.arm == "liger_by_hand":
         return by_liger(model, frozen, args)
     if args.loss == "distillation":

@@ -73,8 +73,8 @@ def liger_fx_recipe(model: TransformerDecoder, args: Args, offload: bool = False
 
     steps.fused_layers(model, args, unpad=bool(args.padded), offload=offload)
     head = fuse_head(model, chunked_loss(model), fused(args))
-    mask = {"mask": steps.unpadded_mask} if args.padded else {}
-    return steps.recipe_loss(model, head, args.batch, **mask)
+    mask = steps.unpadded_mask if args.padded else None
+    return steps.recipe_loss(model, head, args.batch, mask)
 
 
 def spend(model: TransformerDecoder, optimizer: torch.optim.Optimizer, args: Args) -> None:

@@ -60,8 +60,8 @@ class LigerFxCallback(TrainerCallback):
     """``Trainer(..., callbacks=[LigerFxCallback()])``: compiles the model with liger_fx, in
     place: one with 8 equal layers or more by `compile`, others as one graph.
 
-    options: as for `compile`, by which every model is compiled if one of them is not an option of
-    `liger_fx.backend`: ``LigerFxCallback(unpad=True)``. Raises OptionError, a ValueError.
+    options: as for `compile`. With ``dynamic``, ``offload``, ``unpad`` or ``memory_gib`` `compile`
+    takes models of any depth: ``LigerFxCallback(unpad=True)``. Raises OptionError, a ValueError.
     """
 
     def __init__(self, **options: Any) -> None:

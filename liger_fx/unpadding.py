@@ -235,13 +235,12 @@ def _first_rows(valid: Tensor, given: dict[str, Any], decoder: nn.Module) -> Ten
     alike, positions = [given["input_ids"]], given.get("position_ids")
     if positions is not None and positions.shape == valid.shape:
         alike.append(positions)
-    first = first_rows(valid, *alike)
-    reason = why_not_shared(decoder)
-    if reason and not torch.equal(first, own_rows(valid)):
+    own, first = own_rows(valid), first_rows(valid, *alike)
+    reason = "" if torch.equal(first, own) else why_not_shared(decoder)
+    if reason:
         text = f"liger_fx: sequences do not share the tokens that they begin with: {reason}"
         torch._logging.warning_once(log, text)
-        return own_rows(valid)
-    return first
+    return own if reason else first
 
 
 def _noise(decoder: Any) -> str:

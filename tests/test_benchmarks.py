@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import json
 import re
 import shlex
@@ -367,6 +368,39 @@ def test_preference_and_distillation(run: Run, children_here: None, picture: Pat
         assert second["first_loss"] == pytest.approx(first["first_loss"], rel=1e-3)
     assert f"{rows[5]['ms']:.1f}" in table(printed, "distillation", "0%", "liger_fx_recipe")
     assert picture.exists()
+
+
+def test_pairs_have_their_prompt_once(run: Run, children_here: None, capsys: Any) -> None:
+    """The loss is that of the recipe that has it twice; other losses have no such arm."""
+    arguments = ["--losses", "dpo", "grpo", "--arms", "liger_fx_recipe", "liger_fx_unpad"]
+    arguments += ["--ignored", "0.5", "--batch", "4", "--seq", "256", "--layers", "1"]
+    _, rows = run(preference_and_distillation, *TINY, *arguments, "--warmup", "1", "--steps", "1")
+    twice, once, _, without = rows
+    assert once["first_loss"] == pytest.approx(twice["first_loss"], rel=1e-3)
+    assert "is an arm of dpo" in without["error"]
+
+
+def test_answers_have_one_prompt() -> None:
+    args = Namespace(model="tiny", batch=5, seq=16, device=torch.device("cpu"), answers=2)
+    tokens = huggingface_step.tokens_of(args, 0.5)
+    alike = [(a == b).int().cumprod(0).sum() for a, b in itertools.pairwise(tokens)]
+    assert [count >= 8 for count in alike] == [True, False, True, False]
+    assert (tokens[0] != tokens[1]).any()
+
+
+def test_a_budget_is_spent_as_by_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_step, "needs_cuda", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    args = Namespace(
+        model="tiny", arm="liger_fx_budget", checkpoint=True, padded=0.0, gib=1.0, batch=2, seq=16,
+        device=torch.device("cpu"), lr=1e-4,
+    )  # fmt: skip
+    said: list[str] = []
+    monkeypatch.setattr(training_step, "progress", said.append)
+    train, tokens = training_step.prepare(args)
+    for _ in range(4):
+        train(tokens, tokens)
+    assert any("keep" in text for text in said)
 
 
 def test_attention(run: Run, picture: Path) -> None:

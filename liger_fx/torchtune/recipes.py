@@ -53,8 +53,8 @@ SAMPLED = (
     "taken of these, as in torchtune's recipe"
 )
 PADDED = (
-    "padding goes through the layers; liger_fx.unpad=True leaves it out, also of the mean of the "
-    "logits that is logged"
+    "padding goes through the layers, and the prompt of a pair twice; liger_fx.unpad=True leaves "
+    "padding out, also of the mean of the logits that is logged, and runs a prompt once"
 )
 UNTOUCHED = "compile=False: nothing is rewritten, this is torchtune's recipe as it is"
 

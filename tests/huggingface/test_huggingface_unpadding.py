@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -298,6 +299,9 @@ def test_a_prompt_goes_through_the_layers_once(name, side, prompts, seen):
 
 def test_trainers_callback(seen):
     """By layers, few as they are."""
+    arguments = inspect.signature(huggingface.compile).parameters.values()
+    named = {each.name for each in arguments if each.kind is each.KEYWORD_ONLY}
+    assert named == huggingface.OF_LAYERS
     model = tiny()
     callback = huggingface.LigerFxCallback(unpad=True, inner="aot_eager")
     callback.on_init_end(None, None, None, model=model)
